@@ -1,0 +1,65 @@
+/* state.h: what one module object owns: interned names, torch's classes and functions, heap types, the torch table.
+ *
+ * To add a name, an object or a type, add one line to a list below. Every member is a strong reference that lives as
+ * long as the module; use it as a borrowed reference. Nothing here changes after import. */
+#ifndef PEFT_C_STATE_H
+#define PEFT_C_STATE_H
+
+#include "torch_shim.h"
+
+/* X(identifier): the interned string "identifier", as state->names.identifier */
+#define STATE_NAMES(X)                                                                                           \
+    X(__dlpack__) X(forward) X(base_layer) X(weight) X(bias) X(training) X(p) X(inplace) X(requires_grad) X(dtype) \
+    X(shape) X(_modules) X(_parameters) X(_buffers) X(_forward_hooks) X(_forward_pre_hooks) X(_backward_hooks)     \
+    X(_backward_pre_hooks) X(_disable_adapters) X(_active_adapter) X(merged_adapters)                              \
+    X(cast_input_dtype_enabled) X(_lowrank_names) X(adapter_names) X(alora_offsets) X(_current_level)
+
+/* X(field, "module", "attribute.path"): an object fetched once at import, as state->objects.field */
+#define STATE_OBJECTS(X)                                              \
+    X(Tensor, "torch", "Tensor")                                      \
+    X(Parameter, "torch.nn", "Parameter")                             \
+    X(Module, "torch.nn", "Module")                                   \
+    X(Linear, "torch.nn", "Linear")                                   \
+    X(Dropout, "torch.nn", "Dropout")                                 \
+    X(Identity, "torch.nn", "Identity")                               \
+    X(linear_forward, "torch.nn", "Linear.forward")                   \
+    X(is_neg, "torch", "Tensor.is_neg")                               \
+    X(is_conj, "torch", "Tensor.is_conj")                             \
+    X(is_autocast_enabled, "torch", "is_autocast_enabled")            \
+    X(function_modes, "torch", "_C._len_torch_function_stack")        \
+    X(dispatch_modes, "torch", "_C._len_torch_dispatch_stack")        \
+    X(functorch_top, "torch", "_C._functorch.peek_interpreter_stack") \
+    X(tracing_state, "torch", "_C._get_tracing_state")                \
+    X(increment_version, "torch", "_C._increment_version")            \
+    X(empty_like, "torch", "empty_like")                              \
+    X(forward_ad, "torch.autograd.forward_ad", "__dict__")            \
+    X(module_globals, "torch.nn.modules.module", "__dict__")
+
+/* X(field): a heap type made by a unit's init function, as state->types.field */
+#define STATE_TYPES(X) X(LayerBase)
+
+typedef struct {
+    torch_table torch;
+#define X(name) PyObject *name;
+    struct {
+        STATE_NAMES(X)
+    } names;
+    struct {
+        STATE_TYPES(X)
+    } types;
+#undef X
+#define X(field, module, path) PyObject *field;
+    struct {
+        STATE_OBJECTS(X)
+    } objects;
+#undef X
+} module_state;
+
+/* The state of the module object `module` (borrowed memory; never NULL for an imported _C). */
+static inline module_state *state_of(PyObject *module) { return (module_state *)PyModule_GetState(module); }
+
+int state_init(module_state *state); /* 0, or -1 with an exception: ImportError when torch is absent or too old */
+int state_traverse(const module_state *state, visitproc visit, void *arg);
+void state_clear(module_state *state);
+
+#endif
