@@ -13,9 +13,10 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch import nn
+
 from peft_c.config import PeftConfig
 from peft_c.utils.peft_types import PeftType
-from torch import nn
 
 
 def _opt(default: Any, help: str, **metadata: Any) -> Any:
@@ -232,7 +233,7 @@ class CordaConfig:
 
 _INIT_HELP = (
     "How the LoRA weights start. True: A as in Microsoft's reference implementation and B = 0, so that the adapter is "
-    "a no-op at first. False: both random, for debugging. 'gaussian': A normal with deviation 1/r, B = 0. 'orthogonal': "
+    "a no-op at first. False: both random, to debug. 'gaussian': A normal with deviation 1/r, B = 0. 'orthogonal': "
     "A and B orthogonal (linear layers, even `r`). 'olora', 'pissa' and 'pissa_niter_[number of iters]' (with a "
     "randomised SVD): factors of the base weight, which keeps the residual. 'corda' and 'eva': data-driven, see "
     "`corda_config` and `eva_config`. 'lora_ga': from the first gradient, see `lora_ga_config`. 'loftq': the error of "
@@ -481,7 +482,7 @@ class LoraGAConfig:
     scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = _opt(
         "stable",
         "'stable' scales B by out_features^(1/4) / sqrt(stable_gamma); 'weight_svd' brings it to the largest "
-        "singular value of the base weight; 'gd_scale' divides both factors by the adapter's scaling; 'unit' leaves them.",
+        "singular value of the base weight; 'gd_scale' divides both factors by the scaling; 'unit' leaves them.",
     )
     stable_gamma: int = _opt(16, "Gamma of the 'stable' scale.")
 
