@@ -6,8 +6,9 @@
 # all-MiniLM-L6-v2 (22 million weights) turns text into vectors. Two LoRA adapters teach it two different searches in
 # Python's own standard library:
 #
-# * **finder**: a description finds its function: *"Return a list of the words in the string"* finds `str.split(sep, maxsplit)`
-# * **locator**: a signature finds its module: `b64encode(s, altchars)` finds *"base64: ..."*
+# * **finder**: a description finds its function: *"Load cookies from a string"* finds
+#   `http.cookies.BaseCookie.load(rawdata)`
+# * **locator**: a signature finds its module: `IPv4Interface(address)` finds *"ipaddress: A fast, lightweight ..."*
 #
 # Recall is measured on pairs that are never trained on, before and after.
 
@@ -26,7 +27,7 @@ sys.path.insert(0, str(HERE))
 import stdlib_search as search  # noqa: E402
 import torch  # noqa: E402
 
-from peft_c import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from peft_c import LoraConfig, get_peft_model  # noqa: E402
 
 began = time.perf_counter()
 out = HERE.parent / "out"
@@ -54,9 +55,8 @@ for task in tasks:
 # The base model is frozen; both adapters live in the same model, one is active at a time.
 
 # %%
-config = LoraConfig(
-    r=16, lora_alpha=32, target_modules=["query", "key", "value", "dense"], task_type="FEATURE_EXTRACTION"
-)
+targets = ["query", "key", "value", "dense"]
+config = LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="FEATURE_EXTRACTION")
 model = get_peft_model(model, config, adapter_name="finder")
 model.add_adapter("locator", config)
 model.print_trainable_parameters()
@@ -70,7 +70,8 @@ for task in tasks:
 # %% [markdown]
 # ## After
 #
-# Switching the adapter switches what the model is good at: each row is one task, each column the same model with another adapter.
+# Switching the adapter switches what the model is good at: each row is one task, each column the same model with
+# another adapter.
 
 # %%
 table = {task.name: {"no adapter": before[task.name]} for task in tasks}
@@ -91,8 +92,8 @@ print(f"the last switch took {1e6 * switched:.0f} microseconds")
 # %% [markdown]
 # ## Merge: the same answers, faster
 #
-# Merging folds an adapter into the weights, so that it costs nothing any more. Unmerging takes it out again and leaves the
-# weights as they were, to the last bit.
+# Merging folds an adapter into the weights, so that it costs nothing any more. Unmerging takes it out again and leaves
+# the weights as they were, to the last bit.
 
 # %%
 model.set_adapter("finder")
@@ -121,8 +122,8 @@ print("after unmerging every weight has its original bits" if restored else "unm
 # %% [markdown]
 # ## Save, and load elsewhere
 #
-# A fresh process loads each adapter with `import peft`: once under `python -m peft_c`, where that name means peft_c, and once
-# with the installed PEFT. Both give this process's vectors.
+# A fresh process loads each adapter with `import peft`: once under `python -m peft_c`, where that name means peft_c,
+# and once with the installed PEFT. Both give this process's vectors.
 
 # %%
 saved = out / "adapters"
@@ -137,14 +138,8 @@ def elsewhere(package: str, adapter: str) -> float | None:
         return None
     runner = ["-m", "peft_c"] if package == "peft_c" else []
     result = saved / f"{package}_{adapter}.pt"
-    command = [
-        sys.executable,
-        *runner,
-        str(HERE / "encode.py"),
-        str(saved / adapter),
-        str(saved / "probe.json"),
-        str(result),
-    ]
+    files = [HERE / "encode.py", saved / adapter, saved / "probe.json", result]
+    command = [sys.executable, *runner, *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
