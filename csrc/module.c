@@ -1,13 +1,18 @@
 /* module.c: the module `peft_c._C`: init, and the list of units that bring their methods and types. */
 #include "state.h"
 
+#include "forward.h"
+#include "gate.h"
+#include "layer.h"
+#include "merge.h"
 #include "view.h"
+#include "walk.h"
 
 /* A unit with functions adds one line here: X(its method table) */
-#define METHOD_TABLES(X) X(view_methods)
+#define METHOD_TABLES(X) X(view_methods) X(gate_methods) X(forward_methods) X(merge_methods) X(walk_methods)
 
-/* A unit with heap types adds one line here: X(its init), int init(PyObject *module, module_state *state) */
-#define TYPE_INITS(X)
+/* A unit with heap types or settings adds one line here: X(its init), int init(PyObject *module, module_state *state) */
+#define UNIT_INITS(X) X(gate_init) X(layer_init)
 
 static int module_exec(PyObject *module) {
     module_state *state = state_of(module);
@@ -18,7 +23,7 @@ static int module_exec(PyObject *module) {
 #undef X
 #define X(init) \
     if (init(module, state) < 0) return -1;
-    TYPE_INITS(X)
+    UNIT_INITS(X)
 #undef X
     return 0;
 }

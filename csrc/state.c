@@ -76,6 +76,7 @@ int state_traverse(const module_state *state, visitproc visit, void *arg) {
 #define X(field, module, path) Py_VISIT(state->objects.field);
     STATE_OBJECTS(X)
 #undef X
+    Py_VISIT(state->finish);
     return 0;
 }
 
@@ -89,4 +90,5 @@ void state_clear(module_state *state) {
 #define X(field, module, path) Py_CLEAR(state->objects.field);
     STATE_OBJECTS(X)
 #undef X
+    Py_CLEAR(state->finish);
 }

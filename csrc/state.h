@@ -1,24 +1,30 @@
 /* state.h: what one module object owns: interned names, torch's classes and functions, heap types, the torch table.
  *
  * To add a name, an object or a type, add one line to a list below. Every member is a strong reference that lives as
- * long as the module; use it as a borrowed reference. Nothing here changes after import. */
+ * long as the module; use it as a borrowed reference. Only `fast` and `finish` change after import. */
 #ifndef PEFT_C_STATE_H
 #define PEFT_C_STATE_H
 
 #include "torch_shim.h"
 
 /* X(identifier): the interned string "identifier", as state->names.identifier */
-#define STATE_NAMES(X)                                                                                           \
-    X(__dlpack__) X(forward) X(base_layer) X(weight) X(bias) X(training) X(p) X(inplace) X(requires_grad) X(dtype) \
-    X(shape) X(_modules) X(_parameters) X(_buffers) X(_forward_hooks) X(_forward_pre_hooks) X(_backward_hooks)     \
-    X(_backward_pre_hooks) X(_disable_adapters) X(_active_adapter) X(merged_adapters)                              \
-    X(cast_input_dtype_enabled) X(_lowrank_names) X(adapter_names) X(alora_offsets) X(_current_level)
+#define STATE_NAMES(X)                                                                                                  \
+    X(__dlpack__) X(forward) X(base_layer) X(weight) X(bias) X(training) X(p) X(inplace) X(requires_grad) X(clone)      \
+    X(contiguous) X(cpu) X(_modules) X(_parameters) X(_forward_hooks) X(_forward_pre_hooks) X(_backward_hooks)          \
+    X(_backward_pre_hooks) X(_global_forward_hooks) X(_global_forward_pre_hooks) X(_global_backward_hooks)              \
+    X(_global_backward_pre_hooks) X(_disable_adapters) X(_active_adapter) X(merged_adapters)                            \
+    X(cast_input_dtype_enabled) X(_lowrank_names) X(adapter_names) X(alora_offsets) X(_current_level) \
+    X(adapter_layer_names) X(other_param_names) X(frozen_peft_weight_names) X(_keys) X(is_leaf) X(set_adapter)      \
+    X(enable_adapters) X(set_requires_grad) X(_freeze_non_trainable_peft_weights) X(active_adapters)               \
+    X(inference_mode) X(named_modules) X(_adapter_ledger) X(_disabled_trainable)
 
 /* X(field, "module", "attribute.path"): an object fetched once at import, as state->objects.field */
 #define STATE_OBJECTS(X)                                              \
     X(Tensor, "torch", "Tensor")                                      \
     X(Parameter, "torch.nn", "Parameter")                             \
     X(Module, "torch.nn", "Module")                                   \
+    X(ModuleDict, "torch.nn", "ModuleDict")                           \
+    X(ParameterDict, "torch.nn", "ParameterDict")                     \
     X(Linear, "torch.nn", "Linear")                                   \
     X(Dropout, "torch.nn", "Dropout")                                 \
     X(Identity, "torch.nn", "Identity")                               \
@@ -31,7 +37,6 @@
     X(functorch_top, "torch", "_C._functorch.peek_interpreter_stack") \
     X(tracing_state, "torch", "_C._get_tracing_state")                \
     X(increment_version, "torch", "_C._increment_version")            \
-    X(empty_like, "torch", "empty_like")                              \
     X(forward_ad, "torch.autograd.forward_ad", "__dict__")            \
     X(module_globals, "torch.nn.modules.module", "__dict__")
 
@@ -40,6 +45,8 @@
 
 typedef struct {
     torch_table torch;
+    bool fast;        /* the switch of peft_c.fast */
+    PyObject *finish; /* peft_c.fast._finish, imported when first needed */
 #define X(name) PyObject *name;
     struct {
         STATE_NAMES(X)

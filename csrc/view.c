@@ -124,17 +124,29 @@ static int ask(PyObject *method, PyObject *object) {
     return yes;
 }
 
-view_status view_peek(const module_state *state, PyObject *tensor, TensorView *out) {
+/* The exchange table's view, before the bits that it does not show are asked for. */
+static view_status torch_view(const module_state *state, PyObject *tensor, TensorView *out, bool *is_complex) {
     dl_tensor raw;
-    view_status status;
     out->keep = NULL;
     out->read_only = false;
+    *is_complex = false;
     if (state->torch.dlpack->tensor_from_object(tensor, &raw) != 0) {
         PyErr_Clear();
         return VIEW_NO_STRIDES;
     }
-    if (raw.dtype.code == DL_COMPLEX && ask(state->objects.is_conj, tensor) != 0) return VIEW_CONJ;
-    status = view_fill(&raw, out);
+    *is_complex = raw.dtype.code == DL_COMPLEX;
+    return view_fill(&raw, out);
+}
+
+view_status view_again(const module_state *state, PyObject *tensor, TensorView *out) {
+    bool is_complex;
+    return torch_view(state, tensor, out, &is_complex);
+}
+
+view_status view_peek(const module_state *state, PyObject *tensor, TensorView *out) {
+    bool is_complex;
+    const view_status status = torch_view(state, tensor, out, &is_complex);
+    if (is_complex && ask(state->objects.is_conj, tensor) != 0) return VIEW_CONJ;
     if (status == VIEW_OK && ask(state->objects.is_neg, tensor) != 0) return VIEW_NEG;
     return status;
 }

@@ -64,6 +64,9 @@ static inline bool view_is_plain(const module_state *state, PyObject *object) {
 /* View of a torch tensor (any instance of torch.Tensor; the caller checks the type), without leaving an exception set. */
 view_status view_peek(const module_state *state, PyObject *tensor, TensorView *out);
 
+/* The same for a tensor that view_peek has accepted before: its data, shape and strides as they are now. */
+view_status view_again(const module_state *state, PyObject *tensor, TensorView *out);
+
 /* Could the memory of `view` be written to? VIEW_OK, VIEW_READ_ONLY or VIEW_OVERLAP. */
 view_status view_writable(const TensorView *view);
 
