@@ -1,0 +1,51 @@
+"""One weight of a base layer seen as a matrix (n, k), so that low-rank factors A (r, k) and B (n, r) act on it.
+
+| base layer                | weight                  | matrix                              |
+|---------------------------|-------------------------|-------------------------------------|
+| Linear, in_proj of MHA    | (out, in)               | itself                              |
+| transformers' Conv1D      | (in, out)               | transposed                          |
+| Embedding                 | (vocabulary, dim)       | transposed: (dim, vocabulary)       |
+| Conv1d, Conv2d, Conv3d    | (out, in, *kernel)      | (out, in * kernel elements)         |
+| parameter of experts      | (experts, out, in)      | a stack of matrices (experts, n, k) |
+|                           | or (experts, in, out)   | the same, each transposed           |
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+class BaseView(NamedTuple):
+    """Where a weight lives (`owner.name`) and how it reads as a matrix, or as a stack of matrices.
+
+    transposed: the matrix is the weight's transpose. stacked: a 3-d weight is a stack, not a convolution's kernel.
+    """
+
+    owner: nn.Module
+    name: str = "weight"
+    transposed: bool = False
+    stacked: bool = False
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The live weight, as `owner` has it now."""
+        return getattr(self.owner, self.name)
+
+    def matrix(self, tensor: torch.Tensor | None = None) -> torch.Tensor:
+        """`tensor` (default: the live weight) as (n, k) or, when stacked, (e, n, k), sharing its memory.
+
+        A vector becomes one row. RuntimeError, from torch, if no strides can say it: a kernel in channels_last order.
+        """
+        tensor = self.tensor if tensor is None else tensor
+        if tensor.ndim == 1:
+            tensor = tensor.unsqueeze(0)
+        elif tensor.ndim > 2 and not self.stacked:
+            tensor = tensor.view(tensor.shape[0], -1)
+        return tensor.mT if self.transposed else tensor
+
+    def restore(self, matrix: torch.Tensor, shape: torch.Size | None = None) -> torch.Tensor:
+        """The inverse of `matrix`: a tensor of the weight's shape (default: the live weight's) from a matrix."""
+        return (matrix.mT if self.transposed else matrix).reshape(self.tensor.shape if shape is None else shape)

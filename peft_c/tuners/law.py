@@ -1,0 +1,496 @@
+"""Merging adapters into base weights and taking them out again, once for every layer type and tuner.
+
+A layer declares, `merge` and `unmerge` act:
+
+- `_merge_targets()` -> {label: BaseView}: the weights that merging may change ("weight", "bias", ...)
+- `_merge_changes(adapter)` -> {label: LowRank, or a function that returns the delta in the weight's own shape}; raises
+  what PEFT raises when this adapter cannot be merged
+- `_merge_adapters()` -> the adapter names this layer has parameters for
+- `lora_variant[adapter]`, where there is one: it merges and unmerges by itself (merge_safe, merge_unsafe, unmerge)
+
+Low-rank changes of all adapters go through the weight in one pass of the C kernels, in place, accumulated in fp32
+(fp64 for fp64) and rounded once. Where C may not act (other devices, tensor subclasses, 8-bit weights) the same is
+done with torch operations.
+
+Undo is exact: beside a snapshot of what was added, a merge records the few weights that subtraction would not restore.
+The weight gets its old bits back whatever happened to the adapter meanwhile, and after deepcopy or pickling too. A
+merged weight that was itself written, cast or moved since is restored by subtraction, with a warning.
+`exact_unmerge(False)` or PEFT_C_EXACT=0 leaves the records out. Either all adapters are merged or nothing has changed.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import _C
+from ..utils.warning import PeftWarning
+from .base_view import BaseView
+from .tuners_utils import check_adapters_to_merge
+
+
+class LowRank(NamedTuple):
+    """The change scale * B @ A of a weight's matrix: A (r, k), B (n, r), or stacks (e, r, k), (e, n, r)."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scale: float
+
+    def snapshot(self) -> LowRank:
+        """The values as they are now."""
+        return LowRank(self.A.detach().clone(), self.B.detach().clone(), float(self.scale))
+
+    def delta(self) -> torch.Tensor:
+        """scale * B @ A in the factors' dtype; half precision on the CPU is multiplied in fp32."""
+        A, B = self.A, self.B
+        wide = B.device.type == "cpu" and B.dtype in (torch.float16, torch.bfloat16)
+        if wide:
+            return ((B.float() @ A.float()) * self.scale).to(B.dtype)
+        return (B @ A) * self.scale
+
+
+Change = LowRank | Callable[[], torch.Tensor]
+
+
+class exact_unmerge:
+    """Whether merges record what unmerging needs to restore every bit: a switch, or a context if used with `with`."""
+
+    enabled: bool = os.environ.get("PEFT_C_EXACT", "1") != "0"
+
+    def __init__(self, enabled: bool) -> None:
+        self._before = exact_unmerge.enabled
+        exact_unmerge.enabled = bool(enabled)
+
+    def __enter__(self) -> exact_unmerge:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        exact_unmerge.enabled = self._before
+
+
+# ---------------------------------------------------------------------------------------------------- one weight
+
+
+@dataclass
+class Saved:
+    """What undoing one merge of one weight needs: `undo` is the kernels' record (one bytes a matrix), a `Difference`,
+    or None (then the change is subtracted)."""
+
+    label: str
+    changes: list[Any]  # LowRank snapshots, or the dense delta
+    undo: Any = None
+    meta: tuple = ()  # dtype, shape of the weight it was made for
+
+    def nbytes(self) -> int:
+        """Bytes held: the snapshot and the record."""
+        parts = [t for c in self.changes for t in (c[:2] if isinstance(c, LowRank) else (c,))]
+        if isinstance(self.undo, Difference):
+            record = self.undo.nbytes()
+        else:
+            record = sum(len(part) for part in self.undo or ())
+        return record + sum(t.numel() * t.element_size() for t in parts)
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().view(_BITS[tensor.element_size()]).flatten()
+
+
+@dataclass
+class Difference:
+    """The record of a merge done with torch operations: the old values where subtraction gives others, or all."""
+
+    digest: int
+    index: torch.Tensor | None
+    old: torch.Tensor
+
+    @staticmethod
+    def digest_of(tensor: torch.Tensor) -> int:
+        bits = _bits(tensor)
+        rows = bits.view(tensor.shape[0] if tensor.ndim and bits.numel() else 1, -1).sum(-1, dtype=torch.int64)
+        return int((rows * torch.arange(1, 2 * rows.numel(), 2, device=rows.device)).sum())
+
+    @classmethod
+    def between(cls, old: torch.Tensor, new: torch.Tensor, undone: torch.Tensor | None) -> Difference:
+        index = None
+        values = _bits(old)
+        if undone is not None:
+            wrong = (values != _bits(undone)).nonzero().flatten()
+            if wrong.numel() * (8 + old.element_size()) < old.numel() * old.element_size():
+                index, values = wrong, values[wrong]
+        return cls(cls.digest_of(new), index, values.clone())
+
+    def mismatch(self, tensor: torch.Tensor, fits: bool) -> str | None:
+        """What has happened to `tensor` since the merge, if anything; `fits`: it has the dtype and shape it had."""
+        if not fits or self.old.device != tensor.device:
+            return "was cast, reshaped or moved"
+        return None if self.digest_of(tensor) == self.digest else "was written to"
+
+    def restore(self, tensor: torch.Tensor, undone: torch.Tensor | None) -> torch.Tensor:
+        """The old values, given the merged `tensor` less its change (`undone`; None: they are all here)."""
+        bits = self.old
+        if self.index is not None:
+            bits = _bits(undone).clone()
+            bits[self.index] = self.old
+        return bits.view(tensor.dtype).view(tensor.shape)
+
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.index, self.old) if t is not None)
+
+
+def _delta(view: BaseView, change: Any, shape: torch.Size) -> torch.Tensor:
+    if isinstance(change, LowRank):
+        return view.restore(change.delta(), shape)
+    return change
+
+
+def _kernel_operands(view: BaseView, tensor: torch.Tensor, changes: list[Any]) -> tuple | None:
+    """Matrix and operands as `_C.merge_add` takes them; None where the weight or the changes have no such form."""
+    try:
+        matrix = view.matrix(tensor)
+        if all(isinstance(change, LowRank) for change in changes):
+            return matrix, [(c.A, c.B, float(c.scale)) for c in changes]
+        return (matrix, view.matrix(changes[0])) if len(changes) == 1 else None
+    except RuntimeError:  # strides that no matrix has
+        return None
+
+
+def _wider_sum(tensor: torch.Tensor, delta: torch.Tensor, alpha: int) -> torch.Tensor:
+    """tensor + alpha * delta, rounded once to the dtype of `tensor` (8-bit floats: clamped to their range)."""
+    if tensor.element_size() > 1:
+        return torch.add(tensor, delta.to(tensor.device), alpha=alpha).to(tensor.dtype)
+    info = torch.finfo(tensor.dtype)
+    return torch.add(tensor.to(delta.dtype), delta, alpha=alpha).clamp(info.min, info.max).to(tensor.dtype)
+
+
+def _add(view: BaseView, tensor: torch.Tensor, changes: list[Any], check: bool, record: bool) -> tuple[bool, Any]:
+    """tensor += the changes. (True, record or None), or (False, None) with `check` if a result is not finite."""
+    operands = _kernel_operands(view, tensor, changes)
+    done = None if operands is None else _C.merge_add(*operands, check, record, view.tensor)
+    if done is not None:
+        return done
+    deltas = [_delta(view, change, tensor.shape) for change in changes]
+    new = tensor
+    for delta in deltas:
+        new = _wider_sum(new, delta, 1)
+    if check and not torch.isfinite(new).all():
+        return False, None
+    undo = None
+    if record:
+        back = new
+        for delta in reversed(deltas):
+            back = _wider_sum(back, delta, -1)
+        undo = Difference.between(tensor, new, back)
+    _write(view, tensor, new)
+    return True, undo
+
+
+def _subtract(view: BaseView, tensor: torch.Tensor, saved: Saved) -> str | None:
+    """Undo `saved` on tensor. None when its old bits are back (or were never to be), else what happened to it."""
+    fits = saved.meta == _meta(tensor)
+    undo = saved.undo
+    if not isinstance(undo, Difference):
+        operands = _kernel_operands(view, tensor, saved.changes)
+        same = None if operands is None else _C.merge_subtract(*operands, undo if fits else None, view.tensor)
+        if same is not None:
+            return None if undo is None else "was cast or reshaped" if not fits else None if same else "was written to"
+    undone = tensor
+    for change in reversed(saved.changes):
+        undone = _wider_sum(undone, _delta(view, change, tensor.shape), -1)
+    reason = None
+    if isinstance(undo, Difference):
+        reason = undo.mismatch(tensor, fits)
+        undone = undone if reason else undo.restore(tensor, undone)
+    elif undo is not None:
+        reason = "was moved"
+    _write(view, tensor, undone)
+    return reason
+
+
+def _write(view: BaseView, tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Set the values of `tensor`, the data of the view's weight, and let autograd know."""
+    tensor.copy_(value)
+    weight = view.tensor
+    if not weight.is_inference():
+        torch.autograd.graph.increment_version(weight)
+
+
+def _meta(tensor: torch.Tensor) -> tuple:
+    return tensor.dtype, tuple(tensor.shape)
+
+
+# ----------------------------------------------------------------------------------------------------- one layer
+
+
+@dataclass
+class Merge:
+    """One step of a layer's merging: adapters merged in one pass, or one that a variant merged (`variant`)."""
+
+    adapters: list[str]
+    saved: list[Saved] = field(default_factory=list)
+    variant: bool = False
+
+
+def records(layer: Any) -> list[Merge]:
+    """The layer's merges, in order, each with what undoes it (a plain attribute: not part of the state dict)."""
+    return layer.__dict__.setdefault("_merge_records", [])
+
+
+def record_bytes(layer: Any) -> int:
+    """Bytes that the layer holds to be able to unmerge."""
+    return sum(saved.nbytes() for step in records(layer) for saved in step.saved)
+
+
+def describe(layer: Any) -> str:
+    return f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__}"
+
+
+def _broken(names: Iterable[str]) -> ValueError:
+    return ValueError(
+        f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken; nothing was merged."
+    )
+
+
+def _finite(changes: Iterable[Change]) -> bool:
+    factors = [tensor for change in changes if isinstance(change, LowRank) for tensor in change[:2]]
+    return all(bool(torch.isfinite(tensor).all()) for tensor in factors)
+
+
+def _weight(view: BaseView, layer: Any) -> torch.Tensor:
+    """The weight to write to; ValueError if there is none that a merge could change."""
+    tensor = view.tensor
+    parametrized = getattr(view.owner, "parametrizations", None)
+    if parametrized is not None and view.name in parametrized:
+        raise ValueError(
+            f"Cannot merge into '{view.name}' of {type(view.owner).__name__} ({describe(layer)}): it is parametrized. "
+            "Remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)."
+        )
+    if tensor.is_meta:
+        raise ValueError(
+            f"Cannot merge into '{view.name}' of {type(view.owner).__name__} ({describe(layer)}): it is on the meta "
+            "device and has no values. Load the weights first."
+        )
+    return tensor.data
+
+
+@torch.no_grad()
+def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    """Merge the adapters (default: the active ones) into the base weights of `layer`.
+
+    With `safe_merge`, ValueError if a merged weight is not finite. Whatever is raised, nothing has changed.
+    """
+    resume(layer)
+    names = check_adapters_to_merge(layer, adapter_names)
+    known = layer._merge_adapters()
+    names = [name for name in dict.fromkeys(names) if name in known]
+    if not names:
+        return
+    targets = layer._merge_targets()
+    variants = getattr(layer, "lora_variant", {})
+    plans = {name: layer._merge_changes(name) for name in names}
+    for label in {label for plan in plans.values() for label in plan}:
+        _weight(targets[label], layer)
+    if safe_merge:
+        broken = [name for name in names if not _finite(plans[name].values())]
+        if broken:
+            raise _broken(broken)
+
+    with transaction(layer):
+        start = len(records(layer))
+        for is_variant, group in groupby(names, key=lambda name: name in variants):
+            for adapters in [[name] for name in group] if is_variant else [list(group)]:
+                _merge_step(layer, Merge(adapters, variant=is_variant), targets, plans, safe_merge)
+        if not exact_unmerge.enabled:
+            for step in records(layer)[start:]:
+                for saved in step.saved:
+                    saved.undo = None
+
+
+@contextmanager
+def transaction(layer: Any) -> Iterator[None]:
+    """An exception inside takes back the merges that were made inside."""
+    start = len(records(layer))
+    try:
+        yield
+    except BaseException:
+        targets = layer._merge_targets()
+        while len(records(layer)) > start:
+            _undo(layer, records(layer).pop(), targets)
+        raise
+
+
+def _merge_step(layer: Any, step: Merge, targets: dict, plans: dict, safe_merge: bool) -> None:
+    try:
+        if step.variant:
+            _merge_variant(layer, step, targets, plans, safe_merge)
+        else:
+            _merge_group(layer, step, targets, plans, safe_merge)
+    except BaseException:
+        _undo(layer, step, targets)
+        raise
+    records(layer).append(step)
+    layer.merged_adapters.extend(step.adapters)
+
+
+def _merge_group(layer: Any, step: Merge, targets: dict, plans: dict, safe_merge: bool) -> None:
+    """Add the changes of adapters without variant, each weight in one pass."""
+    for label, view in targets.items():
+        changes = [plans[name][label] for name in step.adapters if label in plans[name]]
+        changes = [change.snapshot() if isinstance(change, LowRank) else change().detach() for change in changes]
+        if not changes:
+            continue
+        tensor = _weight(view, layer)
+        finite, undo = _add(view, tensor, changes, safe_merge, exact_unmerge.enabled or safe_merge)
+        if not finite:
+            raise _broken(step.adapters)
+        step.saved.append(Saved(label, changes, undo, _meta(tensor)))
+
+
+def _merge_variant(layer: Any, step: Merge, targets: dict, plans: dict, safe_merge: bool) -> None:
+    """Let a variant merge its adapter; the record is a copy of the weight, whose storage is kept."""
+    (name,) = step.adapters
+    view, variant = targets["weight"], layer.lora_variant[name]
+    weight = view.tensor
+    home, before = weight.data, weight.data.clone()
+    try:
+        if safe_merge:
+            merged = variant.merge_safe(layer, name, before.clone())
+            if not torch.isfinite(merged).all():
+                raise _broken(step.adapters)
+        else:
+            variant.merge_unsafe(layer, name, weight)
+            merged = weight.data
+        if merged.data_ptr() != home.data_ptr():
+            home.copy_(merged)
+    except BaseException:
+        home.copy_(before)
+        raise
+    finally:
+        weight.data = home
+    step.saved.append(Saved("weight", [], Difference.between(before, home, None), _meta(home)))
+    rest = {label: change for label, change in plans[name].items() if label != "weight"}
+    _merge_group(layer, step, {label: targets[label] for label in rest}, {name: rest}, safe_merge)
+
+
+def _undo(layer: Any, step: Merge, targets: dict) -> list[str]:
+    """Take one step back. The reasons, if any, why bits may differ."""
+    reasons = []
+    for saved in reversed(step.saved):
+        view = targets[saved.label]
+        if step.variant and saved.label == "weight":
+            reasons.append(_undo_variant(layer, step.adapters[0], view, saved))
+        else:
+            reasons.append(_subtract(view, view.tensor.data, saved))
+    for name in step.adapters:
+        if name in layer.merged_adapters:
+            layer.merged_adapters.remove(name)
+    return [reason for reason in reasons if reason]
+
+
+def _undo_variant(layer: Any, name: str, view: BaseView, saved: Saved) -> str | None:
+    tensor = view.tensor.data
+    reason = "" if saved.undo is None else saved.undo.mismatch(tensor, saved.meta == _meta(tensor))
+    variant = layer.lora_variant.get(name)
+    undone = None
+    if variant is not None and name in layer.merged_adapters:  # also drops what the variant keeps while merged
+        undone = variant.unmerge(layer, name, view.tensor)
+    if reason is None:
+        undone = saved.undo.restore(tensor, None)
+    if undone is not None:
+        _write(view, tensor, undone)
+    return reason
+
+
+@torch.no_grad()
+def unmerge(layer: Any) -> None:
+    """Take all merged adapters out of the base weights of `layer`, in the reverse order of merging."""
+    if not layer.merged:
+        warnings.warn("Already unmerged. Nothing to do.")
+        return
+    steps = records(layer)
+    if layer.__dict__.pop("_merge_suspended", None):
+        steps.clear()
+        layer.merged_adapters.clear()
+        return
+    targets = layer._merge_targets()
+    reasons = []
+    while steps:
+        step = steps[-1]
+        if any(name in layer.merged_adapters for name in step.adapters):
+            reasons += _undo(layer, step, targets)
+        steps.pop()
+    while layer.merged_adapters:  # merged by others, without a record
+        _take_out(layer, layer.merged_adapters[-1], targets)
+        layer.merged_adapters.pop()
+    if reasons:
+        warnings.warn(
+            f"The merged weight of {describe(layer)} {reasons[0]} after merging. The adapter was subtracted from it; "
+            "the weights may differ from the original ones by rounding.",
+            PeftWarning,
+        )
+
+
+def _take_out(layer: Any, name: str, targets: dict) -> None:
+    if name not in layer._merge_adapters():
+        return
+    for label, change in layer._merge_changes(name).items():
+        view = targets[label]
+        if label == "weight" and name in getattr(layer, "lora_variant", {}):
+            _write(view, view.tensor.data, layer.lora_variant[name].unmerge(layer, name, view.tensor))
+        else:
+            change = change if isinstance(change, LowRank) else change()
+            _subtract(view, view.tensor.data, Saved(label, [change]))
+
+
+@torch.no_grad()
+def bare_weight(layer: Any) -> torch.Tensor | None:
+    """A copy of the layer's weight without its merged adapters; None if that cannot be told without unmerging."""
+    steps = records(layer)
+    merged = [name for step in steps for name in step.adapters]
+    if merged != layer.merged_adapters or not hasattr(layer, "_merge_targets"):
+        return None
+    saved_steps = [(step, saved) for step in steps for saved in step.saved if saved.label == "weight"]
+    if any(step.variant and saved.undo is None for step, saved in saved_steps):
+        return None
+    view = layer._merge_targets()["weight"]
+    weight = view.tensor.data.clone()
+    if layer.__dict__.get("_merge_suspended"):
+        return weight
+    copy = view._replace(owner=SimpleNamespace(**{view.name: weight}))
+    for step, saved in reversed(saved_steps):
+        if step.variant:
+            weight.copy_(saved.undo.restore(weight, None))
+        else:
+            _subtract(copy, weight, saved)
+    return weight
+
+
+# ------------------------------------------------------------------------ a merged layer with disabled adapters
+
+
+def suspend(layer: Any) -> None:
+    """Give the base weights their values without the merged adapters until `resume`; `merged_adapters` stays."""
+    if layer.__dict__.get("_merge_suspended") or not layer.merged:
+        return
+    names = list(layer.merged_adapters)
+    layer.unmerge()
+    layer.merged_adapters[:] = names
+    layer._merge_suspended = True
+
+
+def resume(layer: Any) -> None:
+    """Merge again what `suspend` took out."""
+    if layer.__dict__.pop("_merge_suspended", None):
+        names = list(layer.merged_adapters)
+        layer.merged_adapters.clear()
+        layer.merge(adapter_names=names)
