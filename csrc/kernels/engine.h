@@ -1,0 +1,52 @@
+/* engine.h: one pass over a weight in units: undo an old delta, apply a new one, check, record (engine.c), and the
+ * operations made of it (merge.c).
+ *
+ * The weight is walked along its contiguous direction ("rows" of the walk; a transposed weight swaps the factors'
+ * parts, which changes no bit). A unit is at most UNIT_COLS columns of a few rows. Units are taken in an order that
+ * keeps the packed factors of a range of columns in the L2 cache while the rows stream by. A unit is written only after
+ * its check and its record succeeded. */
+#ifndef PEFT_C_KERNELS_ENGINE_H
+#define PEFT_C_KERNELS_ENGINE_H
+
+#include <stdatomic.h>
+
+#include "record.h"
+
+enum { ROW_GROUP = 48 }; /* packed rows lie in groups of as many: a multiple of MR and of every vector */
+
+/* A delta made ready: for PK_LOWRANK, with R = rank,
+ *   panels [cols / nr][R][nr]   the factor along the walk's rows, zero padded
+ *   rows [rows / 48][R][48]     the other one, times scale and alpha */
+typedef struct {
+    const pk_delta *d;
+    int64_t rank;
+    char *panels, *rows;
+    pk_mat full; /* turned as the walk is */
+} delta_source;
+
+typedef struct {
+    const pk_isa *isa;
+    pk_mat w; /* turned as the walk is */
+    int wide, transposed, direct;
+    int64_t unit_rows, unit_cols, row_units, col_units, chunk;
+    const delta_source *old, *new_;
+    row_op op; /* of new_ */
+    int check, dry;
+    const pk_record *in;
+    pk_record *out;
+    record_head in_head;
+    _Atomic uint64_t used;
+    uint64_t room;
+    atomic_int status, changed;
+} engine_job;
+
+void engine_setup(engine_job *job, const pk_mat *w, int transposed);
+int64_t engine_units(const engine_job *job);
+/* packs d's factors for the job's walk; takes its memory from area */
+int source_prepare(delta_source *s, const engine_job *job, const pk_delta *d, work_area *area, pk_parallel_fn par);
+/* over all units; returns job->status or PK_EPARALLEL */
+int engine_run(engine_job *job, pk_parallel_fn par);
+/* over all units of job->in: sets job->changed if one's hash differs */
+int engine_match(engine_job *job, pk_parallel_fn par);
+
+#endif

@@ -1,0 +1,109 @@
+/* internal.h: what the drivers (merge.c, lowrank.c, matrix.c, record.c) and the ISA files say to each other.
+ *
+ * "acc" is the accumulation type: float, or double where index 1 is used (PK_F64). A dtype's own acc is double for
+ * PK_F64 and float for the others; rows of another acc are converted one element at a time by matrix.c. */
+#ifndef PEFT_C_KERNELS_INTERNAL_H
+#define PEFT_C_KERNELS_INTERNAL_H
+
+#include "kernels.h"
+
+#define INLINE inline __attribute__((always_inline))
+
+enum {
+    MR = 6,           /* rows of the micro-tile */
+    NR_MAX = 64,      /* widest panel of any ISA, and what layouts are padded to */
+    UNIT_COLS = 512,  /* a unit: at most UNIT_COLS columns and UNIT_SIZE elements (padded) of a weight */
+    UNIT_SIZE = MR * UNIT_COLS,
+    DEPTH = 128       /* longest panel kept on a stack */
+};
+
+typedef enum { OP_ADD, OP_SUB, OP_MUL, OP_DIV, OP_SET } row_op;
+
+/* Kernels of one dtype S; n elements, contiguous unless strides are given. */
+typedef struct {
+    /* dst[p * ld + j] = scale * src[p * sp + j * sj], p < np, j < nj: S -> acc */
+    void (*pack)(const void *src, int64_t sp, int64_t sj, int64_t np, int64_t nj, void *dst, int64_t ld, double scale);
+    /* out = round(w op d); out may be w. OP_SET ignores w. */
+    void (*apply)(row_op op, const void *w, const void *d, void *out, int64_t n);
+    /* out = round(w op d), back = round(out inverse-op d); writes to idx the places where back is not w's bits (or NaN)
+     * and returns how many; *bad |= 1 if out has inf or NaN. op is OP_ADD or OP_MUL; out, back, w do not overlap.
+     * idx needs 32 places to spare. */
+    int64_t (*record)(row_op op, const void *w, const void *d, void *out, void *back, int64_t n, uint16_t *idx, int *bad);
+    /* t[i * ldt + j] = sum_k x[i * ldx + k] a[j * lda + k], i < m, j < r; a is S ([0]) or acc ([1]), t is acc */
+    void (*dot[2])(const void *x, int64_t ldx, int64_t m, const void *a, int64_t lda, int64_t r, int64_t k, void *t,
+                   int64_t ldt);
+    /* 1 if all finite */
+    int (*finite)(const void *a, int64_t n);
+} pk_row_kernels;
+
+typedef struct {
+    const char *name;
+    int math;  /* 0: multiply, then add; 1: fused */
+    int nr[2]; /* panel width for float, double acc */
+    /* d[i * ldd + j] (+)= sum_p row[p * ldrow + i] panel[p * nr + j], i < mr (1..MR), j < nr: acc */
+    void (*tile[2])(int64_t depth, const void *row, int64_t ldrow, const void *panel, void *d, int64_t ldd, int mr,
+                    int add);
+    /* 32 lanes of a running hash, n bytes (a tail is padded with zeros to 128) */
+    void (*hash)(uint32_t *state, const void *p, int64_t n);
+    pk_row_kernels dtype[PK_NDTYPES];
+} pk_isa;
+
+/* pick.c */
+const pk_isa *pk_isa_now(void);
+const pk_isa *pk_isa_with_math(int math); /* the one in use if it has it, else another, else NULL */
+
+extern const pk_isa pk_isa_generic;
+#if defined(__x86_64__)
+extern const pk_isa pk_isa_avx2, pk_isa_avx512;
+#elif defined(__aarch64__)
+extern const pk_isa pk_isa_neon;
+#endif
+
+/* matrix.c */
+static inline int64_t round_up(int64_t v, int64_t step) { return (v + step - 1) / step * step; }
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t acc_size(int wide) { return wide ? 8 : 4; }
+static inline char *mat_at(const pk_mat *a, int64_t i, int64_t j) {
+    return (char *)a->data + (i * a->rs + j * a->cs) * pk_dtype_size(a->dtype);
+}
+static inline pk_mat mat_transposed(pk_mat a) {
+    const pk_mat t = {a.data, a.cols, a.rows, a.cs, a.rs, a.dtype};
+    return t;
+}
+int mat_valid(const pk_mat *a); /* known dtype, sizes >= 0, data unless empty */
+/* dst[p * ld + j] = scale * a(p0 + p, j0 + j) as acc, p < np, j < nj */
+void mat_pack(const pk_isa *isa, const pk_mat *a, int64_t p0, int64_t j0, int64_t np, int64_t nj, void *dst, int64_t ld,
+              double scale, int wide);
+/* a(p0 + p, j0 + j) = scale * src[p * ld + j], acc -> dtype */
+void mat_unpack(const pk_isa *isa, const pk_mat *a, int64_t p0, int64_t j0, int64_t np, int64_t nj, const void *src,
+                int64_t ld, double scale, int wide);
+/* raw bits, contiguous rows <-> strided columns */
+void bits_gather(const pk_mat *a, int64_t i, int64_t j, int64_t n, void *dst);
+void bits_scatter(const pk_mat *a, int64_t i, int64_t j, int64_t n, const void *src);
+
+/* par or serial; work = estimated cycles of one index. 0, or PK_EPARALLEL. */
+int run_parallel(pk_parallel_fn par, int64_t n, int64_t work, pk_range_fn fn, void *ctx);
+
+/* A stack over the caller's workspace; with base NULL it only counts. Put used back to free what came after. */
+typedef struct {
+    char *base;
+    size_t used, peak;
+} work_area;
+static inline work_area work_start(void *work) {
+    const work_area a = {(char *)(((uintptr_t)work + 63u) & ~(uintptr_t)63u), 0, 0};
+    return a;
+}
+static inline void *work_take(work_area *a, int64_t bytes) {
+    char *const p = a->base ? a->base + a->used : NULL;
+    a->used += (size_t)round_up(bytes, 64);
+    if (a->used > a->peak) a->peak = a->used;
+    return p;
+}
+static inline size_t work_total(const work_area *a) { return a->peak ? a->peak + 64 : 0; }
+
+/* merge.c: y op= sum_i scale_i up_i down_i, op OP_ADD or OP_SET, plain */
+size_t product_work(const pk_mat *y, const pk_lowrank *f, int nf);
+int product_run(const pk_mat *y, const pk_lowrank *f, int nf, row_op op, void *work, pk_parallel_fn par);
+
+#endif

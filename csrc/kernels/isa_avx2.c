@@ -1,0 +1,120 @@
+/* isa_avx2.c: AVX2 with FMA and F16C (Haswell, Zen and later). */
+#if defined(__x86_64__)
+#include "pragma_x86.h"
+PK_TARGET_BEGIN("avx2,fma,f16c,bmi,popcnt")
+#include <immintrin.h>
+#include "dtype.h"
+#include "internal.h"
+
+typedef __m256 vf;
+typedef __m256d vd;
+#define VFN 8
+#define VDN 4
+#define NV 2
+#define DOT_M 2
+#define ISA_TABLE pk_isa_avx2
+#define ISA_NAME "avx2"
+#define ISA_MATH 1
+
+static INLINE vf vf_load(const float *p) { return _mm256_loadu_ps(p); }
+static INLINE void vf_store(float *p, vf v) { _mm256_storeu_ps(p, v); }
+static INLINE vf vf_set1(float x) { return _mm256_set1_ps(x); }
+static INLINE vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+static INLINE vf vf_add(vf a, vf b) { return _mm256_add_ps(a, b); }
+static INLINE vf vf_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
+static INLINE vf vf_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+static INLINE vf vf_div(vf a, vf b) { return _mm256_div_ps(a, b); }
+static INLINE float vf_sum(vf a) {
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+static INLINE uint32_t vf_differ(vf a, vf b) {
+    const __m256i same = _mm256_cmpeq_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b));
+    const __m256 ok = _mm256_and_ps(_mm256_castsi256_ps(same), _mm256_cmp_ps(b, b, _CMP_ORD_Q));
+    return 0xffu & ~(uint32_t)_mm256_movemask_ps(ok);
+}
+static INLINE uint16_t *vf_index(uint32_t mask, int64_t base, uint16_t *at) {
+    for (; mask; mask &= mask - 1) *at++ = (uint16_t)(base + __builtin_ctz(mask));
+    return at;
+}
+static INLINE vf vf_put_f32(float *p, vf v) {
+    _mm256_storeu_ps(p, v);
+    return v;
+}
+static INLINE vf vf_load_bf16(const uint16_t *p) {
+    const __m128i h = _mm_loadu_si128((const __m128i *)(const void *)p);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+static INLINE vf vf_put_bf16(uint16_t *p, vf v) {
+    const __m256i u = _mm256_castps_si256(v), high = _mm256_srli_epi32(u, 16);
+    const __m256i even = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    __m256i r = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), even), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    r = _mm256_blendv_epi8(r, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
+    _mm_storeu_si128((__m128i *)(void *)p, _mm256_castsi256_si128(packed));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(r, 16));
+}
+static INLINE vf vf_load_f16(const uint16_t *p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p));
+}
+static INLINE vf vf_put_f16(uint16_t *p, vf v) {
+    const __m128i h = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128((__m128i *)(void *)p, h);
+    return _mm256_cvtph_ps(h);
+}
+static INLINE void vf_transpose(vf *b) {
+    vf t[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(b[i], b[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(b[i], b[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
+            b[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
+        }
+    for (int j = 0; j < 4; j++) {
+        t[j] = _mm256_permute2f128_ps(b[j], b[j + 4], 0x20);
+        t[j + 4] = _mm256_permute2f128_ps(b[j], b[j + 4], 0x31);
+    }
+    memcpy(b, t, sizeof t);
+}
+
+static INLINE vd vd_load(const double *p) { return _mm256_loadu_pd(p); }
+static INLINE void vd_store(double *p, vd v) { _mm256_storeu_pd(p, v); }
+static INLINE vd vd_set1(double x) { return _mm256_set1_pd(x); }
+static INLINE vd vd_fma(vd a, vd b, vd c) { return _mm256_fmadd_pd(a, b, c); }
+static INLINE vd vd_add(vd a, vd b) { return _mm256_add_pd(a, b); }
+static INLINE vd vd_sub(vd a, vd b) { return _mm256_sub_pd(a, b); }
+static INLINE vd vd_mul(vd a, vd b) { return _mm256_mul_pd(a, b); }
+static INLINE vd vd_div(vd a, vd b) { return _mm256_div_pd(a, b); }
+static INLINE double vd_sum(vd a) {
+    const __m128d q = _mm_add_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(q, _mm_unpackhi_pd(q, q)));
+}
+static INLINE uint32_t vd_differ(vd a, vd b) {
+    const __m256i same = _mm256_cmpeq_epi64(_mm256_castpd_si256(a), _mm256_castpd_si256(b));
+    const __m256d ok = _mm256_and_pd(_mm256_castsi256_pd(same), _mm256_cmp_pd(b, b, _CMP_ORD_Q));
+    return 0xfu & ~(uint32_t)_mm256_movemask_pd(ok);
+}
+static INLINE uint16_t *vd_index(uint32_t mask, int64_t base, uint16_t *at) { return vf_index(mask, base, at); }
+static INLINE vd vd_put_f64(double *p, vd v) {
+    _mm256_storeu_pd(p, v);
+    return v;
+}
+static INLINE void vd_transpose(vd *b) {
+    const vd t0 = _mm256_unpacklo_pd(b[0], b[1]), t1 = _mm256_unpackhi_pd(b[0], b[1]);
+    const vd t2 = _mm256_unpacklo_pd(b[2], b[3]), t3 = _mm256_unpackhi_pd(b[2], b[3]);
+    b[0] = _mm256_permute2f128_pd(t0, t2, 0x20);
+    b[1] = _mm256_permute2f128_pd(t1, t3, 0x20);
+    b[2] = _mm256_permute2f128_pd(t0, t2, 0x31);
+    b[3] = _mm256_permute2f128_pd(t1, t3, 0x31);
+}
+
+#include "isa.inc"
+PK_TARGET_END
+#else
+typedef int pk_no_avx2;
+#endif

@@ -1,0 +1,74 @@
+/* pick.c: which ISA runs. The one mutable word of the kernels is the atomic pointer to the chosen table. */
+#include <stdatomic.h>
+#include <string.h>
+
+#include "internal.h"
+
+static _Atomic(const pk_isa *) chosen = NULL;
+
+static int has_avx2(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+    return 0;
+#endif
+}
+
+static int has_avx512(void) {
+#if defined(__x86_64__)
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+    return 0;
+#endif
+}
+
+/* the i-th available ISA, best first */
+static const pk_isa *available(int i) {
+    const pk_isa *list[4] = {NULL};
+    int n = 0;
+#if defined(__x86_64__)
+    if (has_avx512()) list[n++] = &pk_isa_avx512;
+    if (has_avx2()) list[n++] = &pk_isa_avx2;
+#elif defined(__aarch64__)
+    list[n++] = &pk_isa_neon;
+#else
+    (void)has_avx2;
+    (void)has_avx512;
+#endif
+    list[n++] = &pk_isa_generic;
+    return i >= 0 && i < n ? list[i] : NULL;
+}
+
+const pk_isa *pk_isa_now(void) {
+    const pk_isa *isa = atomic_load_explicit(&chosen, memory_order_acquire);
+    if (!isa) {
+        isa = available(0);
+        atomic_store_explicit(&chosen, isa, memory_order_release);
+    }
+    return isa;
+}
+
+const pk_isa *pk_isa_with_math(int math) {
+    const pk_isa *isa = pk_isa_now();
+    for (int i = 0; isa && isa->math != math; i++) isa = available(i);
+    return isa;
+}
+
+const char *pk_isa_list(int i) {
+    const pk_isa *const isa = available(i);
+    return isa ? isa->name : NULL;
+}
+
+const char *pk_isa_name(void) { return pk_isa_now()->name; }
+
+int pk_isa_select(const char *name) {
+    const pk_isa *isa;
+    for (int i = 0; (isa = available(i)) != NULL; i++)
+        if (name && strcmp(isa->name, name) == 0) {
+            atomic_store_explicit(&chosen, isa, memory_order_release);
+            return 0;
+        }
+    return -1;
+}

@@ -1,0 +1,67 @@
+/* source.c: makes a delta ready for the engine: packs its factors. */
+#include <string.h>
+
+#include "engine.h"
+
+typedef struct {
+    const engine_job *job;
+    const delta_source *s;
+} pack_job;
+
+/* The factor along the walk's rows (panels) and across them; turned, up and down swap. */
+static pk_mat along(const engine_job *job, const pk_lowrank *f) {
+    return job->transposed ? mat_transposed(f->up) : f->down;
+}
+
+static pk_mat across(const engine_job *job, const pk_lowrank *f) {
+    return job->transposed ? f->down : mat_transposed(f->up);
+}
+
+static void pack_panels(int64_t begin, int64_t end, void *ctx) {
+    const pack_job *const p = ctx;
+    const engine_job *const job = p->job;
+    const int64_t nr = job->isa->nr[job->wide], size = acc_size(job->wide), rank = p->s->rank;
+    for (int64_t j = begin; j < end; j++) {
+        char *to = p->s->panels + j * nr * rank * size;
+        const int64_t n = min64(nr, job->w.cols - j * nr);
+        if (n < nr) memset(to, 0, (size_t)(nr * rank * size));
+        for (int i = 0; i < p->s->d->nf; i++) {
+            const pk_mat a = along(job, &p->s->d->factors[i]);
+            mat_pack(job->isa, &a, 0, j * nr, a.rows, n, to, nr, 1.0, job->wide);
+            to += a.rows * nr * size;
+        }
+    }
+}
+
+static void pack_groups(int64_t begin, int64_t end, void *ctx) {
+    const pack_job *const p = ctx;
+    const engine_job *const job = p->job;
+    const int64_t size = acc_size(job->wide), rank = p->s->rank;
+    for (int64_t g = begin; g < end; g++) {
+        char *to = p->s->rows + g * ROW_GROUP * rank * size;
+        const int64_t n = min64(ROW_GROUP, job->w.rows - g * ROW_GROUP);
+        for (int i = 0; i < p->s->d->nf; i++) {
+            const pk_lowrank *const f = &p->s->d->factors[i];
+            const pk_mat b = across(job, f);
+            mat_pack(job->isa, &b, 0, g * ROW_GROUP, b.rows, n, to, ROW_GROUP, f->scale * p->s->d->alpha, job->wide);
+            to += b.rows * ROW_GROUP * size;
+        }
+    }
+}
+
+int source_prepare(delta_source *s, const engine_job *job, const pk_delta *d, work_area *area, pk_parallel_fn par) {
+    memset(s, 0, sizeof *s);
+    s->d = d;
+    if (d->law != PK_LOWRANK) {
+        s->full = job->transposed ? mat_transposed(d->full) : d->full;
+        return PK_OK;
+    }
+    for (int i = 0; i < d->nf; i++) s->rank += d->factors[i].down.rows;
+    const int64_t size = acc_size(job->wide), nr = job->isa->nr[job->wide];
+    s->panels = work_take(area, round_up(job->w.cols, NR_MAX) * s->rank * size);
+    s->rows = work_take(area, round_up(job->w.rows, ROW_GROUP) * s->rank * size);
+    pack_job p = {job, s};
+    const int rc = run_parallel(par, (job->w.cols + nr - 1) / nr, nr * s->rank / 4, pack_panels, &p);
+    if (rc != PK_OK) return rc;
+    return run_parallel(par, (job->w.rows + ROW_GROUP - 1) / ROW_GROUP, ROW_GROUP * s->rank / 4, pack_groups, &p);
+}
