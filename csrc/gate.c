@@ -366,6 +366,19 @@ static PyObject *gate_gate(PyObject *module, PyObject *args) {
     return result;
 }
 
+static PyObject *gate_info(PyObject *module, PyObject *unused) {
+    PyObject *all = PyList_New(0);
+    (void)unused;
+    for (int i = 0; all != NULL && pk_isa_list(i) != NULL; i++) {
+        PyObject *name = PyUnicode_FromString(pk_isa_list(i));
+        if (name == NULL || PyList_Append(all, name) < 0) Py_CLEAR(all);
+        Py_XDECREF(name);
+    }
+    if (all == NULL) return NULL;
+    return Py_BuildValue("{s:s,s:N,s:i}", "isa", pk_isa_name(), "isas", all, "threads",
+                         torch_shim_threads(&state_of(module)->torch));
+}
+
 static PyObject *gate_is_fast(PyObject *module, PyObject *unused) {
     (void)unused;
     return PyBool_FromLong(state_of(module)->fast);
@@ -381,9 +394,14 @@ static PyObject *gate_set_fast(PyObject *module, PyObject *value) {
 }
 
 int gate_init(PyObject *module, module_state *state) {
-    const char *fast = getenv("PEFT_C_FAST");
+    const char *fast = getenv("PEFT_C_FAST"), *isa = getenv("PEFT_C_ISA");
     (void)module;
     state->fast = fast == NULL || strcmp(fast, "0") != 0;
+    if (isa != NULL && *isa != '\0' && pk_isa_select(isa) != 0) {
+        PyErr_Format(PyExc_ImportError, "PEFT_C_ISA=%s is no instruction set that this machine can run; the best one is %s", isa,
+                     pk_isa_list(0));
+        return -1;
+    }
     return 0;
 }
 
@@ -392,6 +410,8 @@ PyMethodDef gate_methods[] = {
      "gate(layer, x=None)\n--\n\n"
      "(path, name, reason): the path that a forward of this layer takes now, and why. path is \"C\", \"composed\", \"merged\",\n"
      "\"disabled\" or \"base\"."},
+    {"info", gate_info, METH_NOARGS,
+     "info()\n--\n\nThe instruction set in use (isa), those that this machine can run (isas), and torch's threads."},
     {"is_fast", gate_is_fast, METH_NOARGS, "is_fast()\n--\n\nMay C act where it can?"},
     {"set_fast", gate_set_fast, METH_O, "set_fast(enabled)\n--\n\nSet the process-wide switch; returns what it was."},
     {NULL, NULL, 0, NULL},

@@ -35,6 +35,7 @@
     X(function_modes, "torch", "_C._len_torch_function_stack")        \
     X(dispatch_modes, "torch", "_C._len_torch_dispatch_stack")        \
     X(functorch_top, "torch", "_C._functorch.peek_interpreter_stack") \
+    X(is_functorch_tensor, "torch", "_C._functorch.is_functorch_wrapped_tensor") \
     X(tracing_state, "torch", "_C._get_tracing_state")                \
     X(increment_version, "torch", "_C._increment_version")            \
     X(forward_ad, "torch.autograd.forward_ad", "__dict__")            \

@@ -138,6 +138,26 @@ static view_status torch_view(const module_state *state, PyObject *tensor, Tenso
     return view_fill(&raw, out);
 }
 
+/* A tensor that the exchange table refused: what is it? */
+static view_status refused(const module_state *state, PyObject *tensor) {
+    static const struct {
+        const char *flag;
+        view_status status;
+    } kinds[] = {
+        {"is_quantized", VIEW_QUANTIZED}, {"is_nested", VIEW_NESTED},     {"is_sparse", VIEW_SPARSE},
+        {"is_sparse_csr", VIEW_SPARSE},   {"is_mkldnn", VIEW_MKLDNN},     {"is_meta", VIEW_META},
+    };
+    if (ask(state->objects.is_functorch_tensor, tensor) == 1) return VIEW_FUNCTORCH;
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+        PyObject *flag = PyObject_GetAttrString(tensor, kinds[i].flag);
+        const bool yes = flag == Py_True;
+        if (flag == NULL) PyErr_Clear();
+        Py_XDECREF(flag);
+        if (yes) return kinds[i].status;
+    }
+    return VIEW_NO_STRIDES;
+}
+
 view_status view_again(const module_state *state, PyObject *tensor, TensorView *out) {
     bool is_complex;
     return torch_view(state, tensor, out, &is_complex);
@@ -146,6 +166,7 @@ view_status view_again(const module_state *state, PyObject *tensor, TensorView *
 view_status view_peek(const module_state *state, PyObject *tensor, TensorView *out) {
     bool is_complex;
     const view_status status = torch_view(state, tensor, out, &is_complex);
+    if (status == VIEW_NO_STRIDES) return refused(state, tensor);
     if (is_complex && ask(state->objects.is_conj, tensor) != 0) return VIEW_CONJ;
     if (status == VIEW_OK && ask(state->objects.is_neg, tensor) != 0) return VIEW_NEG;
     return status;

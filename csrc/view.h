@@ -21,8 +21,13 @@ enum { VIEW_MAX_DIMS = 16 };
 #define VIEW_STATUSES(X)                                                                                                 \
     X(OK, TypeError, "is fine")                                                                                          \
     X(NO_ARRAY, TypeError, "is no tensor or array")                                                                      \
-    X(NO_STRIDES, TypeError,                                                                                             \
-      "has no plain strided storage of its own (a meta, sparse, quantized, mkldnn, nested or functorch tensor)")         \
+    X(NO_STRIDES, TypeError, "has no strided storage of its own")                                                        \
+    X(META, TypeError, "is on the meta device: a shape without data")                                                    \
+    X(SPARSE, TypeError, "is sparse; call to_dense() first")                                                             \
+    X(MKLDNN, TypeError, "has mkldnn layout; call to_dense() first")                                                     \
+    X(QUANTIZED, TypeError, "is quantized; call dequantize() first")                                                     \
+    X(NESTED, TypeError, "is a nested tensor")                                                                           \
+    X(FUNCTORCH, TypeError, "belongs to a torch.func transform (vmap, grad, ...)")                                       \
     X(NO_DATA, TypeError, "has no data (a fake, functional or wrapper tensor, or freed storage)")                        \
     X(DEVICE, ValueError, "is not on the CPU")                                                                           \
     X(DTYPE, TypeError, "has an unsupported dtype; float32, float64, bfloat16 and float16 are")                          \
