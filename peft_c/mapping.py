@@ -24,7 +24,7 @@ class _Registry(dict):
         if not dict.__contains__(self, key) and isinstance(key, str) and key in PeftType.__members__:
             package = f"{__package__}.tuners.{PeftType(key).value.lower()}"
             try:
-                importlib.import_module(package)
+                getattr(importlib.import_module(package), "_register", bool)()  # packages that register late
             except ModuleNotFoundError as exc:
                 if exc.name != package:
                     raise

@@ -1,7 +1,4 @@
-"""LoRA: configuration, layers, model, variants and initialisation schemes; every name is imported when first used.
-
-The method is registered, by name, in `utils.peft_types`.
-"""
+"""LoRA: configuration, layers, model, variants and initialisation schemes; every name is imported when first used."""
 
 from __future__ import annotations
 
@@ -38,6 +35,23 @@ _BACKENDS = {
 }
 
 __all__ = sorted(_TABLE)
+
+
+_registered = False
+
+
+def _register() -> None:
+    """Register the method; `mapping` calls this when it is first asked for LoRA, so that a config costs no more."""
+    global _registered
+    if _registered:
+        return
+    _registered = True
+    from peft_c.utils.peft_types import register_peft_method
+
+    from .config import LoraConfig
+    from .model import LoraModel
+
+    register_peft_method(name="lora", config_cls=LoraConfig, model_cls=LoraModel, is_mixed_compatible=True)
 
 
 def __getattr__(name: str) -> Any:
