@@ -4,6 +4,9 @@
 #include <numpy/ndarraytypes.h>
 #include <string.h>
 
+#define KEEPER_VERSIONED "peft_c.dltensor_versioned"
+#define KEEPER_LEGACY "peft_c.dltensor"
+
 const char *view_dtype_name(pk_dtype dtype) {
     static const char *const names[] = {
 #define X(dtype, name, bits, code) [dtype] = name,
@@ -217,14 +220,20 @@ static int numpy_is_array(PyObject *object) {
     return yes;
 }
 
+/* Frees what the producer lent. Its deleter may run Python, so an exception on its way is put aside meanwhile. */
 static void capsule_keeper_free(PyObject *keeper) {
-    dl_managed_versioned *managed = PyCapsule_GetPointer(keeper, "peft_c.dltensor_versioned");
-    if (managed != NULL && managed->deleter != NULL) managed->deleter(managed);
-}
-
-static void capsule_keeper_free_legacy(PyObject *keeper) {
-    dl_managed *managed = PyCapsule_GetPointer(keeper, "peft_c.dltensor");
-    if (managed != NULL && managed->deleter != NULL) managed->deleter(managed);
+    const char *name = PyCapsule_GetName(keeper);
+    void *managed = PyCapsule_GetPointer(keeper, name);
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    if (strcmp(name, KEEPER_VERSIONED) == 0) {
+        dl_managed_versioned *versioned = managed;
+        if (versioned->deleter != NULL) versioned->deleter(versioned);
+    } else {
+        dl_managed *legacy = managed;
+        if (legacy->deleter != NULL) legacy->deleter(legacy);
+    }
+    PyErr_Restore(type, value, trace);
 }
 
 /* Takes over a capsule of `__dlpack__` as the protocol says: renamed "used_...", its tensor freed by our keeper. */
@@ -232,7 +241,7 @@ static int capsule_view(PyObject *capsule, TensorView *out, view_status *status)
     const dl_tensor *tensor = NULL;
     if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
         dl_managed_versioned *managed = PyCapsule_GetPointer(capsule, "dltensor_versioned");
-        out->keep = PyCapsule_New(managed, "peft_c.dltensor_versioned", capsule_keeper_free);
+        out->keep = PyCapsule_New(managed, KEEPER_VERSIONED, capsule_keeper_free);
         if (out->keep == NULL) return -1;
         if (PyCapsule_SetName(capsule, "used_dltensor_versioned") < 0) return -1;
         if (managed->version.major != DL_MAJOR) {
@@ -245,7 +254,7 @@ static int capsule_view(PyObject *capsule, TensorView *out, view_status *status)
     } else {
         dl_managed *managed = PyCapsule_GetPointer(capsule, "dltensor"); /* raises for any other capsule */
         if (managed == NULL) return -1;
-        out->keep = PyCapsule_New(managed, "peft_c.dltensor", capsule_keeper_free_legacy);
+        out->keep = PyCapsule_New(managed, KEEPER_LEGACY, capsule_keeper_free);
         if (out->keep == NULL || PyCapsule_SetName(capsule, "used_dltensor") < 0) return -1;
         tensor = &managed->tensor;
     }
