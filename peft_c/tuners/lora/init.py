@@ -25,13 +25,13 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 def initialize(layer: Any, adapter_name: str, config: Any) -> None:
     """Initialise `adapter_name` of `layer` as `config.init_lora_weights` says.
 
-    Layers whose factors are `nn.Linear` know every scheme. Embeddings and convolutions know "loftq" (embeddings also
+    Linear layers of all kinds know every scheme. Embeddings and convolutions know "loftq" (embeddings also
     "mica"); for "lora_ga" they take the default, and `reset_lora_parameters` decides about the rest. False keeps the
     parameters as they were constructed.
     """
     value = config.init_lora_weights
     scheme = _scheme_name(value)
-    if not isinstance(layer.lora_A[adapter_name] if adapter_name in layer.lora_A else None, nn.Linear):
+    if adapter_name not in layer.lora_A or isinstance(layer.lora_A[adapter_name], nn.modules.conv._ConvNd):
         value = True if scheme == "lora_ga" else value
         scheme = scheme if scheme in ("loftq", "mica") else None
     if scheme == "eva":
