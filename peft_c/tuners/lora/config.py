@@ -84,10 +84,10 @@ class VeloraConfig:
     def __post_init__(self):
         _require(self.num_groups > 0, f"`num_groups` should be positive, got {self.num_groups}.")
         _require(self.scale > 0, f"`scale` should be positive, got {self.scale}.")
-        known = ("batch_average_once", "batch_average", "random")
         _require(
-            self.init_type in known,
-            f"Unsupported `init_type` {self.init_type!r}. Supported values are {', '.join(map(repr, known))}.",
+            self.init_type in ("batch_average_once", "batch_average", "random"),
+            f"Unsupported `init_type` {self.init_type!r}. "
+            "Supported values are 'batch_average_once', 'batch_average', and 'random'.",
         )
 
 
