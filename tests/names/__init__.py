@@ -1,0 +1,1 @@
+"""Public names and signatures against the installed peft's."""
