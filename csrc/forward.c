@@ -188,7 +188,9 @@ static int add_raw(const module_state *state, const gate_plan *plan, PyObject *x
     if (!rows_of(state, x, &p.x, &copy) || !rows_of(state, out, &p.y, NULL)) goto done;
     for (int i = 0; i < p.count; i++) {
         const gate_term *term = &plan->terms[i];
+        const pk_lowrank *f = &p.factors[i];
         if (!factor_of(state, term->down, term->up, term->scale, &p.factors[i])) goto done;
+        if (f->down.cols != p.x.cols || f->up.rows != p.y.cols) goto done;
     }
     rc = product_run(state, &p) < 0 ? -1 : 1;
 done:

@@ -31,6 +31,11 @@ def is_fast() -> bool:
     return _C.is_fast()
 
 
+def increment_version(*tensors: torch.Tensor) -> None:
+    """Tell autograd that C wrote into these tensors, as PyTorch's own in-place operations do; nothing for inference tensors."""
+    torch.autograd.graph.increment_version(tensors)
+
+
 # ---------------------------------------------------------------------------------------------------------- explain
 
 
@@ -69,7 +74,9 @@ class Explanation(list[LayerPath]):
             return self._summary()
         rows = [self.header, *self._rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(len(self.header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
         return "\n".join([*lines, self._summary()])
 
     __repr__ = __str__
