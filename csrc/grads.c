@@ -419,15 +419,15 @@ done:
     return rc;
 }
 
-int grads_list(const module_state *state, PyObject *layer, PyObject *dict, PyObject *names, PyObject *list) {
+int grads_list(const module_state *state, PyObject *layer, PyObject *dict, PyObject *skip, PyObject *list) {
     containers all;
     if (containers_open(state, layer, dict, &all) < 0) return -1;
     int rc = -1;
     visit_context context = {.state = state, .list = list};
-    PyObject *set = suspects(state, dict, &all), *both = set ? PyNumber_Or(set, names) : NULL;
-    if (both != NULL) rc = each_entry(&all, both, NULL, visit_list, &context);
+    PyObject *set = suspects(state, dict, &all), *others = set ? PyNumber_Subtract(set, skip) : NULL;
+    if (others != NULL) rc = each_entry(&all, others, NULL, visit_list, &context);
     Py_XDECREF(set);
-    Py_XDECREF(both);
+    Py_XDECREF(others);
     containers_free(&all);
     return rc;
 }

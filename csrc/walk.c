@@ -65,7 +65,7 @@ typedef struct {
     PyTypeObject *last_type; /* the class asked about last, and the answer */
     int last_plain;
     module_set seen;
-    PyObject **stack; /* borrowed from the parents' dicts; nothing runs between a push and its pop but own_walk() */
+    PyObject **stack; /* strong references: modules to visit, the next one last */
     size_t depth, capacity;
 } walk;
 
@@ -117,7 +117,8 @@ static int push_children(walk *self, PyObject *module, PyObject *children) {
     PyObject *name, *child;
     while (PyDict_Next(children, &position, &name, &child)) {
         if (child == Py_None) continue;
-        if (layer && (PyObject *)Py_TYPE(child) == self->state->objects.ModuleDict) {
+        PyObject *const type = (PyObject *)Py_TYPE(child);
+        if (layer && (type == self->state->objects.ModuleDict || type == self->state->objects.ParameterDict)) {
             const int skip = is_container(self, module, name);
             if (skip != 0) {
                 if (skip < 0) return -1;
@@ -186,10 +187,17 @@ static void walk_free(walk *self) {
 
 /* --- find(model, *classes) --- */
 
-/* 1 if object is an instance of `kind`, a class or a tuple of classes. */
+/* 1 if object is an instance of `kind`, a class or a tuple of classes. Classes registered with ABC.register are not
+ * asked: a tuner layer inherits from its base. */
 static int is_a(PyObject *object, PyObject *kind) {
     if (PyType_Check(kind)) return PyType_IsSubtype(Py_TYPE(object), (PyTypeObject *)kind);
-    return PyObject_IsInstance(object, kind);
+    if (!PyTuple_Check(kind)) {
+        PyErr_Format(PyExc_TypeError, "find() takes classes and tuples of classes, got %R", kind);
+        return -1;
+    }
+    int match = 0;
+    for (Py_ssize_t i = 0; match == 0 && i < PyTuple_Size(kind); i++) match = is_a(object, PyTuple_GetItem(kind, i));
+    return match;
 }
 
 static PyObject *walk_find(PyObject *module, PyObject *const *args, Py_ssize_t count) {
@@ -268,7 +276,7 @@ static PyObject *walk_set_requires_grad(PyObject *module, PyObject *const *args,
     return switch_all(module, layer_set_requires_grad, args[0], args[1], args[2]);
 }
 
-/* flags(layer, names): [(tensor, requires_grad)] of the entries that may be trainable and of those named */
+/* flags(layer, skip): [(tensor, requires_grad)] of the entries that may be trainable, but for the adapters in skip */
 static PyObject *walk_flags(PyObject *module, PyObject *const *args, Py_ssize_t count) {
     if (expect("flags", count, 2) < 0) return NULL;
     PyObject *dict = PyObject_GenericGetDict(args[0], NULL), *list = dict ? PyList_New(0) : NULL;
@@ -291,7 +299,8 @@ PyMethodDef walk_methods[] = {
                             "layer.enable_adapters(enabled) for every layer of a list: all or none."),
     METHOD(set_requires_grad, "set_requires_grad($module, layers, names, requires_grad, /)\n--\n\n"
                               "layer.set_requires_grad(names, requires_grad) for every layer of a list: all or none."),
-    METHOD(flags, "flags($module, layer, names, /)\n--\n\n"
-                  "(tensor, requires_grad) of the adapter weights that may be trainable and of the named adapters."),
+    METHOD(flags, "flags($module, layer, skip, /)\n--\n\n"
+                  "[(tensor, requires_grad)] of a layer's adapter weights that may be trainable, but for the adapters in\n"
+                  "skip: a superset of the trainable ones that does not grow with the number of frozen adapters."),
     {NULL, NULL, 0, NULL},
 };

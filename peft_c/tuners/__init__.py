@@ -1,0 +1,36 @@
+"""All tuners: the public names of their packages, each imported when first used."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+# package: its public names. A new tuner adds one row.
+_NAMES: dict[str, str] = {
+    "lora": """
+        ArrowConfig BdLoraConfig EvaConfig KasaConfig LoftQConfig LoraConfig LoraGAConfig LoraModel LoraRuntimeConfig
+        MontecloraConfig VeloraConfig convert_to_lora create_arrow_model get_eva_state_dict
+        initialize_lora_eva_weights preprocess_loraga save_as_lora
+        """,
+    "mixed": "MixedModel",
+    "trainable_tokens": "TrainableTokensConfig TrainableTokensModel",
+}
+_HOME = {name: package for package, names in _NAMES.items() for name in names.split()}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
