@@ -10,8 +10,9 @@ import warnings
 from typing import Any
 
 import torch
-from peft_c.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
+
+from peft_c.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 
 from .config import LoraConfig
 from .layer import VARIANT_KWARG_KEYS, LoraLayer, LoraVariant

@@ -9,8 +9,9 @@ import warnings
 from typing import Any
 
 import torch
-from peft_c.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from peft_c.tuners.tuners_utils import BaseTunerLayer
 
 from ._targets import conv1d_types
 from .config import LoraConfig

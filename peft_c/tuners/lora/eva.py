@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft_c.tuners.tuners_utils import _find_minimal_target_modules, check_target_module_exists
 from torch import nn
 
+from peft_c.tuners.tuners_utils import _find_minimal_target_modules, check_target_module_exists
 from peft_c.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 from peft_c.utils.incremental_pca import IncrementalPCA
 from peft_c.utils.other import _get_submodules, get_pattern_key

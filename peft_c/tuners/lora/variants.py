@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft_c.tuners._buffer_dict import BufferDict
 from torch import nn
 
+from peft_c.tuners._buffer_dict import BufferDict
 from peft_c.utils.integrations import dequantize_module_weight, gather_params_ctx
 from peft_c.utils.other import transpose
 
@@ -584,6 +584,7 @@ class MontecloraLinearVariant(_AdditiveVariant):
             samplers[active_adapter] = MontecloraLinearVariant._create_sampler(
                 module, active_adapter, module._lora_monteclora_config[active_adapter]
             )
+        x = dropout(x.to(A.weight.dtype))  # before sampling: both draw random numbers
         weight = A.weight
         if module.training:
             noise, shares = samplers[active_adapter]()
@@ -591,7 +592,7 @@ class MontecloraLinearVariant(_AdditiveVariant):
                 warnings.warn("Monteclora sampling produced NaNs, using base weights.")
             else:
                 weight = torch.einsum("n,nij->ij", shares, weight.T + noise).T
-        return result + B(F.linear(dropout(x.to(A.weight.dtype)), weight)) * scaling
+        return result + B(F.linear(x, weight)) * scaling
 
 
 # ---------------------------------------------------------------- MiCA
