@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 from typing import Any
 
-
 # The PEFT version whose API and file formats these are; programs that `import peft` compare it.
 __version__ = "0.21.2"
 
@@ -18,7 +17,6 @@ except ModuleNotFoundError as exc:
     raise ImportError("peft_c needs PyTorch: install torch >= 2.10 (https://pytorch.org/get-started)") from exc
 
 from . import _C  # noqa: E402, F401  (raises an ImportError that names what an unsuitable torch lacks)
-
 
 # module: the public names that are found there
 _NAMES: dict[str, str] = {

@@ -7,9 +7,9 @@ import os
 import platform
 import runpy
 import sys
+from types import ModuleType
 
-from . import __version__, _C
-
+from . import _C, __version__
 
 _HELP = """\
 Run a program that says `import peft` with peft_c in its place:
@@ -27,7 +27,7 @@ the version of "peft" reads {version}; the real peft need not be installed. Proc
   python -m peft_c --help                    show this
 
 In a notebook: `import peft_c; peft_c.install_as_peft()` in the first cell.
-Environment: PEFT_C_FAST=0 switches the C paths off.
+Environment: PEFT_C_FAST=0 switches the C paths off, PEFT_C_ISA=avx2 (generic, ...) chooses kernels.
 """
 
 _LIBRARIES = (
@@ -53,17 +53,20 @@ def environment() -> dict[str, str]:
     """What matters for a bug report, as label -> text."""
     import torch
 
+    core = _C.info()
+    symbols = core.get("symbols", "all that are needed were found")
     facts = {
         "peft_c": f"{_installed('peft_c')} (API and files of PEFT {__version__})",
         "extension": os.path.basename(_C.__file__),
+        "kernels": f"{core['isa']}, of {', '.join(core['isas'])} on this {platform.machine()} processor",
+        "threads": f"{core['threads']} (torch.get_num_threads), {os.cpu_count()} CPUs",
+        "C paths": "on" if _C.is_fast() else "off",
+        "torch symbols": symbols if isinstance(symbols, str) else ", ".join(symbols),
         "python": f"{platform.python_version()} ({platform.python_implementation()}), {platform.platform()}",
-        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} CPUs",
-        "PEFT_C_FAST": os.environ.get("PEFT_C_FAST", "not set"),
     }
-    describe = getattr(_C, "describe", None)
-    if describe is not None:
-        facts.update({key: str(value) for key, value in describe().items()})
+    facts.update({name: os.environ[name] for name in ("PEFT_C_FAST", "PEFT_C_ISA") if name in os.environ})
     facts.update({name: _installed(name) for name in _LIBRARIES})
+    facts["torch"] = f"{torch.__version__} (CUDA {torch.version.cuda or 'not built in'})"
     return facts
 
 
@@ -103,9 +106,9 @@ def main(arguments: list[str]) -> int:
         sys.argv = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     elif first == "-c":
-        sys.argv = ["-c", *rest[1:]]
-        sys.path[0] = ""
-        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
+        sys.argv, sys.path[0] = ["-c", *rest[1:]], ""
+        program = sys.modules["__main__"] = ModuleType("__main__")
+        exec(compile(rest[0], "<string>", "exec"), program.__dict__)
     else:
         sys.argv = arguments
         sys.path[0] = os.path.dirname(os.path.abspath(first))

@@ -10,7 +10,6 @@ import importlib.util
 import sys
 from types import ModuleType
 
-
 _OURS, _NAME = __package__, "peft"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import Optional
 
 from .config import PeftConfig
 from .peft_model import (
@@ -17,7 +16,6 @@ from .peft_model import (
     PeftModelForTokenClassification,
 )
 from .utils.constants import TOKENIZER_CONFIG_NAME
-
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
     "SEQ_CLS": PeftModelForSequenceClassification,
@@ -69,9 +67,9 @@ class _BaseAutoPeftModel:
         pretrained_model_name_or_path,
         adapter_name: str = "default",
         is_trainable: bool = False,
-        config: Optional[PeftConfig] = None,
-        revision: Optional[str] = None,
-        import_allowlist: Optional[list[str]] = None,
+        config: PeftConfig | None = None,
+        revision: str | None = None,
+        import_allowlist: list[str] | None = None,
         **kwargs,
     ):
         """Loads the base model that the adapter's configuration names, then the adapter on top of it.
@@ -129,7 +127,8 @@ class _BaseAutoPeftModel:
         if not check_import_allowlist(import_allowlist, library):
             raise ValueError(
                 f"The auto mapping wants to import '{library}' which is not in the import allowlist. If you are sure "
-                f"that importing this library is safe, specify `import_allowlist=['{library}']` in `from_pretrained()`."
+                f"that importing this library is safe, specify `import_allowlist=['{library}']` in "
+                "`from_pretrained()`."
             )
         return getattr(importlib.import_module(library), config.auto_mapping["base_model_class"])
 

@@ -9,12 +9,11 @@ import os
 import re
 import warnings
 from dataclasses import asdict, dataclass, field
-from typing import Any, Optional, Union
+from typing import Any
 
 from . import __version__, hub
 from .utils.constants import CONFIG_NAME
 from .utils.peft_types import PeftType, TaskType
-
 
 # A JSON file with unknown keys counts as an adapter configuration only when it has these.
 MIN_EXPECTED_CONFIG_KEYS = {"peft_type"}
@@ -46,12 +45,12 @@ class PeftConfigMixin(hub.PushToHubMixin):
     Raises `ValueError` for an unknown task type.
     """
 
-    task_type: Optional[TaskType] = field(default=None, metadata={"help": "Task of the base model."})
-    peft_type: Optional[PeftType] = field(default=None, metadata={"help": "Adapter method."})
-    auto_mapping: Optional[dict] = field(
+    task_type: TaskType | None = field(default=None, metadata={"help": "Task of the base model."})
+    peft_type: PeftType | None = field(default=None, metadata={"help": "Adapter method."})
+    auto_mapping: dict | None = field(
         default=None, metadata={"help": "Class and parent library of the base model, for AutoPeftModel."}
     )
-    peft_version: Optional[str] = field(default=None, metadata={"help": "Filled in automatically."})
+    peft_version: str | None = field(default=None, metadata={"help": "Filled in automatically."})
 
     def __post_init__(self) -> None:
         if self.task_type is not None and self.task_type not in list(TaskType):
@@ -122,7 +121,7 @@ class PeftConfigMixin(hub.PushToHubMixin):
         return config_cls(**{key: value for key, value in kwargs.items() if key not in unknown})
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: Optional[str] = None, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
         """Loads `adapter_config.json` from a folder or a Hub repository.
 
         The result has the class that the file's `peft_type` names, whatever class this is called on. Arguments of
@@ -143,7 +142,8 @@ class PeftConfigMixin(hub.PushToHubMixin):
             raise ValueError(f"The adapter configuration '{path_json_file}' is not valid JSON: {exc}") from exc
         if not isinstance(entries, dict):
             raise ValueError(
-                f"The adapter configuration '{path_json_file}' should hold a JSON object, got {type(entries).__name__}."
+                f"The adapter configuration '{path_json_file}' should hold a JSON object, not a "
+                f"{type(entries).__name__}."
             )
         if entries.pop("runtime_config", None) is not None:
             warnings.warn(
@@ -192,10 +192,10 @@ class PeftConfig(PeftConfigMixin):
         inference_mode (`bool`, defaults to False): whether the adapter is created frozen.
     """
 
-    base_model_name_or_path: Optional[str] = field(default=None, metadata={"help": "Name or path of the base model."})
-    revision: Optional[str] = field(default=None, metadata={"help": "Revision of the base model."})
-    peft_type: Optional[Union[str, PeftType]] = field(default=None, metadata={"help": "Adapter method."})
-    task_type: Optional[Union[str, TaskType]] = field(default=None, metadata={"help": "Task of the base model."})
+    base_model_name_or_path: str | None = field(default=None, metadata={"help": "Name or path of the base model."})
+    revision: str | None = field(default=None, metadata={"help": "Revision of the base model."})
+    peft_type: str | PeftType | None = field(default=None, metadata={"help": "Adapter method."})
+    task_type: str | TaskType | None = field(default=None, metadata={"help": "Task of the base model."})
     inference_mode: bool = field(default=False, metadata={"help": "Whether the adapter is frozen."})
 
 
@@ -214,12 +214,12 @@ class PromptLearningConfig(PeftConfig):
 
     num_virtual_tokens: int = field(default=None, metadata={"help": "Length of the learned prompt."})
     token_dim: int = field(default=None, metadata={"help": "Width of the base model's embeddings."})
-    num_transformer_submodules: Optional[int] = field(
+    num_transformer_submodules: int | None = field(
         default=None, metadata={"help": "1, or 2 for encoder-decoder models."}
     )
-    num_attention_heads: Optional[int] = field(default=None, metadata={"help": "Attention heads of the base model."})
-    num_layers: Optional[int] = field(default=None, metadata={"help": "Layers of the base model."})
-    modules_to_save: Optional[list[str]] = field(
+    num_attention_heads: int | None = field(default=None, metadata={"help": "Attention heads of the base model."})
+    num_layers: int | None = field(default=None, metadata={"help": "Layers of the base model."})
+    modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained and saved in full, such as a freshly initialised head."}
     )
 

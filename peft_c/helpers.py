@@ -7,7 +7,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import update_wrapper
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,7 +67,7 @@ def check_if_peft_model(model_name_or_path: str) -> bool:
 
 
 @contextmanager
-def rescale_adapter_scale(model: nn.Module, multiplier: Union[float, int]) -> Iterator[None]:
+def rescale_adapter_scale(model: nn.Module, multiplier: float | int) -> Iterator[None]:
     """Inside of this context the scaling of every LoRA layer is multiplied by `multiplier`.
 
     With a value between 0 and 1 this interpolates between the base and the fine-tuned model as WiSE-FT does
@@ -117,7 +117,7 @@ class MontecloraTrainerMixin:
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
-    ) -> Union[torch.Tensor, tuple[torch.Tensor, Any]]:
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """The trainer's loss plus the variational loss, averaged over the LoRA tuners in `model`; with
         `return_outputs` a tuple of it and the outputs. Zero is added for LoRA without MonteCLoRA."""
         result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
@@ -172,8 +172,8 @@ class KappaTuneSelector:
     Args:
         model: the base model.
         max_dim_size_to_analyze: matrices with a larger dimension are left out.
-        moe_param_suffixes: how the names of three-dimensional expert parameters end; the default covers `gate_up_proj`,
-            `down_proj`, `gate_proj` and `up_proj`. Their number is the mean over the experts.
+        moe_param_suffixes: how the names of three-dimensional expert parameters end; the default covers
+            `gate_up_proj`, `down_proj`, `gate_proj` and `up_proj`. Their number is the mean over the experts.
         show_progress: show a progress bar; singular values of large models take minutes.
     """
 
@@ -181,15 +181,15 @@ class KappaTuneSelector:
         self,
         model: nn.Module,
         max_dim_size_to_analyze: int = 16384,
-        moe_param_suffixes: Optional[tuple[str, ...]] = None,
+        moe_param_suffixes: tuple[str, ...] | None = None,
         show_progress: bool = True,
     ):
         self.model = model
         self.max_dim_size_to_analyze = max_dim_size_to_analyze
         self.show_progress = show_progress
         self.moe_param_suffixes = moe_param_suffixes or (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
-        self._condition_numbers: Optional[dict[str, float]] = None
-        self._parameter_condition_numbers: Optional[dict[str, float]] = None
+        self._condition_numbers: dict[str, float] | None = None
+        self._parameter_condition_numbers: dict[str, float] | None = None
 
     def _measure(self, weights: list[tuple[str, torch.Tensor]], kind: str) -> dict[str, float]:
         """The mean condition number over each weight's matrices."""
@@ -231,7 +231,7 @@ class KappaTuneSelector:
         return names
 
     def get_best_targets(
-        self, top_p: Optional[float] = None, num_modules: Optional[int] = None, threshold: Optional[float] = None
+        self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
     ) -> list[str]:
         """Names of linear modules, best first: `num_modules` of them, or the share `top_p`, or those with a number of
         at most `threshold`, or all."""
@@ -239,7 +239,7 @@ class KappaTuneSelector:
         return self._best(self._condition_numbers, top_p, num_modules, threshold)
 
     def get_best_target_parameters(
-        self, top_p: Optional[float] = None, num_modules: Optional[int] = None, threshold: Optional[float] = None
+        self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
     ) -> list[str]:
         """Names of expert parameters, chosen as in `get_best_targets`."""
         self._compute_kappas()
@@ -250,9 +250,9 @@ def find_kappa_target_modules(
     model: nn.Module,
     top_p: float = 0.2,
     max_dim_size_to_analyze: int = 16384,
-    moe_param_suffixes: Optional[tuple[str, ...]] = None,
+    moe_param_suffixes: tuple[str, ...] | None = None,
     show_progress: bool = True,
-) -> dict[str, Optional[list[str]]]:
+) -> dict[str, list[str] | None]:
     """The share `top_p` of modules and expert parameters with the lowest condition numbers.
 
     Returns {"target_modules": names, "target_parameters": names or None}, to be passed to LoraConfig; see

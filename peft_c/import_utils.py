@@ -13,7 +13,6 @@ from functools import lru_cache
 
 import torch
 
-
 # name -> (at least this version, below this version)
 _TRANSFORMERS_VERSIONS = {
     "is_transformers_ge_v5": ("5.0.0.dev0", None),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .utils.peft_types import PeftType
-
 
 if TYPE_CHECKING:
     from .config import PeftConfig
@@ -17,17 +16,21 @@ if TYPE_CHECKING:
 
 class _Registry(dict):
     """Adapter type -> class. A method's package `peft_c.tuners.<type in lower case>` is imported when its entry is
-    first asked for, and all of them when the registry is listed; importing it registers the method."""
+    first asked for, and all of them when the registry is listed. Importing it registers the method, or its function
+    `_register` does, which leaves the imports that takes to this moment."""
 
     def _load(self, key: Any) -> bool:
         """Imports the package of `key`; whether the key has an entry now."""
         if not dict.__contains__(self, key) and isinstance(key, str) and key in PeftType.__members__:
             package = f"{__package__}.tuners.{PeftType(key).value.lower()}"
             try:
-                getattr(importlib.import_module(package), "_register", bool)()  # packages that register late
+                register = getattr(importlib.import_module(package), "_register", None)
             except ModuleNotFoundError as exc:
                 if exc.name != package:
                     raise
+            else:
+                if callable(register):
+                    register()
         return dict.__contains__(self, key)
 
     def _load_all(self) -> None:
@@ -84,7 +87,7 @@ def inject_adapter_in_model(
     model: torch.nn.Module,
     adapter_name: str = "default",
     low_cpu_mem_usage: bool = False,
-    state_dict: Optional[dict[str, torch.Tensor]] = None,
+    state_dict: dict[str, torch.Tensor] | None = None,
 ) -> torch.nn.Module:
     """Replaces the targeted modules of `model` in place by adapter layers and returns the same `model`.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from typing import Optional
 
 from torch import nn
 
@@ -21,7 +20,7 @@ def get_peft_model(
     adapter_name: str = "default",
     mixed: bool = False,
     autocast_adapter_dtype: bool = True,
-    revision: Optional[str] = None,
+    revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> PeftModel | PeftMixedModel:
     """Adds an adapter to `model`, in place, and returns the PeftModel around it.

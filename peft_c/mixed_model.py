@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
-from typing import Any, Optional, Union
+from typing import Any
 
 from torch import nn
 
 from . import offload
 from .config import PeftConfig
 from .mapping import PEFT_TYPE_TO_MIXED_MODEL_MAPPING
-from .peft_model import AdapterLoadingMixin, enable_input_grads, load_config
+from .peft_model import AdapterLoadingMixin, checkpoints_gradients, enable_input_grads, load_config
 from .rollback import undo_on_error
 from .tuners.mixed import COMPATIBLE_TUNER_TYPES, MixedModel
 from .utils.constants import DUMMY_MODEL_CONFIG
@@ -41,7 +41,7 @@ class PeftMixedModel(AdapterLoadingMixin, nn.Module):
     def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default") -> None:
         super().__init__()
         _check_config_compatible(peft_config)
-        if getattr(model, "is_gradient_checkpointing", True):
+        if checkpoints_gradients(model):
             enable_input_grads(model)
         self.modules_to_save = None
         self.base_model = MixedModel(model, {adapter_name: peft_config}, adapter_name)
@@ -114,14 +114,14 @@ class PeftMixedModel(AdapterLoadingMixin, nn.Module):
         self.modules_to_save = (self.modules_to_save or set()) | set(names)
         _set_trainable(self, adapter_name, module_names=names, inference_mode=peft_config.inference_mode)
 
-    def _known(self, adapter_name: Union[str, list[str]]) -> list[str]:
+    def _known(self, adapter_name: str | list[str]) -> list[str]:
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         unknown = set(names) - set(self.peft_config)
         if unknown:
             raise ValueError(f"Adapter(s) {sorted(unknown)} not found, available adapters: {sorted(self.peft_config)}")
         return names
 
-    def set_adapter(self, adapter_name: Union[str, list[str]], inference_mode: bool = False) -> None:
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activates the adapter(s), and only those, and makes them trainable unless `inference_mode` is true.
 
         Raises `ValueError` for unknown names.
@@ -130,7 +130,7 @@ class PeftMixedModel(AdapterLoadingMixin, nn.Module):
         self.base_model.set_adapter(names, inference_mode=inference_mode)
         _set_adapter(self, names, inference_mode=inference_mode)
 
-    def delete_adapter(self, adapter_name: Union[str, list[str]]) -> None:
+    def delete_adapter(self, adapter_name: str | list[str]) -> None:
         """Removes the adapter(s). Raises `ValueError` for unknown names."""
         self.base_model.delete_adapter(self._known(adapter_name))
 
@@ -165,7 +165,7 @@ class PeftMixedModel(AdapterLoadingMixin, nn.Module):
         self,
         save_directory: str,
         safe_serialization: bool = False,
-        selected_adapters: Optional[list[str]] = None,
+        selected_adapters: list[str] | None = None,
         **kwargs: Any,
     ):
         """Not supported: `NotImplementedError`."""
@@ -178,7 +178,7 @@ class PeftMixedModel(AdapterLoadingMixin, nn.Module):
         model_id: str | os.PathLike,
         adapter_name: str = "default",
         is_trainable: bool = False,
-        config: Optional[PeftConfig] = None,
+        config: PeftConfig | None = None,
         **kwargs: Any,
     ):
         """Adds a saved adapter to `model`, in place, and returns the PeftMixedModel around it.

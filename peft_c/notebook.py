@@ -9,7 +9,6 @@ from torch import nn
 
 from .status import adapter_layers, adapter_parameters, count_parameters
 
-
 # Settings worth a column's space, in this order, when a configuration has them.
 _SETTINGS = ("r", "lora_alpha", "alpha", "lora_dropout", "use_dora", "use_rslora", "target_modules", "modules_to_save")
 

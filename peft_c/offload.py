@@ -10,7 +10,6 @@ from torch import nn
 
 from .tuners.tuners_utils import BaseTunerLayer
 
-
 _PREFIX = "base_model.model."
 
 

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,7 +37,6 @@ from .utils.other import (
 from .utils.peft_types import PeftType
 from .utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
-
 # Initialisations that change the base weights: (value of init_lora_weights, its name).
 _INITS_THAT_CHANGE_BASE_WEIGHTS = (("pissa", "PiSSA"), ("corda", "CorDA"), ("olora", "OLoRA"))
 
@@ -55,9 +54,7 @@ def _is_shared_copy(key: str, peft_type: str) -> bool:
     """Whether `key` is a layer's reference to a parameter that the model stores once: checkpoints do not have it."""
     if "vblora_vector_bank" in key or "prompt_encoder" in key or ".tinylora_v." in key:
         return True
-    return (
-        peft_type == "UNILORA" and ".unilora_theta_d." in key and not key.startswith("base_model.unilora_theta_d.")
-    )
+    return peft_type == "UNILORA" and ".unilora_theta_d." in key and not key.startswith("base_model.unilora_theta_d.")
 
 
 def _prompt_learning(config: PeftConfig):
@@ -88,6 +85,14 @@ def enable_input_grads(model: nn.Module) -> None:
             output.requires_grad_(True)
 
         model.get_input_embeddings().register_forward_hook(require_grad)
+
+
+def checkpoints_gradients(model: nn.Module) -> bool:
+    """Whether the model recomputes activations; true when it does not say."""
+    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):  # of transformers, new and old
+        if hasattr(model, name):
+            return getattr(model, name)
+    return True
 
 
 def load_config(model_id, config: PeftConfig | None, kwargs: dict[str, Any]) -> PeftConfig:
@@ -160,14 +165,14 @@ class AdapterLoadingMixin(hub.PushToHubMixin):
 
     def _load_adapter(
         self,
-        model_id: Union[str, os.PathLike],
+        model_id: str | os.PathLike,
         adapter_name: str,
         is_trainable: bool = False,
-        torch_device: Optional[str] = None,
+        torch_device: str | None = None,
         autocast_adapter_dtype: bool = True,
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
-        key_mapping: Optional[dict[str, str]] = None,
+        key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
     ):
         download, options = self._split_kwargs(kwargs)
@@ -248,7 +253,7 @@ class PeftModel(AdapterLoadingMixin, nn.Module):
         modules_to_save (`set[str]` or None): modules that are trained and saved in full beside the adapters.
     """
 
-    _pipeline_tag: Optional[str] = None
+    _pipeline_tag: str | None = None
     # Names of the modules at the end of the model that a task trains in full.
     _head_names: tuple[str, ...] = ()
 
@@ -280,7 +285,7 @@ class PeftModel(AdapterLoadingMixin, nn.Module):
             self.base_model._cast_adapter_dtype(
                 adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
             )
-        if getattr(model, "is_gradient_checkpointing", True):
+        if checkpoints_gradients(model):
             self.prepare_model_for_gradient_checkpointing(model)
         # Simulated tensor parallelism sums in another order, so that merged and unmerged outputs would differ.
         if hasattr(getattr(self.base_model, "config", None), "pretraining_tp"):
@@ -329,7 +334,7 @@ class PeftModel(AdapterLoadingMixin, nn.Module):
         return getattr(self.base_model, "dtype", None)
 
     @property
-    def modules_to_save(self) -> Optional[set[str]]:
+    def modules_to_save(self) -> set[str] | None:
         """Names of the modules that any adapter trains and saves in full, or None."""
         names = {name for cfg in self.peft_config.values() for name in getattr(cfg, "modules_to_save", None) or ()}
         return names or None
@@ -340,10 +345,10 @@ class PeftModel(AdapterLoadingMixin, nn.Module):
         self,
         save_directory: str,
         safe_serialization: bool = True,
-        selected_adapters: Optional[list[str]] = None,
-        save_embedding_layers: Union[str, bool] = "auto",
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
-        path_initial_model_for_weight_conversion: Optional[str] = None,
+        path_initial_model_for_weight_conversion: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Writes each adapter's weights and configuration, and a model card, into `save_directory`.
@@ -431,14 +436,14 @@ class PeftModel(AdapterLoadingMixin, nn.Module):
     def from_pretrained(
         cls,
         model: nn.Module,
-        model_id: Union[str, os.PathLike],
+        model_id: str | os.PathLike,
         adapter_name: str = "default",
         is_trainable: bool = False,
-        config: Optional[PeftConfig] = None,
+        config: PeftConfig | None = None,
         autocast_adapter_dtype: bool = True,
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
-        key_mapping: Optional[dict[str, str]] = None,
+        key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> PeftModel:
         """Adds a saved adapter to `model`, in place, and returns the PeftModel around it.
@@ -511,14 +516,14 @@ class PeftModel(AdapterLoadingMixin, nn.Module):
 
     def load_adapter(
         self,
-        model_id: Union[str, os.PathLike],
+        model_id: str | os.PathLike,
         adapter_name: str,
         is_trainable: bool = False,
-        torch_device: Optional[str] = None,
+        torch_device: str | None = None,
         autocast_adapter_dtype: bool = True,
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
-        key_mapping: Optional[dict[str, str]] = None,
+        key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
     ):
         """Adds a saved adapter, without activating it. When anything fails, the model is left as it was.
@@ -725,7 +730,7 @@ class PeftModel(AdapterLoadingMixin, nn.Module):
         return _prompt_learning(self.peft_config[adapter_name]).prompt_to_save(self, adapter_name)
 
     def get_prompt(
-        self, batch_size: int, task_ids: Optional[torch.Tensor] = None, max_cache_len: Optional[int] = None
+        self, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None
     ) -> torch.Tensor:
         """The active prompt for `batch_size` samples: embeddings, or past keys and values for prefix tuning."""
         return _prompt_learning(self.active_peft_config).prompt(self, batch_size, task_ids, max_cache_len)
@@ -1012,7 +1017,7 @@ class PeftModelForCausalLM(_PeftModelThatGenerates):
             kwargs = get_alora_offsets_for_generate(self, *args, **kwargs)
         return self._generate(args, kwargs)
 
-    def prepare_inputs_for_generation(self, *args: Any, task_ids: Optional[torch.Tensor] = None, **kwargs: Any):
+    def prepare_inputs_for_generation(self, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any):
         """The base model's inputs of one generation step; the position in the cache is left to the base model."""
         model_kwargs = self._prepare_inputs(args, task_ids, kwargs)
         if not self._is_prompt_learning:

@@ -146,8 +146,8 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         )
     if not statuses:
         raise ValueError(
-            "No adapter layers found in the model, please ensure that it's a PEFT model or that you have PEFT adapters "
-            "injected in the model."
+            "No adapter layers found in the model, please ensure that it's a PEFT model or that you have PEFT "
+            "adapters injected in the model."
         )
     return statuses
 

@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 from collections import namedtuple
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -30,7 +30,6 @@ from .other import (
 )
 from .peft_types import PeftType
 from .warning import PeftWarning
-
 
 _PREFIX = "base_model.model."
 _FSDP_PREFIX = "_fsdp_wrapped_module."
@@ -74,14 +73,15 @@ def _validate_lora_adapter_state_dict(state_dict: dict[str, torch.Tensor], adapt
         for key, value in state_dict.items()
         if isinstance(value, torch.Tensor)
         and (".lora_A" in key or ".lora_B" in key)
+        and not key.endswith(".bias")
         and (value.dim() < 2 or 0 in value.shape)
     ]
     if bad:
         more = f" (+{len(bad) - 3} more)" if len(bad) > 3 else ""
         warnings.warn(
             f"Adapter {adapter_name!r}: {len(bad)} LoRA tensor(s) have invalid shape: {', '.join(bad[:3])}{more}. "
-            "Such tensors are shards of parameters that DeepSpeed ZeRO-3 or FSDP has partitioned, and cannot be loaded "
-            "again. Save inside of deepspeed.zero.GatheredParameters([...], modifier_rank=None) or "
+            "Such tensors are shards of parameters that DeepSpeed ZeRO-3 or FSDP has partitioned, and cannot be "
+            "loaded again. Save inside of deepspeed.zero.GatheredParameters([...], modifier_rank=None) or "
             "torch.distributed.fsdp.FullyShardedDataParallel.summon_full_params(model).",
             PeftWarning,
         )
@@ -117,9 +117,7 @@ def has_valid_embedding_base_layer(layer: nn.Module) -> bool:
     return isinstance(getattr(layer, "base_layer", None), (nn.Linear, nn.Embedding))
 
 
-def get_embedding_layer_name(
-    model: nn.Module, layer: nn.Module, is_embedding_in_target_modules: bool
-) -> str | None:
+def get_embedding_layer_name(model: nn.Module, layer: nn.Module, is_embedding_in_target_modules: bool) -> str | None:
     """The name in `model` of the base layer in `layer`, or of `layer` itself if embeddings are not targeted."""
     base_layer = getattr(layer, "base_layer", None)
     for name, module in model.named_modules():
@@ -259,9 +257,7 @@ def _mismatches(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> list[t
     return found
 
 
-def _reshard_dtensor_values_for_load(
-    model: nn.Module, state_dict: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def _reshard_dtensor_values_for_load(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Splits tensors for parameters that are DTensors. Whole tensors and this rank's part of one are accepted."""
     from transformers.distributed.sharding_utils import DtensorShardOperation
     from transformers.distributed.utils import is_dtensor
@@ -468,7 +464,7 @@ def _read_weights(path: str, device: str | torch.device) -> dict[str, torch.Tens
 
 
 def load_peft_weights(
-    model_id: str, device: Optional[str] = None, key_mapping: Optional[dict[str, str]] = None, **hf_hub_download_kwargs
+    model_id: str, device: str | None = None, key_mapping: dict[str, str] | None = None, **hf_hub_download_kwargs
 ) -> dict:
     """Reads the weights of a saved adapter from a folder or a Hub repository.
 
@@ -490,7 +486,9 @@ def load_peft_weights(
     for key, value in weights.items():
         prefix = next((prefix for prefix in (_PREFIX, "base_model.") if key.startswith(prefix)), None)
         if prefix is None:
-            raise ValueError(f"Cannot apply `key_mapping`: the key '{key}' in '{path}' does not start with base_model.")
+            raise ValueError(
+                f"Cannot apply `key_mapping`: the key '{key}' in '{path}' does not start with base_model."
+            )
         name = key.removeprefix(prefix)
         for pattern, replacement in key_mapping.items():
             name, count = re.subn(pattern, replacement, name)
