@@ -369,7 +369,8 @@ def lora_ga_init(layer: Any, adapter_name: str, lora_ga_config: Any) -> None:
     for_A, for_B = _LORA_GA_DIRECTIONS[direction](r)
     A, B = V.t()[for_A], U[:, for_B] * S[for_B]
     if scale == "stable":
-        B = B * (W.shape[0] ** 0.25 / lora_ga_config.stable_gamma**0.5)
+        # the first side of the weight as stored, which for Conv1D is its input: PEFT's starting point, kept
+        B = B * (base.weight.shape[0] ** 0.25 / lora_ga_config.stable_gamma**0.5)
     elif scale == "weight_svd":
         largest = torch.svd_lowrank(W, q=r, niter=4)[1][0]
         B = B * (largest / S[for_B][0]) if S[for_B][0] > 0 else B
