@@ -64,23 +64,29 @@ static void prefetch_rows(const engine_job *job, int64_t r, int64_t c, int64_t b
     }
 }
 
-static void lowrank_delta(const engine_job *job, const delta_source *s, const unit_place *u, char *delta) {
+/* The low-rank delta of a unit, or (fuse: OP_ADD, OP_SUB, and a weight to walk directly) its whole panels straight into
+ * the weight; what is left to apply then starts at the column returned. */
+static int64_t lowrank_delta(const engine_job *job, const delta_source *s, const unit_place *u, char *delta, row_op fuse) {
     const int64_t size = acc_size(job->wide), nr = job->isa->nr[job->wide], depth = s->rank;
-    const int64_t bytes = nr * pk_dtype_size(job->w.dtype);
+    const int64_t bytes = nr * pk_dtype_size(job->w.dtype), whole = fuse == OP_SET ? 0 : u->cols / nr * nr;
     for (int64_t i = 0; i < u->rows; i += MR) {
         const int64_t row = u->r0 + i, group = row / ROW_GROUP;
         const char *const rows = s->rows + (group * depth * ROW_GROUP + row % ROW_GROUP) * size;
         const int mr = (int)min64(MR, u->rows - i);
         for (int64_t j = 0; j < u->cols; j += nr) {
+            const char *const panel = s->panels + (u->c0 + j) * depth * size;
             if (job->direct) prefetch_rows(job, row + MR, u->c0 + j, bytes);
-            job->isa->tile[job->wide](depth, rows, ROW_GROUP, s->panels + (u->c0 + j) * depth * size,
-                                      delta + (i * u->ld + j) * size, u->ld, mr, 0);
+            if (j < whole)
+                job->isa->dtype[job->w.dtype].fused(fuse, depth, rows, ROW_GROUP, panel, mat_at(&job->w, row, u->c0 + j),
+                                                    job->w.rs, mr);
+            else job->isa->tile[job->wide](depth, rows, ROW_GROUP, panel, delta + (i * u->ld + j) * size, u->ld, mr, 0);
         }
     }
+    return whole;
 }
 
 static void unit_delta(const engine_job *job, const delta_source *s, const unit_place *u, char *delta) {
-    if (s->d->law == PK_LOWRANK) lowrank_delta(job, s, u, delta);
+    if (s->d->law == PK_LOWRANK) lowrank_delta(job, s, u, delta, OP_SET);
     else mat_pack(job->isa, &s->full, u->r0, u->c0, u->rows, u->cols, delta, u->ld, s->d->alpha, job->wide);
 }
 
@@ -108,6 +114,22 @@ static void apply_block(const engine_job *job, const unit_place *u, row_op op, b
                                             to.p + i * to.ld, u->cols);
 }
 
+/* the weight itself op= the delta, in place */
+static void update_in_place(const engine_job *job, const delta_source *s, const unit_place *u, row_op op, char *delta) {
+    const block w = {mat_at(&job->w, u->r0, u->c0), job->w.rs * pk_dtype_size(job->w.dtype)};
+    if (s->d->law != PK_LOWRANK || (op != OP_ADD && op != OP_SUB)) {
+        unit_delta(job, s, u, delta);
+        apply_block(job, u, op, w, delta, w);
+        return;
+    }
+    const int64_t done = lowrank_delta(job, s, u, delta, op);
+    if (done == u->cols) return;
+    unit_place rest = *u;
+    rest.cols -= done;
+    const block right = {w.p + done * pk_dtype_size(job->w.dtype), w.ld};
+    apply_block(job, &rest, op, right, delta + done * acc_size(job->wide), right);
+}
+
 static uint32_t hash_block(const engine_job *job, const unit_place *u, block b) {
     unit_hash h;
     hash_start(&h);
@@ -132,8 +154,13 @@ static void undo_unit(engine_job *job, const unit_place *u, block from, char *de
         for (int64_t i = 0; i < u->rows; i++) memcpy(to.p + i * to.ld, code + i * bytes, (size_t)bytes);
         return;
     }
-    unit_delta(job, job->old, u, delta);
-    apply_block(job, u, job->old->d->law == PK_SCALE ? OP_DIV : OP_SUB, from, delta, to);
+    const row_op op = job->old->d->law == PK_SCALE ? OP_DIV : OP_SUB;
+    if (to.p == from.p && job->direct && !job->dry) {
+        update_in_place(job, job->old, u, op, delta);
+    } else {
+        unit_delta(job, job->old, u, delta);
+        apply_block(job, u, op, from, delta, to);
+    }
     if (code) code_undo(code, e.mode_size >> 2, to.p, to.ld, u->cols, u->rows, size);
 }
 
@@ -188,15 +215,18 @@ static void run_unit(engine_job *job, const unit_place *u, unit_buffers *b) {
         undo_unit(job, u, cur, b->delta, to);
         cur = to;
     }
+    if (job->new_ && !job->old && !job->out && !job->check && job->direct && !job->dry) {
+        update_in_place(job, job->new_, u, job->op, b->delta);
+        return;
+    }
     if (job->new_) {
         unit_delta(job, job->new_, u, b->delta);
         if (job->out || job->check) {
             if (!merge_unit(job, u, cur, b)) return;
             cur = (block){b->second, buffer.ld};
         } else {
-            const block to = job->direct && !job->dry ? weight_block(job, u, b->first) : buffer;
-            apply_block(job, u, job->op, cur, b->delta, to);
-            cur = to;
+            apply_block(job, u, job->op, cur, b->delta, buffer);
+            cur = buffer;
         }
     }
     write_block(job, u, cur);

@@ -16,7 +16,7 @@ enum { ROW_GROUP = 48 }; /* packed rows lie in groups of as many: a multiple of 
 
 /* A delta made ready: for PK_LOWRANK, with R = rank,
  *   panels [cols / nr][R][nr]   the factor along the walk's rows, zero padded
- *   rows [rows / 48][R][48]     the other one, times scale and alpha */
+ *   rows [rows / 48][R][48]     the other one; up is the one that is multiplied by scale and alpha */
 typedef struct {
     const pk_delta *d;
     int64_t rank;

@@ -25,6 +25,9 @@ typedef struct {
     void (*pack)(const void *src, int64_t sp, int64_t sj, int64_t np, int64_t nj, void *dst, int64_t ld, double scale);
     /* out = round(w op d); out may be w. OP_SET ignores w. */
     void (*apply)(row_op op, const void *w, const void *d, void *out, int64_t n);
+    /* w(i, j) = round(w op sum_p row[p * ldrow + i] panel[p * nr + j]), i < mr, j < nr; op is OP_ADD or OP_SUB */
+    void (*fused)(row_op op, int64_t depth, const void *row, int64_t ldrow, const void *panel, void *w, int64_t ldw,
+                  int mr);
     /* out = round(w op d), back = round(out inverse-op d); writes to idx the places where back is not w's bits (or NaN)
      * and returns how many; *bad |= 1 if out has inf or NaN. op is OP_ADD or OP_MUL; out, back, w do not overlap.
      * idx needs 32 places to spare. */
@@ -91,7 +94,8 @@ typedef struct {
     size_t used, peak;
 } work_area;
 static inline work_area work_start(void *work) {
-    const work_area a = {(char *)(((uintptr_t)work + 63u) & ~(uintptr_t)63u), 0, 0};
+    static char nothing[64]; /* NULL is for counting; no bytes are ever taken from this */
+    const work_area a = {work ? (char *)(((uintptr_t)work + 63u) & ~(uintptr_t)63u) : nothing, 0, 0};
     return a;
 }
 static inline void *work_take(work_area *a, int64_t bytes) {

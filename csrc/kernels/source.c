@@ -17,6 +17,9 @@ static pk_mat across(const engine_job *job, const pk_lowrank *f) {
     return job->transposed ? f->down : mat_transposed(f->up);
 }
 
+/* always goes into up, so that both directions of the walk give the same bits */
+static double scale_of(const delta_source *s, const pk_lowrank *f) { return f->scale * s->d->alpha; }
+
 static void pack_panels(int64_t begin, int64_t end, void *ctx) {
     const pack_job *const p = ctx;
     const engine_job *const job = p->job;
@@ -26,8 +29,9 @@ static void pack_panels(int64_t begin, int64_t end, void *ctx) {
         const int64_t n = min64(nr, job->w.cols - j * nr);
         if (n < nr) memset(to, 0, (size_t)(nr * rank * size));
         for (int i = 0; i < p->s->d->nf; i++) {
-            const pk_mat a = along(job, &p->s->d->factors[i]);
-            mat_pack(job->isa, &a, 0, j * nr, a.rows, n, to, nr, 1.0, job->wide);
+            const pk_lowrank *const f = &p->s->d->factors[i];
+            const pk_mat a = along(job, f);
+            mat_pack(job->isa, &a, 0, j * nr, a.rows, n, to, nr, job->transposed ? scale_of(p->s, f) : 1.0, job->wide);
             to += a.rows * nr * size;
         }
     }
@@ -43,7 +47,8 @@ static void pack_groups(int64_t begin, int64_t end, void *ctx) {
         for (int i = 0; i < p->s->d->nf; i++) {
             const pk_lowrank *const f = &p->s->d->factors[i];
             const pk_mat b = across(job, f);
-            mat_pack(job->isa, &b, 0, g * ROW_GROUP, b.rows, n, to, ROW_GROUP, f->scale * p->s->d->alpha, job->wide);
+            const double scale = job->transposed ? 1.0 : scale_of(p->s, f);
+            mat_pack(job->isa, &b, 0, g * ROW_GROUP, b.rows, n, to, ROW_GROUP, scale, job->wide);
             to += b.rows * ROW_GROUP * size;
         }
     }

@@ -1,0 +1,476 @@
+"""The kernels: every ISA against float64 numpy and each other, exact unmerge, records, threads, bad input."""
+
+import ctypes as C
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from . import klib
+from .klib import BF16, CHANGED, CHECK, DELTA, DTYPES, EINVAL, F16, F32, F64, FULL_RECORD, NONFINITE, OK, SCALE
+
+LIB = klib.load()
+ISAS = klib.isas(LIB)
+EPS = {F32: 2.0**-24, F64: 2.0**-53, BF16: 2.0**-8, F16: 2.0**-11}
+PAR = C.cast(LIB.shim_parallel, C.c_void_p)
+shapes = st.tuples(st.integers(1, 70), st.integers(1, 70), st.integers(0, 20))
+dtypes = st.sampled_from(sorted(DTYPES.values()))
+seeds = st.integers(0, 2**31)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    before = LIB.pk_isa_name()
+    assert LIB.pk_isa_select(request.param.encode()) == 0
+    yield request.param
+    LIB.pk_isa_select(before)
+
+
+def select(name):
+    assert LIB.pk_isa_select(name.encode()) == 0
+
+
+def bits(a):
+    return np.ascontiguousarray(a).view(f"u{a.itemsize}")
+
+
+def lay_out(a, kind):
+    """The same values with other strides: C, Fortran, both stepped, reversed."""
+    if kind == 0:
+        return np.ascontiguousarray(a)
+    if kind == 1:
+        return np.asfortranarray(a)
+    if kind == 2:
+        big = np.zeros((2 * a.shape[0] + 1, 3 * a.shape[1] + 1), a.dtype)
+        view = big[1::2, 1::3][: a.shape[0], : a.shape[1]]
+        view[...] = a
+        return view
+    return np.ascontiguousarray(a[::-1, ::-1])[::-1, ::-1]
+
+
+def random(rng, shape, dtype, scale=1.0, kind=0):
+    return lay_out(klib.narrow(rng.standard_normal(shape) * scale, dtype), kind)
+
+
+def adapter_dtype(rng, dtype):
+    return dtype if rng.integers(2) else F32
+
+
+def random_factors(rng, n, k, r, dtype, nf=1, size=0.05):
+    parts = []
+    for i in range(nf):
+        da = adapter_dtype(rng, dtype)
+        a = random(rng, (r + i, k), da, size, rng.integers(4))
+        b = random(rng, (n, r + i), da, size, rng.integers(4))
+        parts.append((a, da, b, da, float(rng.uniform(0.2, 2))))
+    return parts
+
+
+def dense(parts, n, k):
+    d = np.zeros((n, k))
+    for a, da, b, db, s in parts:
+        d += s * klib.widen(b, db) @ klib.widen(a, da)
+    return d
+
+
+class Weight:
+    """A weight with its workspace and record."""
+
+    def __init__(self, w, dtype, capacity=None):
+        self.w, self.dtype, self.mat = w, dtype, klib.mat(w, dtype)
+        self.capacity = LIB.pk_record_bound(self.mat) if capacity is None else capacity
+
+    def record(self):
+        block, pointer = klib.buffer(self.capacity)
+        rec = klib.Record(pointer, self.capacity, 0)
+        rec.keep = block
+        return rec
+
+    def work(self, old, new):
+        return klib.buffer(LIB.pk_merge_work(self.mat, old, new))
+
+    def merge(self, d, flags=0, rec=None, par=None):
+        keep, p = self.work(d, None)
+        return LIB.pk_merge(self.mat, d, flags, rec, p, par)
+
+    def unmerge(self, d, rec=None, par=None):
+        keep, p = self.work(d, None)
+        return LIB.pk_unmerge(self.mat, d, rec, p, par)
+
+    def switch(self, old, old_rec, new, flags=0, rec=None, par=None):
+        keep, p = self.work(old, new)
+        return LIB.pk_switch(self.mat, old, old_rec, new, flags, rec, p, par)
+
+
+@settings(max_examples=120, deadline=None)
+@given(shapes, dtypes, seeds, st.sampled_from(ISAS))
+def test_merge_is_close_and_unmerge_exact(shape, dtype, seed, name):
+    n, k, r = shape
+    rng = np.random.default_rng(seed)
+    select(name)
+    w = random(rng, (n, k), dtype, kind=rng.integers(4))
+    parts = random_factors(rng, n, k, r, dtype, nf=int(rng.integers(1, 4)), size=rng.choice([0.05, 1.0]))
+    d, weight, old = klib.lowrank(parts), Weight(w, dtype), w.copy()
+    rec, plain = weight.record(), Weight(lay_out(old, 0).copy(), dtype)
+    assert weight.merge(d, CHECK, rec) == OK
+    assert plain.merge(d) == OK
+    assert np.array_equal(bits(plain.w), bits(w)), "a record or strides changed the merged bits"
+    exact = klib.widen(old, dtype) + dense(parts, n, k)
+    total = np.abs(klib.widen(old, dtype)) + sum(
+        abs(s) * np.abs(klib.widen(b, db)) @ np.abs(klib.widen(a, da)) for a, da, b, db, s in parts
+    )
+    acc = EPS[F64] if dtype == F64 else EPS[F32]
+    bound = EPS[dtype] * np.abs(exact) + (3 * len(parts) * (r + 4)) * acc * total
+    bound += 2.0**-25 if dtype == F16 else 0  # subnormals
+    assert (np.abs(klib.widen(w, dtype) - exact) <= bound).all()
+    assert LIB.pk_record_matches(weight.mat, rec, None) == 1
+    select(ISAS[int(rng.integers(len(ISAS)))])
+    assert weight.unmerge(d, rec) == OK
+    assert np.array_equal(bits(w), bits(old))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", [(300, 1100, 16), (131, 513, 130), (1, 5000, 3), (5000, 1, 3), (4, 4, 512)])
+def test_merge_large_and_threads(isa, dtype, shape):
+    n, k, r = shape
+    rng = np.random.default_rng(1)
+    old = random(rng, (n, k), dtype)
+    d = klib.lowrank(random_factors(rng, n, k, r, dtype, size=0.02))
+    seen = []
+    for threads in (1, 2, 3, 7):
+        LIB.shim_threads(threads)
+        weight = Weight(old.copy(), dtype)
+        rec = weight.record()
+        assert weight.merge(d, CHECK, rec, PAR) == OK
+        seen.append(weight.w.copy())
+        assert LIB.pk_record_matches(weight.mat, rec, PAR) == 1
+        assert weight.unmerge(d, rec, PAR) == OK
+        assert np.array_equal(bits(weight.w), bits(old))
+    assert all(np.array_equal(bits(s), bits(seen[0])) for s in seen)
+
+
+def test_fused_isas_agree():
+    rng = np.random.default_rng(2)
+    fused = [name for name in ISAS if name in ("avx2", "avx512", "neon")]
+    for dtype in DTYPES.values():
+        old, d = random(rng, (50, 600), dtype), klib.lowrank(random_factors(rng, 50, 600, 19, F32))
+        seen = []
+        for name in fused:
+            select(name)
+            weight = Weight(old.copy(), dtype)
+            assert weight.merge(d) == OK
+            seen.append(bits(weight.w).copy())
+        assert all(np.array_equal(s, seen[0]) for s in seen)
+    select(ISAS[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("law", [DELTA, SCALE])
+def test_full_delta_and_scale(isa, dtype, law):
+    rng = np.random.default_rng(3)
+    for n, k in [(1, 1), (40, 700), (33, 5)]:
+        for kind in range(4):
+            old = random(rng, (n, k), dtype, kind=kind)
+            weight = Weight(old.copy(order="K"), dtype)
+            if law == SCALE:
+                column = random(rng, (n, 1), F32) + np.float32(3)
+                full = np.broadcast_to(column, (n, k))
+                d = klib.full(full, F32, SCALE)
+                want = klib.widen(old, dtype) * full
+            else:
+                full = random(rng, (n, k), dtype, 0.03, int(rng.integers(4)))
+                d = klib.full(full, dtype, DELTA, 0.5)
+                want = klib.widen(old, dtype) + 0.5 * klib.widen(full, dtype)
+            rec = weight.record()
+            assert weight.merge(d, CHECK, rec) == OK
+            assert (np.abs(klib.widen(weight.w, dtype) - want) <= 3 * EPS[dtype] * np.abs(want) + 3e-8).all()
+            assert weight.unmerge(d, rec) == OK
+            assert np.array_equal(bits(weight.w), bits(old))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_specials_round_trip(isa, dtype):
+    """NaN payloads, infinities, -0, subnormals and overflow survive merge and unmerge."""
+    rng = np.random.default_rng(4)
+    raw = rng.integers(0, 2**63, (60, 530)).astype(f"u{klib.STORED[dtype]().itemsize}")
+    raw[0, :4] = 0
+    old = raw.view(klib.STORED[dtype])
+    for size in (0.05, 1e3):
+        parts = random_factors(rng, 60, 530, 4, dtype, size=size)
+        if size > 1:
+            parts[0][0][:, 7] = klib.narrow(np.full(4, np.inf), parts[0][1])
+        d, weight = klib.lowrank(parts), Weight(old.copy(), dtype)
+        rec = weight.record()
+        assert weight.merge(d, 0, rec) == OK
+        assert weight.unmerge(d, rec) == OK
+        assert np.array_equal(bits(weight.w), bits(old))
+        assert weight.merge(d, CHECK, rec) == NONFINITE
+        assert np.array_equal(bits(weight.w), bits(old))
+
+
+@pytest.mark.parametrize("with_record", [True, False])
+def test_check_restores(isa, with_record):
+    rng = np.random.default_rng(5)
+    for dtype in DTYPES.values():
+        for place in [(0, 0), (699, 1299), (350, 600)]:
+            old = random(rng, (700, 1300), dtype)
+            old[place] = klib.narrow(np.array([np.inf]), dtype)[0]
+            weight = Weight(old.copy(), dtype)
+            d = klib.lowrank(random_factors(rng, 700, 1300, 4, dtype))
+            rec = weight.record() if with_record else None
+            assert weight.merge(d, CHECK, rec, PAR) == NONFINITE
+            assert np.array_equal(bits(weight.w), bits(old))
+
+
+def test_unmerge_of_a_changed_weight_subtracts_there_only(isa):
+    rng = np.random.default_rng(6)
+    for dtype in DTYPES.values():
+        old = random(rng, (64, 1500), dtype)
+        parts = random_factors(rng, 64, 1500, 8, dtype)
+        weight, d = Weight(old.copy(), dtype), klib.lowrank(parts)
+        rec = weight.record()
+        assert weight.merge(d, 0, rec) == OK
+        merged = weight.w.copy()
+        weight.w[10, 700] = klib.narrow(np.array([5.0]), dtype)[0]
+        changed = weight.w.copy()
+        assert LIB.pk_record_matches(weight.mat, rec, None) == 0
+        assert weight.unmerge(d, rec) == CHANGED
+        same = bits(weight.w) == bits(old)
+        assert same[:6].all() and same[:, :512].all() and same[12:].all()
+        want = klib.widen(changed, dtype) - dense(parts, 64, 1500)
+        assert np.abs(klib.widen(weight.w, dtype) - want).max() < 0.05
+        weight.w[...] = merged
+        assert weight.unmerge(d, rec) == OK
+        assert np.array_equal(bits(weight.w), bits(old))
+        for broken in (0, 3, 20):  # a damaged or foreign head: plain subtraction, no crash
+            weight.w[...] = merged
+            copy = weight.record()
+            C.memmove(copy.data, rec.data, rec.size)
+            copy.size = rec.size
+            C.memset(copy.data + broken, 0xEE, 4)
+            assert weight.unmerge(d, copy) == CHANGED
+
+
+def test_sign_flip_of_all_is_noticed(isa):
+    rng = np.random.default_rng(7)
+    w = random(rng, (128, 512), F32)
+    weight, d = Weight(w, F32), klib.lowrank(random_factors(rng, 128, 512, 4, F32))
+    rec = weight.record()
+    assert weight.merge(d, 0, rec) == OK
+    np.negative(w, out=w)
+    assert weight.unmerge(d, rec) == CHANGED
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, dtypes, seeds, st.sampled_from(ISAS))
+def test_switch_equals_unmerge_merge(shape, dtype, seed, name):
+    n, k, r = shape
+    rng = np.random.default_rng(seed)
+    select(name)
+    old = random(rng, (n, k), dtype, kind=rng.integers(4))
+    one, two = (klib.lowrank(random_factors(rng, n, k, max(r + e, 0), dtype)) for e in (0, 5))
+    a, b = Weight(old.copy(order="K"), dtype), Weight(old.copy(order="K"), dtype)
+    ra, rb = a.record(), b.record()
+    assert a.merge(one, 0, ra) == OK and b.merge(one, 0, rb) == OK
+    second, third = a.record(), b.record()
+    assert a.switch(one, ra, two, int(rng.integers(2)), second) == OK
+    assert b.unmerge(one, rb) == OK and b.merge(two, 0, third) == OK
+    assert np.array_equal(bits(a.w), bits(b.w))
+    assert second.size == third.size
+    assert a.unmerge(two, second) == OK
+    assert np.array_equal(bits(a.w), bits(old))
+    select(ISAS[0])
+
+
+def test_thousand_cycles_end_on_the_same_bits():
+    rng = np.random.default_rng(8)
+    for dtype in DTYPES.values():
+        old = random(rng, (24, 130), dtype, 0.02)
+        weight = Weight(old.copy(), dtype)
+        deltas = [klib.lowrank(random_factors(rng, 24, 130, 4, F32, size=0.02)) for _ in range(3)]
+        records = [weight.record(), weight.record()]
+        for cycle in range(334):
+            one, two = deltas[cycle % 3], deltas[(cycle + 1) % 3]
+            assert weight.merge(one, 0, records[0]) == OK
+            assert weight.switch(one, records[0], two, 0, records[1]) == OK
+            assert weight.unmerge(two, records[1]) == OK
+        assert np.array_equal(bits(weight.w), bits(old))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_record_size(isa, dtype):
+    """At most 6 % of the weight's bytes at |delta| = 2.5 % of |W|; never more than the bound; small ones overflow."""
+    rng = np.random.default_rng(9)
+    n, k, r = 512, 1024, 8
+    old = random(rng, (n, k), dtype, 0.02)
+    a, b = random(rng, (r, k), F32, 1.0), random(rng, (n, r), F32, 0.02 * 0.025 / r**0.5)
+    d, weight = klib.lowrank([(a, F32, b, F32, 1.0)]), Weight(old.copy(), dtype)
+    rec = weight.record()
+    assert weight.merge(d, 0, rec) == OK
+    assert rec.size <= 0.06 * old.nbytes
+    assert weight.unmerge(d, rec) == OK
+    for capacity in (0, 100, rec.size // 2, rec.size - 1):
+        small = Weight(weight.w, dtype, capacity)
+        assert small.merge(d, 0, small.record(), PAR) == FULL_RECORD
+        assert np.array_equal(bits(weight.w), bits(old))
+        assert weight.merge(d, 0, rec) == OK
+        merged = weight.w.copy()
+        assert small.switch(d, rec, d, 0, small.record()) == FULL_RECORD
+        assert np.array_equal(bits(weight.w), bits(merged))
+        assert weight.unmerge(d, rec) == OK
+    huge = klib.lowrank([(a, F32, b, F32, 1e6)])
+    assert weight.merge(huge, 0, rec) == OK
+    assert rec.size <= LIB.pk_record_bound(weight.mat)
+    assert weight.unmerge(huge, rec) == OK
+    assert np.array_equal(bits(weight.w), bits(old))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 40), shapes, dtypes, seeds, st.sampled_from(ISAS))
+def test_forward(m, shape, dtype, seed, name):
+    n, k, r = shape
+    rng = np.random.default_rng(seed)
+    select(name)
+    dy = dtype if rng.integers(4) else int(rng.integers(4))
+    x, y = random(rng, (m, k), dtype, kind=rng.integers(4)), random(rng, (m, n), dy, kind=rng.integers(4))
+    parts = random_factors(rng, n, k, r, dtype, nf=int(rng.integers(1, 3)), size=0.3)
+    rank, old = sum(p[0].shape[0] for p in parts), y.copy()
+    td = F64 if F64 in (dtype, dy) else F32
+    t = np.zeros((m, rank), klib.STORED[td])
+    f = klib.factors(parts)
+    args = klib.mat(y, dy), klib.mat(x, dtype), f, len(parts)
+    keep, p = klib.buffer(LIB.pk_lowrank_apply_work(*args))
+    assert LIB.pk_lowrank_apply(*args, klib.mat(t, td), p, PAR if rng.integers(2) else None) == OK
+    xf = klib.widen(x, dtype)
+    wide = F64 in (dtype, dy)
+    acc = EPS[F64 if wide and dy == F64 else F32]
+    want, total, at = klib.widen(old, dy), np.abs(klib.widen(old, dy)), 0
+    for a, da, b, db, s in parts:
+        af, bf = klib.widen(a, da), klib.widen(b, db)
+        assert np.allclose(t[:, at : at + len(a)], xf @ af.T, rtol=1e-5, atol=1e-4)
+        at += len(a)
+        want = want + s * (xf @ af.T) @ bf.T
+        total = total + s * (np.abs(xf) @ np.abs(af).T) @ np.abs(bf).T
+    bound = EPS[dy] * np.abs(want) + (k + 3 * rank + 9) * acc * total + (2.0**-25 if dy == F16 else 0)
+    assert (np.abs(klib.widen(y, dy) - want) <= bound).all()
+    one = old[:1].copy()
+    args = klib.mat(one, dy), klib.mat(x[:1].copy(), dtype), f, len(parts)
+    keep, p = klib.buffer(LIB.pk_lowrank_apply_work(*args))
+    assert LIB.pk_lowrank_apply(*args, None, p, None) == OK
+    assert np.array_equal(bits(one), bits(y[:1])), "a row depends on the others"
+    select(ISAS[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("m,n,k,r", [(1, 256, 256, 16), (8, 300, 1000, 130), (200, 520, 515, 64), (37, 1, 1, 512)])
+def test_forward_sizes_and_threads(isa, dtype, m, n, k, r):
+    rng = np.random.default_rng(10)
+    x, y0 = random(rng, (m, k), dtype), random(rng, (m, n), dtype)
+    parts = random_factors(rng, n, k, r, dtype, size=0.05)
+    f, seen = klib.factors(parts), []
+    for threads in (1, 3):
+        LIB.shim_threads(threads)
+        y = y0.copy()
+        args = klib.mat(y, dtype), klib.mat(x, dtype), f, 1
+        keep, p = klib.buffer(LIB.pk_lowrank_apply_work(*args))
+        assert LIB.pk_lowrank_apply(*args, None, p, PAR) == OK
+        seen.append(bits(y).copy())
+    assert np.array_equal(*seen)
+    want = klib.widen(y0, dtype) + klib.widen(x, dtype) @ dense(parts, n, k).T
+    assert np.abs(klib.widen(y, dtype) - want).max() <= (EPS[dtype] * 1.01) * np.abs(want).max() + 1e-3
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 40), shapes, dtypes, seeds, st.sampled_from(ISAS))
+def test_backward(m, shape, dtype, seed, name):
+    n, k, r = shape
+    rng = np.random.default_rng(seed)
+    select(name)
+    (a, da, b, _, s), *_ = random_factors(rng, n, k, r, dtype, size=0.3)
+    g, x = (random(rng, (m, c), dtype, kind=rng.integers(4)) for c in (n, k))
+    gf, xf, af, bf = klib.widen(g, dtype), klib.widen(x, dtype), klib.widen(a, da), klib.widen(b, da)
+    dx, dA, dB = random(rng, (m, k), dtype), random(rng, (r, k), da), random(rng, (n, r), da, kind=rng.integers(2))
+    dx0, add = klib.widen(dx, dtype), int(rng.integers(2))
+    t = (xf @ af.T).astype(np.float64 if dtype == F64 else np.float32) if rng.integers(2) else None
+    tm = klib.mat(t, F64 if dtype == F64 else F32) if t is not None and t.size else klib.Mat()
+    mats = klib.mat(g, dtype), klib.mat(x, dtype), tm, klib.factors([(a, da, b, da, s)])[0]
+    q = klib.Backward(*mats, klib.mat(dx, dtype), klib.mat(dA, da), klib.mat(dB, da), add)
+    keep, p = klib.buffer(LIB.pk_lowrank_backward_work(C.byref(q)))
+    assert LIB.pk_lowrank_backward(C.byref(q), p, PAR) == OK
+    for got, dt, want, size in [
+        (dx, dtype, add * dx0 + s * gf @ bf @ af, np.abs(gf) @ np.abs(bf) @ np.abs(af) * s + np.abs(add * dx0)),
+        (dA, da, s * (gf @ bf).T @ xf, (np.abs(gf) @ np.abs(bf)).T @ np.abs(xf) * s),
+        (dB, da, s * gf.T @ (xf @ af.T), np.abs(gf).T @ (np.abs(xf) @ np.abs(af).T) * s),
+    ]:
+        acc = EPS[F64 if dtype == F64 and dt == F64 else F32]
+        bound = 1.01 * EPS[dt] * np.abs(want) + (n + k + m + 3 * r + 9) * acc * size + (2.0**-24 if dt == F16 else 0)
+        assert (np.abs(klib.widen(got, dt) - want) <= bound).all()
+    select(ISAS[0])
+
+
+def test_shrink(isa):
+    rng = np.random.default_rng(11)
+    for dtype in DTYPES.values():
+        w, a = random(rng, (45, 333), dtype), random(rng, (7, 333), dtype)
+        t = np.zeros((45, 7), np.float64)
+        args = klib.mat(w, dtype), klib.mat(a, dtype)
+        keep, p = klib.buffer(LIB.pk_shrink_work(*args))
+        assert LIB.pk_shrink(klib.mat(t, F64), *args, 0.5, p, PAR) == OK
+        assert np.allclose(t, 0.5 * klib.widen(w, dtype) @ klib.widen(a, dtype).T, rtol=1e-4, atol=1e-4)
+
+
+def test_finite(isa):
+    rng = np.random.default_rng(12)
+    for dtype in DTYPES.values():
+        for shape in [(0, 4), (1, 1), (3, 40001), (129, 257)]:
+            for kind in range(4):
+                a = random(rng, shape, dtype, kind=kind)
+                assert LIB.pk_finite(klib.mat(a, dtype), PAR) == 1
+                for bad in (np.nan, np.inf, -np.inf):
+                    if a.size:
+                        i = tuple(int(rng.integers(s)) for s in shape)
+                        keep, a[i] = a[i].copy(), klib.narrow(np.array([bad]), dtype)[0]
+                        assert LIB.pk_finite(klib.mat(a, dtype), PAR) == 0
+                        a[i] = keep
+
+
+def test_rounding_of_every_half():
+    """Each ISA rounds to bf16 and f16 as numpy does, at and around all ties."""
+    h = np.arange(0x7C00, dtype=np.uint16)
+    for dtype, ties in [(F16, h.view(np.float16).astype(np.float64)), (BF16, klib.widen(h, BF16))]:
+        mid = np.concatenate([ties[:-1], (ties[:-1] + ties[1:]) / 2])
+        values = np.concatenate([mid, np.nextafter(mid, 1e9, dtype=np.float64), -mid]).astype(np.float32)[None, :]
+        want = klib.narrow(values, dtype)
+        for name in ISAS:
+            select(name)
+            w = klib.narrow(np.zeros_like(values), dtype)
+            assert Weight(w, dtype).merge(klib.full(values, F32)) == OK
+            same = (bits(w) == bits(want)) | (values == 0)
+            assert same.all(), (name, values[~same][:4], bits(w)[~same][:4])
+    select(ISAS[0])
+
+
+def test_empty_and_invalid(isa):
+    e = np.zeros((0, 5), np.float32)
+    weight, d = (
+        Weight(e, F32),
+        klib.lowrank([(np.zeros((2, 5), np.float32), F32, np.zeros((0, 2), np.float32), F32, 1)]),
+    )
+    rec = weight.record()
+    assert weight.merge(d, CHECK, rec) == OK and weight.unmerge(d, rec) == OK
+    w = np.ones((3, 5), np.float32)
+    weight = Weight(w, F32)
+    assert weight.merge(d) == EINVAL
+    assert weight.merge(klib.full(np.zeros((3, 4), np.float32), F32)) == EINVAL
+    bad = klib.Mat(None, 3, 5, 5, 1, F32)
+    assert LIB.pk_finite(bad, None) == EINVAL
+    assert LIB.pk_merge(klib.Mat(w.ctypes.data, 3, 5, 5, 1, 9), d, 0, None, None, None) == EINVAL
+    assert LIB.pk_isa_select(b"nonsense") == -1
+    assert (w == 1).all()
+
+
+def test_parallel_failure_is_reported():
+    fails = C.CFUNCTYPE(C.c_int32, C.c_int64, C.c_int64, C.c_int64, C.c_void_p, C.c_void_p)(lambda *a: 1)
+    weight = Weight(np.ones((600, 600), np.float32), F32)
+    assert weight.merge(klib.full(np.ones((600, 600), np.float32), F32), 0, None, C.cast(fails, C.c_void_p)) == -2
