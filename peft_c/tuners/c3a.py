@@ -1,0 +1,98 @@
+"""C3A, circular convolution adaptation: the delta is a block circulant matrix (https://arxiv.org/abs/2407.19342)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..utils.constants import TRANSFORMERS_MODELS_TO_C3A_TARGET_MODULES_MAPPING
+from .room import AddRoom, RoomConfig, RoomModel, option, pattern_value, register, shared
+
+
+@dataclass
+class C3AConfig(RoomConfig):
+    """Options of C3A."""
+
+    method = "c3a"
+
+    block_size: int = option(
+        256, "Size of the circulant blocks; has to divide the input and output sizes of all adapted layers."
+    )
+    target_modules: list[str] | str | None = shared("target_modules")
+    bias: str = shared("bias")
+    modules_to_save: list[str] | None = shared("modules_to_save")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
+    block_size_pattern: dict | None = option({}, "Module name or regular expression -> block size, where it differs.")
+    init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] | None = option(
+        "xavier_uniform", "Initialisation of the kernel; True: zeros (no change), False: 'xavier_uniform'."
+    )
+
+
+def convolve(x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    """x (..., n * b) times the block circulant matrix of `kernel` (m, n, b), transposed: (..., m * b)."""
+    n, b = kernel.shape[1:]
+    spectrum = torch.fft.ifft(x.unflatten(-1, (n, b))).unsqueeze(-3) * torch.fft.fft(kernel)
+    return torch.fft.fft(spectrum.sum(-2)).real.flatten(-2)
+
+
+class C3ALayer(AddRoom):
+    """C3A for nn.Linear: kernel (out / b, in / b, b); W + circulant(kernel) / in."""
+
+    adapter_layer_names = ("c3a_kernel",)
+    other_param_names = ("block_size",)
+
+    def create(self, name: str, config: C3AConfig, block_size: int) -> None:
+        if block_size <= 0:
+            raise ValueError(f"`block_size` should be a positive integer value but the value passed is {block_size}")
+        for side, size in (("input", self.in_features), ("output", self.out_features)):
+            if size % block_size:
+                raise ValueError(
+                    f"The block size should be a factor of the {side} size. However, the {side} size is {size} and "
+                    f"the block size is {block_size}"
+                )
+        self.block_size[name] = block_size
+        blocks = (self.out_features // block_size, self.in_features // block_size)
+        kernel = torch.zeros(*blocks, block_size, device=self.get_base_layer().weight.device)
+        self.c3a_kernel[name] = nn.Parameter(kernel)
+        bounds = {
+            "xavier_uniform": math.sqrt(6 / (self.in_features + self.out_features)),
+            "kaiming_uniform": math.sqrt(1 / self.in_features),
+        }
+        scheme = config.init_weights or "xavier_uniform"
+        if scheme == "gaussian":
+            nn.init.normal_(kernel)
+        elif scheme in bounds:
+            nn.init.uniform_(kernel, -bounds[scheme], bounds[scheme])
+        elif scheme is not True:
+            raise ValueError(f"Unknown init_weights: {scheme}")
+
+    def delta(self, name: str) -> torch.Tensor:
+        kernel = self.c3a_kernel[name].float()
+        identity = torch.eye(self.in_features, device=kernel.device)
+        return (convolve(identity, kernel).T / self.in_features).to(self.get_base_layer().weight.dtype)
+
+    def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return convolve(x.float(), self.c3a_kernel[name].float()) / self.in_features
+
+
+C3ALinear = C3ALayer
+
+
+class C3AModel(RoomModel):
+    """Injects C3A."""
+
+    prefix = "c3a_"
+    tuner_layer_cls = C3ALayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_C3A_TARGET_MODULES_MAPPING
+    rooms = {nn.Linear: C3ALayer}
+
+    def settings(self, config: C3AConfig, key: str, base: nn.Module) -> dict[str, Any]:
+        return {"block_size": pattern_value(config.block_size_pattern, key, config.block_size)}
+
+
+register("c3a", C3AConfig, C3AModel)

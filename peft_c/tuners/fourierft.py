@@ -1,0 +1,83 @@
+"""FourierFT: the delta is the inverse Fourier transform of a few trained frequencies (https://arxiv.org/abs/2405.03003)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..utils.constants import TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING
+from .room import AddRoom, RoomConfig, RoomModel, option, pattern_value, register, shared
+
+
+@dataclass
+class FourierFTConfig(RoomConfig):
+    """Options of FourierFT."""
+
+    method = "fourierft"
+
+    n_frequency: int = option(1000, "Number of trained frequencies of each layer, from 1 to in * out.")
+    scaling: float = option(150.0, "Factor of the delta; the paper uses 100 to 300.")
+    random_loc_seed: int | None = option(777, "Seed of the choice of frequencies.")
+    fan_in_fan_out: bool = shared("fan_in_fan_out")
+    target_modules: list[str] | str | None = shared("target_modules")
+    exclude_modules: list[str] | str | None = shared("exclude_modules")
+    bias: str = shared("bias")
+    modules_to_save: list[str] | None = shared("modules_to_save")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
+    n_frequency_pattern: dict | None = option(
+        {}, "Module name or regular expression -> n_frequency, where it differs."
+    )
+    init_weights: bool = option(False, "True: start with a spectrum of zeros (no change); False: standard normal.")
+
+
+class FourierFTLayer(AddRoom):
+    """FourierFT for nn.Linear and Conv1D: spectrum (n_frequency,) at random places of (out, in)."""
+
+    adapter_layer_names = ("fourierft_spectrum",)
+    other_param_names = ("fourierft_n_frequency", "fourierft_scaling", "fourierft_random_loc_seed", "indices")
+
+    def create(self, name: str, config: FourierFTConfig, n_frequency: int) -> None:
+        size = self.in_features * self.out_features
+        if n_frequency <= 0:
+            raise ValueError(f"`n_frequency` should be a positive integer value but the value passed is {n_frequency}")
+        if n_frequency > size:
+            raise ValueError(
+                "`n_frequency` should be less than or equal to the product of the input and output dimensions but the "
+                f"value passed is {n_frequency} and the product is {size}"
+            )
+        self.fourierft_n_frequency[name] = n_frequency
+        self.fourierft_scaling[name] = config.scaling
+        self.fourierft_random_loc_seed[name] = config.random_loc_seed
+        places = torch.randperm(size, generator=torch.Generator().manual_seed(config.random_loc_seed))[:n_frequency]
+        self.indices[name] = torch.stack([places // self.in_features, places % self.in_features])
+        spectrum = torch.randn(n_frequency)
+        self.fourierft_spectrum[name] = nn.Parameter(torch.zeros_like(spectrum) if config.init_weights else spectrum)
+
+    def delta(self, name: str) -> torch.Tensor:
+        spectrum = self.fourierft_spectrum[name]
+        rows, columns = self.indices[name].to(spectrum.device)
+        dense = torch.zeros(self.out_features, self.in_features, device=spectrum.device)
+        dense[rows, columns] = spectrum.float()
+        return (torch.fft.ifft2(dense).real * self.fourierft_scaling[name]).to(spectrum.dtype)
+
+
+FourierFTLinear = FourierFTLayer
+
+
+class FourierFTModel(RoomModel):
+    """Injects FourierFT."""
+
+    prefix = "fourierft_"
+    tuner_layer_cls = FourierFTLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING
+    rooms = {nn.Linear: FourierFTLayer, "Conv1D": FourierFTLayer}
+
+    def settings(self, config: FourierFTConfig, key: str, base: nn.Module) -> dict[str, Any]:
+        return {"n_frequency": pattern_value(config.n_frequency_pattern, key, config.n_frequency)}
+
+
+register("fourierft", FourierFTConfig, FourierFTModel)

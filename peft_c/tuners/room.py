@@ -1,0 +1,419 @@
+"""What tuners are written in: a room declares parameters and mathematics, the shared base acts.
+
+A method is one file with three classes and one call of `register`:
+
+- a `RoomConfig`: the options, each with its help text;
+- a `Room`: the parameters of an adapter (`create`) and what they do to a layer (the law, below);
+- a `RoomModel`: which base layers the method adapts with which room;
+
+Everything else stands here, once: construction, adding adapters (all or nothing), the forward of active, disabled,
+merged and mixed adapters, merging and exact unmerging (through `law`), injection, and PEFT's module paths.
+
+The law of a room is the class it derives from:
+
+| law      | a room writes                    | merged weight           | forward                                     |
+|----------|----------------------------------|-------------------------|---------------------------------------------|
+| AddRoom  | `delta(name)`                    | W + delta               | base(x) + term(name, x)                     |
+|          | or `low_rank(name)`              | W + scale * B A         | the same, without building B A              |
+| MapRoom  | `transform(name, weight, bias)`  | what that returns       | the base operation with these weights       |
+|          | and, where it is cheaper,        |                         |                                             |
+|          | `before(name, x)`,               |                         | base(before(x))                             |
+|          | `after(name, y)`                 |                         | after(base(x))                              |
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..config import PeftConfig
+from ..utils.matching import get_pattern_key
+from ..utils.peft_types import PeftType, register_peft_method
+from . import law
+from .base_view import BaseView
+from .tuner_layer import BaseTunerLayer, _get_in_out_features, is_transformers_conv1d
+from .tuners_utils import BaseTuner
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+# ------------------------------------------------------------------------------------------------------------ config
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A config field. Mutable defaults are copied for every config."""
+    metadata = {"help": help, **metadata}
+    if isinstance(default, (dict, list, set)):
+        return field(default_factory=partial(type(default), default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+# name -> (default, help) of the options that most methods have
+SHARED_OPTIONS: dict[str, tuple[Any, str]] = {
+    "target_modules": (
+        None,
+        "Modules to adapt: a list of names (a module's full name, or its ending), a regular expression for the full "
+        "name, or 'all-linear' for every linear layer but the output layer. None: the method's default for the "
+        "model's architecture.",
+    ),
+    "exclude_modules": (None, "Modules not to adapt: names or a regular expression, as in `target_modules`."),
+    "modules_to_save": (None, "Further modules to train in full and to save, such as a classification head."),
+    "layers_to_transform": (None, "Index or indices of the layers to adapt; None: all. Needs a list of targets."),
+    "layers_pattern": (None, "Name of the ModuleList that `layers_to_transform` counts in, if it is an unusual one."),
+    "fan_in_fan_out": (False, "Whether the adapted layers store their weight as (in, out), as Conv1D does."),
+    "init_weights": (True, "Whether new adapters start as no change; False: at random, for tests."),
+    "bias": ("none", "Biases to train: 'none', 'all' of the model's, or '<method>_only', those of adapted layers."),
+    "rank_pattern": ({}, "Module name or regular expression -> rank, where it differs from `r`."),
+    "alpha_pattern": ({}, "Module name or regular expression -> alpha, where it differs from `alpha`."),
+}
+
+
+def shared(name: str, default: Any = None) -> Any:
+    """The config field of that name in `SHARED_OPTIONS`, with another default if one is given."""
+    usual, help = SHARED_OPTIONS[name]
+    return option(usual if default is None else default, help)
+
+
+def pattern_value(pattern: dict[str, Any] | None, key: str, default: Any) -> Any:
+    """The value for the module called `key` in an option such as `rank_pattern`."""
+    pattern = pattern or {}
+    return pattern.get(get_pattern_key(pattern.keys(), key), default)
+
+
+@dataclass
+class RoomConfig(PeftConfig):
+    """Base of the methods' configs: what every one of them normalises and checks.
+
+    Raises:
+        ValueError: `layers_to_transform` or `layers_pattern` beside a regular expression in `target_modules`, or
+            `layers_pattern` without `layers_to_transform`.
+    """
+
+    method: ClassVar[str]  # lower-case name of the method's PeftType
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType[self.method.upper()]
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name, None)
+            if isinstance(value, list):
+                setattr(self, name, set(value))
+        layers, pattern = getattr(self, "layers_to_transform", None), getattr(self, "layers_pattern", None)
+        if isinstance(getattr(self, "target_modules", None), str):
+            for name, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
+                if value is not None:
+                    raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
+        if pattern and layers is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+
+
+# ------------------------------------------------------------------------------------------------------------- layers
+
+
+def weight_view(base: nn.Module, name: str = "weight") -> BaseView:
+    """The weight of a base layer as a matrix (out, in...): transposed for Conv1D."""
+    return BaseView(base, name, transposed=name == "weight" and is_transformers_conv1d(base))
+
+
+def apply_weight(base: nn.Module, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """What `base` computes from x, with other weights: `weight` has the shape of its own."""
+    if isinstance(base, CONVOLUTIONS):
+        return base._conv_forward(x, weight, bias)
+    if isinstance(base, nn.Embedding):
+        options = (base.padding_idx, base.max_norm, base.norm_type, base.scale_grad_by_freq, base.sparse)
+        return F.embedding(x, weight, *options)
+    return F.linear(x, weight.T if is_transformers_conv1d(base) else weight, bias)
+
+
+class Room(nn.Module, BaseTunerLayer):
+    """One base layer with the adapters of one method.
+
+    `adapter_layer_names` are ParameterDicts and `other_param_names` dicts, unless `containers` says otherwise.
+    `settings`, given at construction and to `update_layer`, are what `RoomModel.settings` made for this layer.
+    """
+
+    containers: ClassVar[dict[str, type]] = {}
+    _merge_suspended = False  # see law.suspend
+
+    def create(self, name: str, config: Any, **settings: Any) -> None:
+        """Make and initialise the parameters of a new adapter; raise before or after, what was made is dropped."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how an adapter is created")
+
+    def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The layer's output with the adapters `names`, at least one, in this order."""
+        raise NotImplementedError(f"{type(self).__name__} derives from no law")
+
+    # --- construction ---
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **settings: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        for name in self.adapter_layer_names:
+            setattr(self, name, self.containers.get(name, nn.ParameterDict)())
+        for name in self.other_param_names:
+            setattr(self, name, self.containers.get(name, dict)())
+        self.merged_adapters = []
+        self._disable_adapters = False
+        self.cast_input_dtype_enabled = True
+        self.fan_in_fan_out = getattr(config, "fan_in_fan_out", False)
+        self.prepare(self.get_base_layer(), config)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config=config, **settings)
+
+    def prepare(self, base: nn.Module, config: Any) -> None:
+        """Look at the base layer, before the first adapter is created."""
+        self.in_features, self.out_features = _get_in_out_features(base)
+
+    def update_layer(self, adapter_name: str, config: Any, **settings: Any) -> None:
+        """Add the adapter, or make it anew. When `create` raises, the layer has no trace of it."""
+        existed = adapter_name in self._all_available_adapter_names()
+        try:
+            self.create(adapter_name, config, **settings)
+        except BaseException:
+            for container in (getattr(self, name) for name in self.adapter_layer_names + self.other_param_names):
+                if not existed and adapter_name in container:
+                    del container[adapter_name]
+            raise
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    # --- forward ---
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The output with the active adapters; `adapter_names`: one adapter a row of the batch instead.
+
+        With disabled adapters the output is the base layer's, merged or not. Other arguments go to the base layer.
+        """
+        rows = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            law.suspend(self)
+            return self.base_layer(x, *args, **kwargs)
+        if rows is not None:
+            return self._mixed_forward(x, rows, *args, **kwargs)
+        if self.merged:
+            law.resume(self)
+            return self.base_layer(x, *args, **kwargs)
+        own = self._merge_adapters()
+        names = [name for name in self.active_adapters if name in own]
+        return self.adapt(names, x, *args, **kwargs) if names else self.base_layer(x, *args, **kwargs)
+
+    def _mixed_forward(self, x: torch.Tensor, rows: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(x) != len(rows):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(rows)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        own = self._merge_adapters()
+        result = self.base_layer(x, *args, **kwargs).clone()
+        for name in dict.fromkeys(rows):
+            if name in own:  # not "__base__", nor adapters that only other layers have
+                part = [i for i, row in enumerate(rows) if row == name]
+                result[part] = self.adapt([name], x[part], *args, **kwargs).to(result.dtype)
+        return result
+
+    # --- merging: see law ---
+
+    def _merge_adapters(self) -> Iterable[str]:
+        """The adapters this layer has parameters for."""
+        return self._get_available_adapters()
+
+    def _merge_targets(self) -> dict[str, BaseView]:
+        base = self.get_base_layer()
+        targets = {"weight": weight_view(base)}
+        if getattr(base, "bias", None) is not None:
+            targets["bias"] = BaseView(base, "bias")
+        return targets
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters (default: the active ones) into the base weights, in place.
+
+        safe_merge: ValueError if a merged weight is not finite. Nothing has changed when an error is raised.
+        """
+        law.merge(self, safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the base weights, which get their old bits back."""
+        law.unmerge(self)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__module__.rpartition('.')[2]}.{super().__repr__()}"
+
+
+class AddRoom(Room):
+    """The law ADD: the adapted weight is the base weight plus a delta."""
+
+    def delta(self, name: str) -> torch.Tensor:
+        """The delta of an adapter as the matrix (out, in...) that `weight_view` shows."""
+        return self.low_rank(name).delta()
+
+    def low_rank(self, name: str) -> law.LowRank | None:
+        """The delta as factors, where it has such; None otherwise."""
+        return None
+
+    def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """What the adapter adds to the output for x, which has its parameters' dtype."""
+        base = self.get_base_layer()
+        factors = self.low_rank(name)
+        if factors is not None and not isinstance(base, (*CONVOLUTIONS, nn.Embedding)):
+            return F.linear(F.linear(x, factors.A), factors.B) * factors.scale
+        return apply_weight(base, x, self.get_delta_weight(name), None)
+
+    def adapter_dtype(self, name: str) -> torch.dtype | None:
+        """The dtype an adapter wants its input in: that of its first parameter; None for token ids."""
+        if isinstance(self.get_base_layer(), nn.Embedding):
+            return None
+        entries = (getattr(self, layer) for layer in self.adapter_layer_names)
+        entry = next(container[name] for container in entries if name in container)
+        return (entry if isinstance(entry, torch.Tensor) else next(entry.parameters())).dtype
+
+    def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
+        for name in names:
+            wanted = self.adapter_dtype(name)
+            result = result + self.term(name, x if wanted is None else self._cast_input_dtype(x, wanted))
+        return result.to(dtype)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """What merging `adapter` adds to the base weight: a tensor of its shape."""
+        return weight_view(self.get_base_layer()).restore(self.delta(adapter))
+
+    def _merge_changes(self, name: str) -> dict[str, law.Change]:
+        return {"weight": self.low_rank(name) or (lambda: self.get_delta_weight(name))}
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+
+class MapRoom(Room):
+    """The laws ROTATE, SCALE, BLEND and SWAP: the adapted weight is a function of the base weight."""
+
+    def transform(
+        self, name: str, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weight, as the matrix (out, in...) that `weight_view` shows, and the bias with the adapter in them."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how the weight is transformed")
+
+    before: ClassVar[Any] = None  # before(name, x): the input with which the base layer gives the adapted output
+    after: ClassVar[Any] = None  # after(name, y): the adapted output, from the base layer's
+
+    def transformed(self, names: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weight and bias that the base layer would have if `names` were merged."""
+        base = self.get_base_layer()
+        view, weight, bias = weight_view(base), self.get_base_weight(), getattr(base, "bias", None)
+        matrix = view.matrix(weight)
+        for name in names:
+            matrix, bias = self.transform(name, matrix, bias)
+        return view.restore(matrix, weight.shape), bias
+
+    def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.before is not None:
+            dtype = x.dtype
+            for name in reversed(names):
+                x = self.before(name, x)
+            return self.base_layer(x.to(dtype), *args, **kwargs)
+        if self.after is not None:
+            result = self.base_layer(x, *args, **kwargs)
+            dtype = result.dtype
+            for name in names:
+                result = self.after(name, result)
+            return result.to(dtype)
+        weight, bias = self.transformed(names)
+        dtype = x.dtype
+        bias = self._cast_input_dtype(bias, weight.dtype)
+        return apply_weight(self.get_base_layer(), self._cast_input_dtype(x, weight.dtype), weight, bias).to(dtype)
+
+    def _merge_changes(self, name: str) -> dict[str, law.Change]:
+        def merged(targets: dict[str, BaseView]) -> dict[str, torch.Tensor]:
+            weight, bias = self.transformed([name])
+            return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+
+        return {label: law.Replace(merged) for label in self._merge_targets()}
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+class RoomModel(BaseTuner):
+    """Injects the rooms of one method.
+
+    `rooms`: base layer class, or "Conv1D" for transformers' -> Room, the first that fits.
+    """
+
+    rooms: ClassVar[dict[type | str, type[Room]]]
+
+    def settings(self, config: Any, key: str, base: nn.Module) -> dict[str, Any]:
+        """What `Room.create` is given for the target called `key` beside the config, such as its rank."""
+        return {}
+
+    def _create_and_replace(
+        self,
+        config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        if current_key is None:
+            raise ValueError("Current Key shouldn't be `None`")
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        settings = self.settings(config, current_key, base)
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, config=config, **settings)
+            return
+        layer = self._create_new_module(config, adapter_name, target, **settings)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    @classmethod
+    def room_for(cls, base: nn.Module) -> type[Room] | None:
+        """The room for a base layer, None if the method has none."""
+        for kind, room in cls.rooms.items():
+            if is_transformers_conv1d(base) if kind == "Conv1D" else isinstance(base, kind):
+                return room
+        return None
+
+    def _create_new_module(self, config: Any, adapter_name: str, target: nn.Module, **settings: Any) -> Room:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        room = self.room_for(base)
+        if room is None:
+            known = ", ".join(
+                f"`{'transformers.pytorch_utils.Conv1D' if kind == 'Conv1D' else f'torch.nn.{kind.__name__}'}`"
+                for kind in self.rooms
+            )
+            raise TypeError(f"Target module {target} is not supported. Currently, only {known} are supported.")
+        if hasattr(config, "fan_in_fan_out") and config.fan_in_fan_out != is_transformers_conv1d(base):
+            warnings.warn(
+                f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module is "
+                f"`{type(base).__name__}`. Setting fan_in_fan_out to {not config.fan_in_fan_out}."
+            )
+            config.fan_in_fan_out = not config.fan_in_fan_out
+        return room(target, adapter_name, config=config, **settings)
+
+
+def register(
+    name: str, config: type[PeftConfig], model: type[BaseTuner], prefix: str | None = None, mixed: bool = False
+) -> None:
+    """Register the method of a room's module, and let PEFT's paths (`<method>.config`, `.layer`, `.model`) lead there."""
+    module = sys.modules[config.__module__]
+    for part in ("config", "layer", "model"):
+        sys.modules.setdefault(f"{module.__name__}.{part}", module)
+        if not hasattr(module, part):
+            setattr(module, part, module)
+    module.__path__ = []
+    register_peft_method(name=name, config_cls=config, model_cls=model, prefix=prefix, is_mixed_compatible=mixed)
