@@ -997,9 +997,10 @@ class PeftModelForCausalLM(_PeftModelThatGenerates):
             "return_dict": return_dict,
         }
         if not self._is_prompt_learning:
-            from .tuners.lora.variants import get_alora_offsets_for_forward
+            if self.active_adapter:
+                from .tuners.lora.variants import get_alora_offsets_for_forward
 
-            kwargs = get_alora_offsets_for_forward(self, input_ids, inputs_embeds, **kwargs)
+                kwargs = get_alora_offsets_for_forward(self, input_ids, inputs_embeds, **kwargs)
             if getattr(getattr(self.base_model, "config", None), "model_type", None) == "mpt":
                 if inputs.pop("inputs_embeds") is not None:
                     raise AssertionError("forward in MPTForCausalLM does not support inputs_embeds")
@@ -1011,7 +1012,7 @@ class PeftModelForCausalLM(_PeftModelThatGenerates):
             self.base_model.model.generation_config = self.generation_config
         else:
             self.base_model.generation_config = self.generation_config
-        if not self._is_prompt_learning:
+        if self.active_adapter and not self._is_prompt_learning:
             from .tuners.lora.variants import get_alora_offsets_for_generate
 
             kwargs = get_alora_offsets_for_generate(self, *args, **kwargs)

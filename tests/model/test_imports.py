@@ -45,7 +45,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
         ("from peft_c import LoraConfig; LoraConfig(r=4)", 40),
         ("from peft_c import get_peft_model, PeftModel, LoraConfig, explain", 120),
         (
-            "from peft_c import *; import peft_c; m = torch.nn.Sequential(torch.nn.Linear(3, 4)); "
+            "import peft_c; m = torch.nn.Sequential(torch.nn.Linear(3, 4)); "
             "m = peft_c.get_peft_model(m, peft_c.LoraConfig(target_modules='all-linear')); m(torch.ones(1, 3)); "
             "m.merge_adapter(); m.unmerge_adapter()",
             200,

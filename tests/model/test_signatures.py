@@ -31,8 +31,8 @@ def own(module):
     return {
         name: value
         for name, value in vars(module).items()
-        if not name.startswith("_") and inspect.unwrap(value).__module__ == module.__name__
-        if inspect.isclass(value) or inspect.isroutine(value)
+        if not name.startswith("_") and (inspect.isclass(value) or callable(value))
+        if getattr(value, "__module__", None) == module.__name__
     }
 
 
@@ -43,7 +43,7 @@ def pairs():
             yield pytest.param(value, ours, public, id=f"{name}.{public}")
 
 
-@pytest.mark.parametrize("theirs,module,name", pairs())
+@pytest.mark.parametrize("theirs,module,name", list(pairs()))
 def test_same_parameters(theirs, module, name):
     ours = getattr(module, name)
     if not inspect.isclass(theirs):
