@@ -419,12 +419,14 @@ done:
     return rc;
 }
 
-int grads_list(const module_state *state, PyObject *layer, PyObject *dict, PyObject *skip, PyObject *list) {
+int grads_list(const module_state *state, PyObject *layer, PyObject *dict, PyObject *also, PyObject *skip,
+               PyObject *list) {
     containers all;
     if (containers_open(state, layer, dict, &all) < 0) return -1;
     int rc = -1;
     visit_context context = {.state = state, .list = list};
-    PyObject *set = suspects(state, dict, &all), *others = set ? PyNumber_Subtract(set, skip) : NULL;
+    PyObject *set = suspects(state, dict, &all), *others = NULL;
+    if (set != NULL && set_add(set, also) == 0) others = PyNumber_Subtract(set, skip);
     if (others != NULL) rc = each_entry(&all, others, NULL, visit_list, &context);
     Py_XDECREF(set);
     Py_XDECREF(others);

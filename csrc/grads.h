@@ -25,7 +25,9 @@ int grads_restore(const module_state *state, journal *log, PyObject *layer, PyOb
 /* Freezes the entries that `declared` (adapter -> names of containers) lists for the adapters in `names` (any iterable). */
 int grads_freeze(const module_state *state, journal *log, PyObject *layer, PyObject *dict, PyObject *declared,
                  PyObject *names);
-/* Appends to `list` (tensor, flag) of all entries that may be trainable, but for the adapters in `skip` (a set). */
-int grads_list(const module_state *state, PyObject *layer, PyObject *dict, PyObject *skip, PyObject *list);
+/* Appends to `list` (tensor, flag) of the entries that may be trainable and of the adapters in `also` (a list), without
+ * those of the adapters in `skip` (a set). */
+int grads_list(const module_state *state, PyObject *layer, PyObject *dict, PyObject *also, PyObject *skip,
+               PyObject *list);
 
 #endif

@@ -276,14 +276,15 @@ static PyObject *walk_set_requires_grad(PyObject *module, PyObject *const *args,
     return switch_all(module, layer_set_requires_grad, args[0], args[1], args[2]);
 }
 
-/* flags(layer, skip): [(tensor, requires_grad)] of the entries that may be trainable, but for the adapters in skip */
+/* flags(layer, also, skip): [(tensor, requires_grad)], see grads_list() */
 static PyObject *walk_flags(PyObject *module, PyObject *const *args, Py_ssize_t count) {
-    if (expect("flags", count, 2) < 0) return NULL;
+    if (expect("flags", count, 3) < 0) return NULL;
     PyObject *dict = PyObject_GenericGetDict(args[0], NULL), *list = dict ? PyList_New(0) : NULL;
-    PyObject *names = list ? PySet_New(args[1]) : NULL;
-    if (names == NULL || grads_list(state_of(module), args[0], dict, names, list) < 0) Py_CLEAR(list);
+    PyObject *also = list ? PySequence_List(args[1]) : NULL, *skip = also ? PySet_New(args[2]) : NULL;
+    if (skip == NULL || grads_list(state_of(module), args[0], dict, also, skip, list) < 0) Py_CLEAR(list);
     Py_XDECREF(dict);
-    Py_XDECREF(names);
+    Py_XDECREF(also);
+    Py_XDECREF(skip);
     return list;
 }
 
@@ -299,8 +300,8 @@ PyMethodDef walk_methods[] = {
                             "layer.enable_adapters(enabled) for every layer of a list: all or none."),
     METHOD(set_requires_grad, "set_requires_grad($module, layers, names, requires_grad, /)\n--\n\n"
                               "layer.set_requires_grad(names, requires_grad) for every layer of a list: all or none."),
-    METHOD(flags, "flags($module, layer, skip, /)\n--\n\n"
-                  "[(tensor, requires_grad)] of a layer's adapter weights that may be trainable, but for the adapters in\n"
-                  "skip: a superset of the trainable ones that does not grow with the number of frozen adapters."),
+    METHOD(flags, "flags($module, layer, also, skip, /)\n--\n\n"
+                  "[(tensor, requires_grad)] of a layer's adapter weights that may be trainable and of the adapters in\n"
+                  "also, without those in skip. It does not grow with the number of frozen adapters."),
     {NULL, NULL, 0, NULL},
 };

@@ -68,7 +68,7 @@ class Injection:
         """Does it. If a step fails, the model, the tuner's lists and the config are what they were."""
         tuner, config = self.tuner, self.config
         saved_config = dict(vars(config))
-        self.existing = _Existing(self.model, self.adapter_name)
+        self.existing = _Existing(self.model, self.adapter_name, tuner.active_adapters)
         try:
             with undo_on_error(self.model):
                 self.prepare()
@@ -371,7 +371,7 @@ class _Existing:
     Adapters that are frozen for certain are left out, so that the cost does not depend on their number.
     """
 
-    def __init__(self, model: nn.Module, adapter_name: str) -> None:
+    def __init__(self, model: nn.Module, adapter_name: str, active: list[str]) -> None:
         layers, modules = _C.find(model, BaseTunerLayer, nn.Module)
         self.has_adapters = bool(layers)
         self.flags: list[tuple[torch.Tensor, bool]] = [
@@ -382,7 +382,7 @@ class _Existing:
         ]
         self.layers = []
         for layer in layers:
-            self.flags += _C.flags(layer, [adapter_name])
+            self.flags += _C.flags(layer, active, [adapter_name])
             state = layer.__dict__
             self.layers.append((layer, state.get("_adapter_ledger"), state.get("_disabled_trainable")))
 

@@ -193,7 +193,9 @@ def _find_minimal_target_modules(
     if not targets.isdisjoint(other_module_names):
         both = sorted(targets.intersection(other_module_names))
         raise ValueError(
-            f"target_modules and other_module_names contain common elements, this should not happen: {both}"
+            "target_modules and other_module_names contain common elements, this should not happen, please open a "
+            "GitHub issue at https://github.com/huggingface/peft/issues with the code to reproduce this issue "
+            f"(in both: {both})"
         )
 
     def endings(name: str) -> list[str]:

@@ -409,7 +409,8 @@ class BaseTuner(nn.Module, ABC):
             warnings.warn(
                 f"Model with `tie_word_embeddings=True` and the {tied_target_modules=} are part of the adapter. "
                 "This can lead to complications: untie the embeddings before merging, for example by loading the "
-                "model with `tie_word_embeddings=False`, copying the embeddings' weight to the output layer and saving it."
+                "model with `tie_word_embeddings=False`, copying the embeddings' weight to the output layer, and "
+                "saving it."
             )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
