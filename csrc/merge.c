@@ -245,13 +245,15 @@ static PyObject *merge_subtract(PyObject *module, PyObject *const *args, Py_ssiz
     if (got < 0) goto done;
     bool same = got == 1;
     const bool recorded = args[2] != Py_None && PyTuple_Size(args[2]) == (Py_ssize_t)job.depth;
+    for (Py_ssize_t i = 0; recorded && i < PyTuple_Size(args[2]); i++) {
+        if (PyBytes_AsString(PyTuple_GetItem(args[2], i)) == NULL) goto done;
+    }
     if (got == 1 && view_bump_version(state, args[3]) < 0) goto done;
     for (int64_t at = got == 1 ? job.depth - 1 : -1; at >= 0; at--) {
         pk_record record = {NULL, 0, 0};
         if (recorded) {
             PyObject *bytes = PyTuple_GetItem(args[2], (Py_ssize_t)at);
             record.data = PyBytes_AsString(bytes);
-            if (record.data == NULL) goto done;
             record.size = record.capacity = (size_t)PyBytes_Size(bytes);
         }
         const int status = run(&job, at, false, 0, recorded ? &record : NULL);

@@ -3,8 +3,8 @@
 A layer declares, `merge` and `unmerge` act:
 
 - `_merge_targets()` -> {label: BaseView}: the weights that merging may change ("weight", "bias", ...)
-- `_merge_changes(adapter)` -> {label: LowRank, or a function that returns the delta in the weight's own shape}; raises
-  what PEFT raises when this adapter cannot be merged
+- `_merge_changes(adapter)` -> {label: LowRank, a function that returns the delta in the weight's own shape, or
+  Replace}; raises what PEFT raises when this adapter cannot be merged
 - `_merge_adapters()` -> the adapter names this layer has parameters for
 - `lora_variant[adapter]`, where there is one: it merges and unmerges by itself (merge_safe, merge_unsafe, unmerge)
 
@@ -57,7 +57,15 @@ class LowRank(NamedTuple):
         return (B @ A) * self.scale
 
 
-Change = LowRank | Callable[[], torch.Tensor]
+class Replace(NamedTuple):
+    """The change to other values, which depend on the ones there: `merged(targets)` -> {label: new values}, called
+    once an adapter when its turn has come (the laws ROTATE, SCALE, BLEND, SWAP)."""
+
+    merged: Callable[[dict[str, BaseView]], dict[str, torch.Tensor]]
+
+
+Change = LowRank | Callable[[], torch.Tensor] | Replace
+LARGE = 1 << 16  # elements; a full delta with more is not kept for undoing, a copy of the old weight is
 
 
 class exact_unmerge:
@@ -234,11 +242,12 @@ def _meta(tensor: torch.Tensor) -> tuple:
 
 @dataclass
 class Merge:
-    """One step of a layer's merging: adapters merged in one pass, or one that a variant merged (`variant`)."""
+    """One step of a layer's merging: adapters merged in one pass, or one that is merged by itself (`alone`): by its
+    variant, or by replacing the weight."""
 
     adapters: list[str]
     saved: list[Saved] = field(default_factory=list)
-    variant: bool = False
+    alone: bool = False
 
 
 def records(layer: Any) -> list[Merge]:
@@ -252,7 +261,8 @@ def record_bytes(layer: Any) -> int:
 
 
 def describe(layer: Any) -> str:
-    return f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__}"
+    """ "lora.Linear", for messages."""
+    return ".".join((*type(layer).__module__.split(".")[-2:-1], type(layer).__name__))
 
 
 def _broken(names: Iterable[str]) -> ValueError:
@@ -305,15 +315,24 @@ def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None 
         if broken:
             raise _broken(broken)
 
+    def merges_alone(name: str) -> bool:
+        return name in variants or any(isinstance(change, Replace) for change in plans[name].values())
+
     with transaction(layer):
         start = len(records(layer))
-        for is_variant, group in groupby(names, key=lambda name: name in variants):
-            for adapters in [[name] for name in group] if is_variant else [list(group)]:
-                _merge_step(layer, Merge(adapters, variant=is_variant), targets, plans, safe_merge)
+        for alone, group in groupby(names, key=merges_alone):
+            for adapters in [[name] for name in group] if alone else [list(group)]:
+                _merge_step(layer, Merge(adapters, alone=alone), targets, plans, safe_merge)
         if not exact_unmerge.enabled:
-            for step in records(layer)[start:]:
-                for saved in step.saved:
-                    saved.undo = None
+            _drop_records(layer, plans, start)
+
+
+def _drop_records(layer: Any, plans: dict, start: int) -> None:
+    """Keep only the records that unmerging cannot do without."""
+    for step in records(layer)[start:]:
+        for saved in step.saved:
+            if not isinstance(plans[step.adapters[0]].get(saved.label), Replace):
+                saved.undo = None
 
 
 @contextmanager
@@ -330,11 +349,9 @@ def transaction(layer: Any) -> Iterator[None]:
 
 
 def _merge_step(layer: Any, step: Merge, targets: dict, plans: dict, safe_merge: bool) -> None:
+    merge_in = _merge_group if not step.alone else _merge_variant if _variant(layer, step) else _merge_replacement
     try:
-        if step.variant:
-            _merge_variant(layer, step, targets, plans, safe_merge)
-        else:
-            _merge_group(layer, step, targets, plans, safe_merge)
+        merge_in(layer, step, targets, plans, safe_merge)
     except BaseException:
         _undo(layer, step, targets)
         raise
@@ -342,18 +359,29 @@ def _merge_step(layer: Any, step: Merge, targets: dict, plans: dict, safe_merge:
     layer.merged_adapters.extend(step.adapters)
 
 
+def _variant(layer: Any, step: Merge) -> Any:
+    return getattr(layer, "lora_variant", {}).get(step.adapters[0])
+
+
 def _merge_group(layer: Any, step: Merge, targets: dict, plans: dict, safe_merge: bool) -> None:
-    """Add the changes of adapters without variant, each weight in one pass."""
+    """Add the changes of adapters, each weight in one pass."""
+    record = exact_unmerge.enabled or safe_merge
     for label, view in targets.items():
         changes = [plans[name][label] for name in step.adapters if label in plans[name]]
-        changes = [change.snapshot() if isinstance(change, LowRank) else change().detach() for change in changes]
         if not changes:
             continue
         tensor = _weight(view, layer)
-        finite, undo = _add(view, tensor, changes, safe_merge, exact_unmerge.enabled or safe_merge)
+        large = tensor.numel() > LARGE and not all(isinstance(change, LowRank) for change in changes)
+        before = tensor.clone() if large and record else None
+        changes = [change.snapshot() if isinstance(change, LowRank) else change().detach() for change in changes]
+        finite, undo = _add(view, tensor, changes, safe_merge, record and not large)
+        if large and record:
+            undo = Difference.between(before, tensor, None)
+            if not finite:
+                tensor.copy_(before)
         if not finite:
             raise _broken(step.adapters)
-        step.saved.append(Saved(label, changes, undo, _meta(tensor)))
+        step.saved.append(Saved(label, [] if large else changes, undo, _meta(tensor)))
 
 
 def _merge_variant(layer: Any, step: Merge, targets: dict, plans: dict, safe_merge: bool) -> None:
@@ -382,32 +410,53 @@ def _merge_variant(layer: Any, step: Merge, targets: dict, plans: dict, safe_mer
     _merge_group(layer, step, {label: targets[label] for label in rest}, {name: rest}, safe_merge)
 
 
+def _merge_replacement(layer: Any, step: Merge, targets: dict, plans: dict, safe_merge: bool) -> None:
+    """Give weights the values an adapter computes from the present ones; the record is a copy of these."""
+    (name,) = step.adapters
+    replace = next(change for change in plans[name].values() if isinstance(change, Replace))
+    for label, merged in replace.merged(targets).items():
+        tensor = _weight(targets[label], layer)
+        merged = merged.detach().to(tensor.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise _broken(step.adapters)
+        undo = Difference.between(tensor, merged, None)
+        step.saved.append(Saved(label, [], undo, _meta(tensor)))
+        _write(targets[label], tensor, merged)
+
+
 def _undo(layer: Any, step: Merge, targets: dict) -> list[str]:
     """Take one step back. The reasons, if any, why bits may differ."""
     reasons = []
     for saved in reversed(step.saved):
         view = targets[saved.label]
-        if step.variant and saved.label == "weight":
-            reasons.append(_undo_variant(layer, step.adapters[0], view, saved))
-        else:
-            reasons.append(_subtract(view, view.tensor.data, saved))
+        undo = _subtract(view, view.tensor.data, saved) if saved.changes else _restore(layer, step, view, saved)
+        reasons.append(undo)
     for name in step.adapters:
         if name in layer.merged_adapters:
             layer.merged_adapters.remove(name)
     return [reason for reason in reasons if reason]
 
 
-def _undo_variant(layer: Any, name: str, view: BaseView, saved: Saved) -> str | None:
-    tensor = view.tensor.data
-    reason = "" if saved.undo is None else saved.undo.mismatch(tensor, saved.meta == _meta(tensor))
-    variant = layer.lora_variant.get(name)
+def _restore(layer: Any, step: Merge, view: BaseView, saved: Saved) -> str | None:
+    """Undo a merge of which no change was kept: from the copy, or, where that does not fit any more, by asking the
+    variant or the adapters as they are now."""
+    tensor, undo = view.tensor.data, saved.undo
+    reason = "" if undo is None else undo.mismatch(tensor, saved.meta == _meta(tensor))
+    variant = _variant(layer, step) if saved.label == "weight" else None
     undone = None
-    if variant is not None and name in layer.merged_adapters:  # also drops what the variant keeps while merged
-        undone = variant.unmerge(layer, name, view.tensor)
+    if variant is not None and step.adapters[0] in layer.merged_adapters:  # drops what the variant keeps, too
+        undone = variant.unmerge(layer, step.adapters[0], view.tensor)
     if reason is None:
-        undone = saved.undo.restore(tensor, None)
+        undone = undo.restore(tensor, None)
     if undone is not None:
         _write(view, tensor, undone)
+        return reason
+    for name in reversed(step.adapters):
+        change = layer._merge_changes(name)[saved.label] if name in layer._merge_adapters() else None
+        if isinstance(change, Replace):  # nothing to subtract: what was written since is lost
+            _write(view, tensor, undo.old.view(saved.meta[0]).view(saved.meta[1]))
+        elif change is not None:
+            _subtract(view, tensor, Saved(saved.label, [change if isinstance(change, LowRank) else change()]))
     return reason
 
 
@@ -441,15 +490,11 @@ def unmerge(layer: Any) -> None:
 
 
 def _take_out(layer: Any, name: str, targets: dict) -> None:
-    if name not in layer._merge_adapters():
-        return
-    for label, change in layer._merge_changes(name).items():
-        view = targets[label]
-        if label == "weight" and name in getattr(layer, "lora_variant", {}):
-            _write(view, view.tensor.data, layer.lora_variant[name].unmerge(layer, name, view.tensor))
-        else:
-            change = change if isinstance(change, LowRank) else change()
-            _subtract(view, view.tensor.data, Saved(label, [change]))
+    """Undo a merge that left no record, with the adapter as it is now."""
+    if name in layer._merge_adapters():
+        for label, change in layer._merge_changes(name).items():
+            if not isinstance(change, Replace):
+                _restore(layer, Merge([name]), targets[label], Saved(label, []))
 
 
 @torch.no_grad()
@@ -459,19 +504,19 @@ def bare_weight(layer: Any) -> torch.Tensor | None:
     merged = [name for step in steps for name in step.adapters]
     if merged != layer.merged_adapters or not hasattr(layer, "_merge_targets"):
         return None
-    saved_steps = [(step, saved) for step in steps for saved in step.saved if saved.label == "weight"]
-    if any(step.variant and saved.undo is None for step, saved in saved_steps):
+    saved_steps = [saved for step in steps for saved in step.saved if saved.label == "weight"]
+    if any(not saved.changes and saved.undo is None for saved in saved_steps):
         return None
     view = layer._merge_targets()["weight"]
     weight = view.tensor.data.clone()
     if layer.__dict__.get("_merge_suspended"):
         return weight
     copy = view._replace(owner=SimpleNamespace(**{view.name: weight}))
-    for step, saved in reversed(saved_steps):
-        if step.variant:
-            weight.copy_(saved.undo.restore(weight, None))
-        else:
+    for saved in reversed(saved_steps):
+        if saved.changes:
             _subtract(copy, weight, saved)
+        else:
+            weight.copy_(saved.undo.restore(weight, None))
     return weight
 
 

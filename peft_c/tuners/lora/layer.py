@@ -183,12 +183,28 @@ class LoraLayer(BaseTunerLayer):
                 PeftWarning,
             )
         variant = self.resolve_lora_variant(config=config)
+        is_new = adapter_name not in self.r
+        try:
+            self._add_adapter(adapter_name, r, lora_alpha, config, variant, kwargs)
+        except BaseException:
+            if is_new:
+                self._forget(adapter_name)
+            raise
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+        routers = getattr(self, "lora_arrow", {})
+        for name in self.lora_variant:
+            if name in routers:  # an Arrow router looks at the experts again when one has been added
+                routers[name].on_adapter_change(self.lora_A, self.lora_B)
+
+    def _add_adapter(
+        self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, variant: LoraVariant | None, kwargs: dict
+    ) -> None:
         if variant is not None:
             self.lora_variant[adapter_name] = variant
-
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
-        self.lora_dropout[adapter_name] = nn.Dropout(p=config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         self._make_factors(adapter_name, r, config)
         tied = kwargs.get("tied_adapter")
         if tied:
@@ -203,12 +219,13 @@ class LoraLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)  # variants build on the moved factors
         if variant is not None:
             variant.init(self, adapter_name=adapter_name, config=config, **kwargs)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-        routers = getattr(self, "lora_arrow", {})
-        for name in self.lora_variant:
-            if name in routers:  # an Arrow router looks at the experts again when one has been added
-                routers[name].on_adapter_change(self.lora_A, self.lora_B)
+    def _forget(self, adapter_name: str) -> None:
+        """Drop what `_add_adapter` has made before it failed."""
+        for name in (*self.adapter_layer_names, *self.other_param_names, "lora_variant"):
+            items = getattr(self, name)
+            if adapter_name in items:
+                del items[adapter_name]
 
     def _check_config(self, r: int, config: LoraConfig) -> None:
         """ValueError for options this layer type does not support; nothing has changed yet."""
@@ -352,8 +369,8 @@ class LoraLayer(BaseTunerLayer):
         for row, name in enumerate(adapter_names):
             if name in own:  # "__base__", and adapters that other layers have
                 rows_of.setdefault(name, []).append(row)
-        if rows_of and type(self.base_layer).forward is not nn.Linear.forward:
-            result = result.clone()  # somebody else may hold what an unknown layer returns
+        if rows_of and (type(self.base_layer).forward is not nn.Linear.forward or self.base_layer._forward_hooks):
+            result = result.clone()  # somebody else may hold what this layer returned
         for name, rows in rows_of.items():
             dtype = self._input_dtype(name)
             part = x[rows] if dtype is None else x[rows].to(dtype)
@@ -375,6 +392,7 @@ class _LoraModule(nn.Module, LoraLayer):
 
     _lowrank_names: tuple[str, ...] | None = None  # set: `_C.lowrank_forward` may compute this type's forward
     _merge_suspended = False  # see law.suspend
+    _merge_factor = 1  # how often merging adds the delta
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output plus what the active adapters add.
@@ -432,8 +450,12 @@ class _LoraModule(nn.Module, LoraLayer):
 
     def _merge_changes(self, adapter: str) -> dict[str, law.Change]:
         own_delta = getattr(type(self), "get_delta_weight", None) is not _LoraModule.get_delta_weight
-        weight = (lambda: self.get_delta_weight(adapter)) if own_delta else self._low_rank(adapter)
-        changes: dict[str, law.Change] = {"weight": weight}
+        factors = None if own_delta else self._low_rank(adapter)
+        changes: dict[str, law.Change] = {
+            "weight": (lambda: self.get_delta_weight(adapter) * self._merge_factor)
+            if factors is None
+            else factors._replace(scale=factors.scale * self._merge_factor)
+        }
         if self.lora_bias[adapter]:
             if getattr(self.get_base_layer(), "bias", None) is None:
                 raise RuntimeError(
@@ -784,11 +806,15 @@ class MultiheadAttention(_LoraModule):
             raise TypeError(f"out_proj must be an instance of nn.Linear for {kind}.")
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
-        self.base_layer.out_proj = Linear(
-            base_layer.out_proj, adapter_name, r=r, lora_alpha=lora_alpha, config=config, **kwargs
-        )
+        plain = base_layer.out_proj
+        self.base_layer.out_proj = Linear(plain, adapter_name, r=r, lora_alpha=lora_alpha, config=config, **kwargs)
+        self.base_layer.out_proj._merge_factor = 2
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
+        try:
+            self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
+        except BaseException:
+            self.base_layer.out_proj = plain
+            raise
 
     # what torch's transformer layers read from their attention
     embed_dim = property(lambda self: self.get_base_layer().embed_dim)
@@ -862,11 +888,10 @@ class MultiheadAttention(_LoraModule):
         return BaseView(self.get_base_layer(), "in_proj_weight")
 
     def _merge_targets(self) -> dict[str, BaseView]:
-        return {"in_proj_weight": self._base_view(), "out_proj": self.get_base_layer().out_proj._base_view()}
+        return {"in_proj_weight": self._base_view()}
 
     def _merge_changes(self, adapter: str) -> dict[str, law.Change]:
-        out_proj = self.get_base_layer().out_proj
-        return {"in_proj_weight": self._low_rank(adapter), "out_proj": out_proj._low_rank(adapter)}
+        return {"in_proj_weight": self._low_rank(adapter)}
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """See `Linear.merge`; merges the same adapters of the output projection."""

@@ -1,0 +1,152 @@
+"""`_C.merge_add` and `_C.merge_subtract` by themselves: what they take, what they refuse, what they return."""
+
+import pytest
+import torch
+
+from peft_c import _C
+
+
+def factors(n, k, r=3, dtype=torch.float32):
+    return torch.randn(r, k, dtype=dtype), torch.randn(n, r, dtype=dtype)
+
+
+def test_values_for_matrices_stacks_and_full_deltas():
+    torch.manual_seed(0)
+    for shape in ((7, 5), (3, 7, 5), (0, 5), (7, 0), (1, 1)):
+        n, k = shape[-2:]
+        stack = shape[:-2]
+        weight = torch.randn(shape, dtype=torch.float64)
+        A, B = torch.randn(*stack, 2, k, dtype=torch.float64), torch.randn(*stack, n, 2, dtype=torch.float64)
+        for operands, delta in (([(A, B, 0.5)], 0.5 * (B @ A)), (full := torch.randn(shape), full.double())):
+            w = weight.clone()
+            finite, record = _C.merge_add(w, operands, False, True, w)
+            assert finite is True and all(isinstance(part, bytes) for part in record)
+            assert len(record) == (stack[0] if stack else 1)
+            torch.testing.assert_close(w, weight + delta)
+            assert _C.merge_subtract(w, operands, record, w) is True
+            assert torch.equal(w, weight)
+            assert _C.merge_add(w, operands, False, False, w) == (True, None)
+            assert _C.merge_subtract(w, operands, None, w) is True
+            torch.testing.assert_close(w, weight)
+
+
+def test_a_stack_with_one_bad_matrix_is_left_alone():
+    torch.manual_seed(0)
+    for bad in range(4):
+        w = torch.randn(4, 6, 5)
+        before = w.clone()
+        A, B = torch.randn(4, 2, 5), torch.randn(4, 6, 2)
+        B[bad, 0, 0] = float("nan")
+        assert _C.merge_add(w, [(A, B, 1.0)], True, True, w) == (False, None)
+        assert torch.equal(w, before)
+
+
+def test_what_c_refuses_to_do():
+    A, B = factors(6, 5)
+    plain = torch.randn(6, 5)
+    operands = [(A, B, 1.0)]
+
+    class Sub(torch.Tensor):
+        pass
+
+    refused = [
+        torch.zeros(6, 5, dtype=torch.int32),
+        torch.zeros(6, 5, dtype=torch.complex64),
+        torch.zeros(6, 5, device="meta"),
+        torch.zeros(1, 5).expand(6, 5),
+        torch.zeros(6, 5).as_subclass(Sub),
+        torch.zeros(6, 5).to_sparse(),
+        torch.zeros(30),
+    ]
+    for weight in refused:
+        assert _C.merge_add(weight, operands, False, False, weight) is None
+        assert _C.merge_subtract(weight, operands, None, weight) is None
+    for bad in (A.to(torch.int32), A.to("meta"), A.as_subclass(Sub), A[None]):
+        assert _C.merge_add(plain, [(bad, B, 1.0)], False, False, plain) is None
+    assert _C.merge_add(plain, plain, False, False, plain) is None  # its own memory
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    with TorchDispatchMode():
+        assert _C.merge_add(plain, operands, False, False, plain) is None
+
+
+def test_errors():
+    A, B = factors(6, 5)
+    w = torch.zeros(6, 5)
+    for operands, error in (
+        ([(A.T, B, 1.0)], ValueError),
+        ([(A, B.T, 1.0)], ValueError),
+        ([(A, B)], TypeError),
+        ([(A, B, "1")], TypeError),
+        ([], ValueError),
+        (torch.zeros(5, 6), ValueError),
+    ):
+        with pytest.raises(error):
+            _C.merge_add(w, operands, False, False, w)
+    with pytest.raises(TypeError):
+        _C.merge_add(w)
+    with pytest.raises(TypeError):
+        _C.merge_subtract(w, [(A, B, 1.0)], 3, w)
+    with pytest.raises(TypeError):
+        _C.merge_subtract(w, [(A, B, 1.0)], (3,), w)
+    assert torch.equal(w, torch.zeros(6, 5)) and w._version == 0
+
+
+def test_a_foreign_or_cut_record_is_not_trusted():
+    torch.manual_seed(0)
+    A, B = factors(40, 30)
+    w = torch.randn(40, 30)
+    before = w.clone()
+    _, record = _C.merge_add(w, [(A, B, 0.1)], False, True, w)
+    merged = w.clone()
+    for odd in ((b"",), (b"x" * 100,), (record[0][:-1],), (record[0][:20],), record * 2, ()):
+        w.copy_(merged)
+        assert _C.merge_subtract(w, [(A, B, 0.1)], odd, w) is False
+        torch.testing.assert_close(w, before)
+
+
+def test_versions_and_threads():
+    torch.manual_seed(0)
+    A, B = factors(300, 200, 8)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            w = torch.ones(300, 200)
+            version = w._version
+            _, record = _C.merge_add(w, [(A, B, 0.3)], True, True, w)
+            assert w._version == version + 1
+            results.append((w, record))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(w, results[0][0]) for w, _ in results)
+    assert _C.merge_subtract(results[2][0], [(A, B, 0.3)], results[0][1], results[2][0]) is True
+    assert torch.equal(results[2][0], torch.ones(300, 200))
+
+
+def test_nothing_leaks():
+    import gc
+    import sys
+
+    torch.manual_seed(0)
+    A, B = factors(64, 48, 4)
+    w, scale = torch.randn(64, 48), 0.25
+    operands = [(A, B, scale)]
+    bad = [(A.T, B, scale)]
+
+    def rounds(count):
+        for _ in range(count):
+            _, record = _C.merge_add(w, operands, True, True, w)
+            _C.merge_subtract(w, operands, record, w)
+            with pytest.raises(ValueError):
+                _C.merge_add(w, bad, True, True, w)
+
+    rounds(10)
+    counts = [sys.getrefcount(item) for item in (A, B, w, scale, operands)]
+    gc.collect()
+    blocks = sys.getallocatedblocks()
+    rounds(2000)
+    gc.collect()
+    assert [sys.getrefcount(item) for item in (A, B, w, scale, operands)] == counts
+    assert abs(sys.getallocatedblocks() - blocks) < 500
