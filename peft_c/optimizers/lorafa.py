@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 _DELTA = 1e-8
 
 
-def _bf16_available() -> bool:
+def is_bf16_available() -> bool:
+    """Whether the device that `infer_device` prefers has bfloat16; CPUs count as having it."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     if torch.backends.mps.is_available():
@@ -83,7 +84,7 @@ class LoraFAOptimizer(Optimizer):
         """dB (A A^T)^-1 / scaling^2 for A (r, in), B (out, r); the product in bfloat16 where there is such a unit."""
         gram = A @ A.T
         inverse = torch.linalg.pinv(gram + _DELTA * torch.eye(A.shape[0]).to(A.device))
-        with torch.autocast(device_type=infer_device(), dtype=torch.bfloat16, enabled=_bf16_available()):
+        with torch.autocast(device_type=infer_device(), dtype=torch.bfloat16, enabled=is_bf16_available()):
             gradient = (1 / scaling**2) * (B.grad @ inverse)
         return gradient.to(B.grad.dtype)
 
