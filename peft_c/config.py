@@ -153,7 +153,7 @@ class PeftConfigMixin(hub.PushToHubMixin):
 
     @classmethod
     def _split_kwargs(cls, kwargs):
-        download, rest = hub.split_download_kwargs(kwargs)
+        download, rest = hub.split_download_kwargs(kwargs, extra=("use_auth_token",))
         own = {key: value for key, value in rest.items() if key in cls.__annotations__}
         return download, own, {key: value for key, value in rest.items() if key not in own}
 

@@ -25,7 +25,7 @@ from .status import (
     get_model_status,
 )
 from .tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from .utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from .utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .utils.integrations import init_empty_weights
 from .utils.other import (
     AuxiliaryTrainingWrapper,
@@ -106,6 +106,17 @@ def load_config(model_id, config: PeftConfig | None, kwargs: dict[str, Any]) -> 
     return config
 
 
+def _check_same_type(model_id, subfolder: str | None, adapter_name: str, config: PeftConfig) -> None:
+    """Raises `ValueError` when the folder `model_id` holds an adapter of another type than that of `config`."""
+    path = hub.local_file(model_id, CONFIG_NAME, subfolder)
+    saved = PeftConfig.from_json_file(path).get("peft_type") if path else None
+    wanted = getattr(config.peft_type, "value", config.peft_type)
+    if saved is not None and saved != wanted:
+        raise ValueError(
+            f"Cannot load '{path}' into the adapter '{adapter_name}': it is of type {saved}, the adapter of {wanted}."
+        )
+
+
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Sets an attribute of the object `owner` and restores what was there."""
@@ -183,6 +194,8 @@ class AdapterLoadingMixin(hub.PushToHubMixin):
             config.inference_mode = not is_trainable
             if hasattr(config, "runtime_config"):
                 config.runtime_config.ephemeral_gpu_offload = ephemeral_gpu_offload
+        else:
+            _check_same_type(model_id, download.get("subfolder"), adapter_name, self.peft_config[adapter_name])
         # Everything is read before the model is touched.
         device = infer_device() if torch_device is None else torch_device
         weights = load_peft_weights(model_id, device=device, key_mapping=key_mapping, **download)

@@ -242,11 +242,21 @@ def _insert_adapter_name_into_state_dict(
     return {renamed(key): value for key, value in state_dict.items()}
 
 
+def _tensor_at(module: nn.Module, key: str) -> torch.Tensor | None:
+    """The parameter or buffer that the state dict has under `key`, if there is one."""
+    *path, leaf = key.split(".")
+    for part in path:
+        module = module._modules.get(part)
+        if module is None:
+            return None
+    return module._parameters.get(leaf, module._buffers.get(leaf))
+
+
 def _mismatches(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> list[tuple[str, torch.Size, torch.Size]]:
     """(key, shape in the checkpoint, shape in the model) of entries that do not fit."""
-    found, current = [], model.state_dict()
+    found = []
     for key, value in state_dict.items():
-        target = current.get(key)
+        target = _tensor_at(model, key)
         if not (isinstance(target, torch.Tensor) and isinstance(value, torch.Tensor)) or target.shape == value.shape:
             continue
         # Two 4-bit values share a byte; torch takes one element for a scalar.

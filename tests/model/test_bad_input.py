@@ -172,6 +172,8 @@ def test_another_method_is_refused(saved):
     other.save_pretrained(saved)
     with pytest.raises(ValueError, match="different peft types"):
         model.load_adapter(saved, "tokens")
+    with pytest.raises(ValueError, match="'default': it is of type TRAINABLE_TOKENS, the adapter of LORA"):
+        model.load_adapter(saved, "default")
     same(before, photo(model))
 
 
