@@ -68,7 +68,8 @@ static void prefetch_rows(const engine_job *job, int64_t r, int64_t c, int64_t b
  * the weight; what is left to apply then starts at the column returned. */
 static int64_t lowrank_delta(const engine_job *job, const delta_source *s, const unit_place *u, char *delta, row_op fuse) {
     const int64_t size = acc_size(job->wide), nr = job->isa->nr[job->wide], depth = s->rank;
-    const int64_t bytes = nr * pk_dtype_size(job->w.dtype), whole = fuse == OP_SET ? 0 : u->cols / nr * nr;
+    const int64_t bytes = nr * pk_dtype_size(job->w.dtype);
+    const int64_t whole = fuse == OP_SET || s->pairs ? 0 : u->cols / nr * nr;
     for (int64_t i = 0; i < u->rows; i += MR) {
         const int64_t row = u->r0 + i, group = row / ROW_GROUP;
         const char *const rows = s->rows + (group * depth * ROW_GROUP + row % ROW_GROUP) * size;
@@ -79,6 +80,9 @@ static int64_t lowrank_delta(const engine_job *job, const delta_source *s, const
             if (j < whole)
                 job->isa->dtype[job->w.dtype].fused(fuse, depth, rows, ROW_GROUP, panel, mat_at(&job->w, row, u->c0 + j),
                                                     job->w.rs, mr);
+            else if (s->pairs)
+                job->isa->pairs(depth, (const void *)rows, ROW_GROUP, (const void *)panel,
+                                (float *)(void *)delta + i * u->ld + j, u->ld, s->scale, mr);
             else job->isa->tile[job->wide](depth, rows, ROW_GROUP, panel, delta + (i * u->ld + j) * size, u->ld, mr, 0);
         }
     }

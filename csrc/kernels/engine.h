@@ -19,7 +19,9 @@ enum { ROW_GROUP = 48 }; /* packed rows lie in groups of as many: a multiple of 
  *   rows [rows / 48][R][48]     the other one; up is the one that is multiplied by scale and alpha */
 typedef struct {
     const pk_delta *d;
-    int64_t rank;
+    int64_t rank; /* R; with pairs, of 32-bit pairs: each factor's rank halved, rounded up */
+    int pairs;    /* bf16 factors kept as pairs of bf16, unscaled */
+    float scale;  /* then: to multiply the sum by */
     char *panels, *rows;
     pk_mat full; /* turned as the walk is */
 } delta_source;
@@ -42,8 +44,11 @@ typedef struct {
 
 void engine_setup(engine_job *job, const pk_mat *w, int transposed);
 int64_t engine_units(const engine_job *job);
-/* packs d's factors for the job's walk; takes its memory from area */
-int source_prepare(delta_source *s, const engine_job *job, const pk_delta *d, work_area *area, pk_parallel_fn par);
+/* how the delta is summed for this weight by this ISA */
+int source_math(const pk_isa *isa, const pk_mat *w, const pk_delta *d);
+/* packs d's factors for the job's walk, to be summed as math says; takes its memory from area */
+int source_prepare(delta_source *s, const engine_job *job, const pk_delta *d, int math, work_area *area,
+                   pk_parallel_fn par);
 /* over all units; returns job->status or PK_EPARALLEL */
 int engine_run(engine_job *job, pk_parallel_fn par);
 /* over all units of job->in: sets job->changed if one's hash differs */

@@ -41,11 +41,14 @@ typedef struct {
 
 typedef struct {
     const char *name;
-    int math;  /* 0: multiply, then add; 1: fused */
+    int math;  /* how a delta is summed: MATH_PLAIN multiply, then add; MATH_FUSED (MATH_PAIRS: see pairs) */
     int nr[2]; /* panel width for float, double acc */
     /* d[i * ldd + j] (+)= sum_p row[p * ldrow + i] panel[p * nr + j], i < mr (1..MR), j < nr: acc */
     void (*tile[2])(int64_t depth, const void *row, int64_t ldrow, const void *panel, void *d, int64_t ldd, int mr,
                     int add);
+    /* NULL, or the same for pairs of bf16: d = scale * sum over both halves of row[p * ldrow + i] panel[p * nr + j] */
+    void (*pairs)(int64_t depth, const uint32_t *row, int64_t ldrow, const uint32_t *panel, float *d, int64_t ldd,
+                  float scale, int mr);
     /* 32 lanes of a running hash, n bytes (a tail is padded with zeros to 128) */
     void (*hash)(uint32_t *state, const void *p, int64_t n);
     pk_row_kernels dtype[PK_NDTYPES];
@@ -53,11 +56,12 @@ typedef struct {
 
 /* pick.c */
 const pk_isa *pk_isa_now(void);
+enum { MATH_PLAIN = 0, MATH_FUSED = 1, MATH_PAIRS = 2 };
 const pk_isa *pk_isa_with_math(int math); /* the one in use if it has it, else another, else NULL */
 
 extern const pk_isa pk_isa_generic;
 #if defined(__x86_64__)
-extern const pk_isa pk_isa_avx2, pk_isa_avx512;
+extern const pk_isa pk_isa_avx2, pk_isa_avx512, pk_isa_avx512bf16;
 #elif defined(__aarch64__)
 extern const pk_isa pk_isa_neon;
 #endif

@@ -10,8 +10,10 @@
  * - matrices: any strides (transposed, stepped, zero strides for what is only read), any alignment of at least the
  *   element, any size including zero. A matrix that is written must not overlap itself or another operand.
  * - the same bits for every number of threads, every alignment and every stride; row i of a forward does not depend on
- *   the other rows. The ISAs with fused multiply-add (avx2, avx512, neon) agree in the bits of merge, unmerge and
- *   switch, too; generic differs in the last bits of the delta.
+ *   the other rows. The ISAs with fused multiply-add (avx2, avx512, avx512bf16, neon) agree in the bits of merge, unmerge
+ *   and switch, too, with one exception: avx512bf16 sums bf16 factors of one scale and rank >= 24 into a bf16 weight by
+ *   the CPU's bf16 dot products. Generic differs in the last bits of the delta. A record knows how its delta was summed,
+ *   and unmerge does it the same way if any ISA of the machine can.
  * - workspace: `work` needs no alignment and no initial content. A size of 0 means that NULL will do.
  */
 #ifndef PEFT_C_KERNELS_H
@@ -141,7 +143,8 @@ int64_t pk_dtype_size(pk_dtype dtype);
 
 /* ISAs, best first: pk_isa_list(i) for i = 0, 1, ... gives the names that this machine can run, then NULL. pk_isa_name
  * is the one in use: the best, or what pk_isa_select chose (0; -1 unknown or not available: nothing changes). Select is
- * for start-up and tests, not while kernels run; the caller reads PEFT_C_ISA and passes it on. */
+ * for start-up and tests, not while kernels run; the caller reads PEFT_C_ISA and passes it on.
+ * Names: avx512bf16, avx512, avx2 (x86-64), neon (AArch64), generic. */
 const char *pk_isa_list(int i);
 const char *pk_isa_name(void);
 int pk_isa_select(const char *name);

@@ -58,7 +58,7 @@ static void record_close(const engine_job *job, const pk_delta *d, pk_record *re
     memset(&head, 0, sizeof head);
     head.dtype = (int32_t)job->w.dtype;
     head.law = (int32_t)d->law;
-    head.math = d->law == PK_LOWRANK ? job->isa->math : 0;
+    head.math = source_math(job->isa, &job->w, d);
     head.transposed = job->transposed;
     head.rows = job->w.rows;
     head.cols = job->w.cols;
@@ -76,18 +76,20 @@ static int record_fits(const pk_mat *w, const pk_record *record, record_head *he
     return head->rows == job.w.rows && head->cols == job.w.cols && head->units == engine_units(&job);
 }
 
-/* Sets the job up to undo d with record, or plainly if the record does not fit (then changed). */
-static void setup_undo(engine_job *job, const pk_mat *w, const pk_delta *d, const pk_record *record) {
+/* Sets the job up to undo d with record, or plainly if the record does not fit (then changed). Returns d's math. */
+static int setup_undo(engine_job *job, const pk_mat *w, const pk_delta *d, const pk_record *record) {
     record_head head;
     const int fits = record_fits(w, record, &head) && head.law == (int32_t)d->law;
-    const pk_isa *const isa = !fits || d->law != PK_LOWRANK ? pk_isa_now() : pk_isa_with_math(head.math);
+    const int wanted = fits ? head.math : 0;
+    const pk_isa *const isa = !fits || d->law != PK_LOWRANK ? pk_isa_now() : pk_isa_with_math(wanted);
     engine_setup(job, w, fits ? head.transposed != 0 : walk_transposed(w));
-    if (fits && isa) {
+    if (fits && isa && (wanted != MATH_PAIRS || source_math(isa, w, d) == MATH_PAIRS)) {
         job->isa = isa;
         job->in = record;
         job->in_head = head;
     }
     job->changed = record && !job->in;
+    return job->in ? wanted : source_math(job->isa, w, d);
 }
 
 /* The merge stopped: restores the units it wrote from what it recorded. */
@@ -111,7 +113,7 @@ int pk_merge(const pk_mat *w, const pk_delta *d, unsigned flags, pk_record *reco
     if (!mat_valid(w) || !delta_valid(w, d)) return PK_EINVAL;
     engine_setup(&job, w, walk_transposed(w));
     if (record && !record_open(&job, record)) return PK_FULL_RECORD;
-    int rc = source_prepare(&s, &job, d, &area, par);
+    int rc = source_prepare(&s, &job, d, source_math(job.isa, w, d), &area, par);
     if (rc != PK_OK) return rc;
     job.new_ = &s;
     job.op = d->law == PK_SCALE ? OP_MUL : OP_ADD;
@@ -133,8 +135,13 @@ int pk_unmerge(const pk_mat *w, const pk_delta *d, const pk_record *record, void
     delta_source s;
     work_area area = work_start(work);
     if (!mat_valid(w) || !delta_valid(w, d)) return PK_EINVAL;
-    setup_undo(&job, w, d, record);
-    int rc = source_prepare(&s, &job, d, &area, par);
+    if (!record && d->law != PK_SCALE) { /* w - delta: a merge of the negative */
+        pk_delta negative = *d;
+        negative.alpha = -d->alpha;
+        return pk_merge(w, &negative, 0, NULL, work, par);
+    }
+    const int math = setup_undo(&job, w, d, record);
+    int rc = source_prepare(&s, &job, d, math, &area, par);
     if (rc != PK_OK) return rc;
     job.old = &s;
     rc = engine_run(&job, par);
@@ -159,10 +166,10 @@ int pk_switch(const pk_mat *w, const pk_delta *old, const pk_record *old_record,
     delta_source from, to;
     work_area area = work_start(work);
     if (!mat_valid(w) || !delta_valid(w, old) || !delta_valid(w, new_)) return PK_EINVAL;
-    setup_undo(&job, w, old, old_record);
+    const int math = setup_undo(&job, w, old, old_record);
     if (record && !record_open(&job, record)) return PK_FULL_RECORD;
-    int rc = source_prepare(&from, &job, old, &area, par);
-    if (rc == PK_OK) rc = source_prepare(&to, &job, new_, &area, par);
+    int rc = source_prepare(&from, &job, old, math, &area, par);
+    if (rc == PK_OK) rc = source_prepare(&to, &job, new_, source_math(job.isa, w, new_), &area, par);
     if (rc != PK_OK) return rc;
     job.old = &from;
     job.new_ = &to;
@@ -191,7 +198,7 @@ int product_run(const pk_mat *y, const pk_lowrank *f, int nf, row_op op, void *w
     delta_source s;
     work_area area = work_start(work);
     engine_setup(&job, y, walk_transposed(y));
-    const int rc = source_prepare(&s, &job, &d, &area, par);
+    const int rc = source_prepare(&s, &job, &d, job.isa->math, &area, par);
     if (rc != PK_OK) return rc;
     job.new_ = &s;
     job.op = op;

@@ -6,36 +6,30 @@
 
 static _Atomic(const pk_isa *) chosen = NULL;
 
-static int has_avx2(void) {
 #if defined(__x86_64__)
+static int has_avx2(void) {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-    return 0;
-#endif
 }
 
 static int has_avx512(void) {
-#if defined(__x86_64__)
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#else
-    return 0;
-#endif
 }
+
+static int has_avx512bf16(void) { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
 
 /* the i-th available ISA, best first */
 static const pk_isa *available(int i) {
-    const pk_isa *list[4] = {NULL};
+    const pk_isa *list[4];
     int n = 0;
 #if defined(__x86_64__)
+    if (has_avx512bf16()) list[n++] = &pk_isa_avx512bf16;
     if (has_avx512()) list[n++] = &pk_isa_avx512;
     if (has_avx2()) list[n++] = &pk_isa_avx2;
 #elif defined(__aarch64__)
     list[n++] = &pk_isa_neon;
-#else
-    (void)has_avx2;
-    (void)has_avx512;
 #endif
     list[n++] = &pk_isa_generic;
     return i >= 0 && i < n ? list[i] : NULL;
@@ -50,9 +44,11 @@ const pk_isa *pk_isa_now(void) {
     return isa;
 }
 
+static int can(const pk_isa *isa, int math) { return math == MATH_PAIRS ? isa->pairs != NULL : isa->math == math; }
+
 const pk_isa *pk_isa_with_math(int math) {
     const pk_isa *isa = pk_isa_now();
-    for (int i = 0; isa && isa->math != math; i++) isa = available(i);
+    for (int i = 0; isa && !can(isa, math); i++) isa = available(i);
     return isa;
 }
 

@@ -20,6 +20,19 @@ static pk_mat across(const engine_job *job, const pk_lowrank *f) {
 /* always goes into up, so that both directions of the walk give the same bits */
 static double scale_of(const delta_source *s, const pk_lowrank *f) { return f->scale * s->d->alpha; }
 
+/* to[p * ld + j] = a(2 p, j0 + j) | a(2 p + 1, j0 + j) << 16, a bf16 */
+static void pack_pairs(const pk_mat *a, int64_t j0, int64_t nj, char *to, int64_t ld) {
+    uint32_t *const out = (uint32_t *)(void *)to;
+    for (int64_t p = 0; p < a->rows; p += 2) {
+        const uint16_t *const low = (const uint16_t *)(const void *)mat_at(a, p, j0);
+        const uint16_t *const high = p + 1 < a->rows ? low + a->rs : NULL;
+        uint32_t *const row = out + p / 2 * ld;
+        for (int64_t j = 0; j < nj; j++) row[j] = low[j * a->cs] | (high ? (uint32_t)high[j * a->cs] << 16 : 0u);
+    }
+}
+
+static int64_t depth_of(const delta_source *s, const pk_mat *a) { return s->pairs ? (a->rows + 1) / 2 : a->rows; }
+
 static void pack_panels(int64_t begin, int64_t end, void *ctx) {
     const pack_job *const p = ctx;
     const engine_job *const job = p->job;
@@ -31,8 +44,10 @@ static void pack_panels(int64_t begin, int64_t end, void *ctx) {
         for (int i = 0; i < p->s->d->nf; i++) {
             const pk_lowrank *const f = &p->s->d->factors[i];
             const pk_mat a = along(job, f);
-            mat_pack(job->isa, &a, 0, j * nr, a.rows, n, to, nr, job->transposed ? scale_of(p->s, f) : 1.0, job->wide);
-            to += a.rows * nr * size;
+            const double scale = job->transposed ? scale_of(p->s, f) : 1.0;
+            if (p->s->pairs) pack_pairs(&a, j * nr, n, to, nr);
+            else mat_pack(job->isa, &a, 0, j * nr, a.rows, n, to, nr, scale, job->wide);
+            to += depth_of(p->s, &a) * nr * size;
         }
     }
 }
@@ -48,20 +63,37 @@ static void pack_groups(int64_t begin, int64_t end, void *ctx) {
             const pk_lowrank *const f = &p->s->d->factors[i];
             const pk_mat b = across(job, f);
             const double scale = job->transposed ? 1.0 : scale_of(p->s, f);
-            mat_pack(job->isa, &b, 0, g * ROW_GROUP, b.rows, n, to, ROW_GROUP, scale, job->wide);
-            to += b.rows * ROW_GROUP * size;
+            if (p->s->pairs) pack_pairs(&b, g * ROW_GROUP, n, to, ROW_GROUP);
+            else mat_pack(job->isa, &b, 0, g * ROW_GROUP, b.rows, n, to, ROW_GROUP, scale, job->wide);
+            to += depth_of(p->s, &b) * ROW_GROUP * size;
         }
     }
 }
 
-int source_prepare(delta_source *s, const engine_job *job, const pk_delta *d, work_area *area, pk_parallel_fn par) {
+int source_math(const pk_isa *isa, const pk_mat *w, const pk_delta *d) {
+    enum { PAIRS_FROM = 24 }; /* below that rank the fused f32 micro-kernel is as fast */
+    if (d->law != PK_LOWRANK) return MATH_PLAIN;
+    int64_t rank = 0;
+    int pairs = isa->pairs && w->dtype == PK_BF16;
+    for (int i = 0; i < d->nf; i++) {
+        const pk_lowrank *const f = &d->factors[i];
+        rank += f->down.rows;
+        pairs = pairs && f->down.dtype == PK_BF16 && f->up.dtype == PK_BF16 && f->scale == d->factors[0].scale;
+    }
+    return pairs && rank >= PAIRS_FROM ? MATH_PAIRS : isa->math;
+}
+
+int source_prepare(delta_source *s, const engine_job *job, const pk_delta *d, int math, work_area *area,
+                   pk_parallel_fn par) {
     memset(s, 0, sizeof *s);
     s->d = d;
     if (d->law != PK_LOWRANK) {
         s->full = job->transposed ? mat_transposed(d->full) : d->full;
         return PK_OK;
     }
-    for (int i = 0; i < d->nf; i++) s->rank += d->factors[i].down.rows;
+    s->pairs = math == MATH_PAIRS;
+    s->scale = s->pairs ? (float)scale_of(s, &d->factors[0]) : 1.0f;
+    for (int i = 0; i < d->nf; i++) s->rank += depth_of(s, &d->factors[i].down);
     const int64_t size = acc_size(job->wide), nr = job->isa->nr[job->wide];
     s->panels = work_take(area, round_up(job->w.cols, NR_MAX) * s->rank * size);
     s->rows = work_take(area, round_up(job->w.rows, ROW_GROUP) * s->rank * size);

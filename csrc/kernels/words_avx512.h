@@ -1,0 +1,141 @@
+/* words_avx512.h: the vector words of AVX-512 (what they mean: isa_generic.c). With WORDS_BF16, conversion to bf16 is the
+ * CPU's own. To be included after a target pragma. */
+#ifndef PEFT_C_KERNELS_WORDS_AVX512_H
+#define PEFT_C_KERNELS_WORDS_AVX512_H
+
+#include <immintrin.h>
+
+#include "dtype.h"
+#include "internal.h"
+
+typedef __m512 vf;
+typedef __m512d vd;
+#define VFN 16
+#define VDN 8
+#define NV 4
+#define DOT_M 6
+
+static INLINE vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
+static INLINE void vf_store(float *p, vf v) { _mm512_storeu_ps(p, v); }
+static INLINE vf vf_set1(float x) { return _mm512_set1_ps(x); }
+static INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+static INLINE vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+static INLINE vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+static INLINE vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+static INLINE vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
+static INLINE float vf_sum(vf a) {
+    const __m256 s = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+static INLINE uint32_t vf_differ(vf a, vf b) {
+    return (uint32_t)(_mm512_cmpneq_epi32_mask(_mm512_castps_si512(a), _mm512_castps_si512(b)) |
+                      _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q));
+}
+static INLINE uint16_t *vf_index(uint32_t mask, int64_t base, uint16_t *at) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i i = _mm512_maskz_compress_epi32((__mmask16)mask, _mm512_add_epi32(lane, _mm512_set1_epi32((int)base)));
+    _mm256_storeu_si256((__m256i *)(void *)at, _mm512_cvtepi32_epi16(i));
+    return at + __builtin_popcount(mask);
+}
+static INLINE vf vf_put_f32(float *p, vf v) {
+    _mm512_storeu_ps(p, v);
+    return v;
+}
+static INLINE vf vf_load_bf16(const uint16_t *p) {
+    const __m256i h = _mm256_loadu_si256((const __m256i *)(const void *)p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+static INLINE vf vf_put_bf16_by_hand(uint16_t *p, vf v) {
+    const __m512i u = _mm512_castps_si512(v), one = _mm512_set1_epi32(1);
+    const __m512i even = _mm512_and_si512(_mm512_srli_epi32(u, 16), one);
+    __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), even), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    r = _mm512_mask_or_epi32(r, nan, _mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
+    _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtepi32_epi16(r));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(r, 16));
+}
+#ifdef WORDS_BF16
+static INLINE vf vf_put_bf16(uint16_t *p, vf v) {
+    /* the instruction takes subnormals for zero: leave those to the integer unit */
+    if (__builtin_expect(_mm512_fpclass_ps_mask(v, 0x20), 0)) return vf_put_bf16_by_hand(p, v);
+    const __m256i h = (__m256i)_mm512_cvtneps_pbh(v);
+    _mm256_storeu_si256((__m256i *)(void *)p, h);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+#else
+static INLINE vf vf_put_bf16(uint16_t *p, vf v) { return vf_put_bf16_by_hand(p, v); }
+#endif
+static INLINE vf vf_load_f16(const uint16_t *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
+}
+static INLINE vf vf_put_f16(uint16_t *p, vf v) {
+    const __m256i h = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256((__m256i *)(void *)p, h);
+    return _mm512_cvtph_ps(h);
+}
+static INLINE void vf_transpose(vf *b) {
+    vf t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(b[i], b[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(b[i], b[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            const __m512d lo = _mm512_castps_pd(t[i + j]), hi = _mm512_castps_pd(t[i + j + 2]);
+            b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi));
+            b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
+        }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = 0; j < 4; j++) {
+            t[i + j] = _mm512_shuffle_f32x4(b[i + j], b[i + j + 4], 0x88);
+            t[i + j + 4] = _mm512_shuffle_f32x4(b[i + j], b[i + j + 4], 0xdd);
+        }
+    for (int j = 0; j < 8; j++) {
+        b[j] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0x88);
+        b[j + 8] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0xdd);
+    }
+}
+
+static INLINE vd vd_load(const double *p) { return _mm512_loadu_pd(p); }
+static INLINE void vd_store(double *p, vd v) { _mm512_storeu_pd(p, v); }
+static INLINE vd vd_set1(double x) { return _mm512_set1_pd(x); }
+static INLINE vd vd_fma(vd a, vd b, vd c) { return _mm512_fmadd_pd(a, b, c); }
+static INLINE vd vd_add(vd a, vd b) { return _mm512_add_pd(a, b); }
+static INLINE vd vd_sub(vd a, vd b) { return _mm512_sub_pd(a, b); }
+static INLINE vd vd_mul(vd a, vd b) { return _mm512_mul_pd(a, b); }
+static INLINE vd vd_div(vd a, vd b) { return _mm512_div_pd(a, b); }
+static INLINE double vd_sum(vd a) {
+    const __m256d s = _mm256_add_pd(_mm512_castpd512_pd256(a), _mm512_extractf64x4_pd(a, 1));
+    const __m128d q = _mm_add_pd(_mm256_castpd256_pd128(s), _mm256_extractf128_pd(s, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(q, _mm_unpackhi_pd(q, q)));
+}
+static INLINE uint32_t vd_differ(vd a, vd b) {
+    return (uint32_t)(_mm512_cmpneq_epi64_mask(_mm512_castpd_si512(a), _mm512_castpd_si512(b)) |
+                      _mm512_cmp_pd_mask(b, b, _CMP_UNORD_Q));
+}
+static INLINE uint16_t *vd_index(uint32_t mask, int64_t base, uint16_t *at) { return vf_index(mask, base, at); }
+static INLINE vd vd_put_f64(double *p, vd v) {
+    _mm512_storeu_pd(p, v);
+    return v;
+}
+static INLINE void vd_transpose(vd *b) {
+    vd t[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm512_unpacklo_pd(b[i], b[i + 1]);
+        t[i + 1] = _mm512_unpackhi_pd(b[i], b[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            b[i + j] = _mm512_shuffle_f64x2(t[i + j], t[i + j + 2], 0x88);
+            b[i + j + 2] = _mm512_shuffle_f64x2(t[i + j], t[i + j + 2], 0xdd);
+        }
+    for (int j = 0; j < 4; j++) {
+        t[j] = _mm512_shuffle_f64x2(b[j], b[j + 4], 0x88);
+        t[j + 4] = _mm512_shuffle_f64x2(b[j], b[j + 4], 0xdd);
+    }
+    memcpy(b, t, sizeof t);
+}
+
+#endif
