@@ -267,3 +267,14 @@ def test_block_diagonal_matrix():
     x = torch.randn(2, 3, 6)
     torch.testing.assert_close(layer(x), x @ layer.weight_as_blockdiagonal_matrix().T)
     assert layer.weight_as_blockdiagonal_matrix()[:2, 3:].abs().max() == 0
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "monteclora"])
+def test_compiles_in_one_graph(name, training):
+    kind, options = VARIANTS[name]
+    model, x = adapted(peft_c, kind, random_values=True, **options)
+    model.train(training)
+    expected = model(x)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)

@@ -63,6 +63,12 @@ def _plain(*tensors: torch.Tensor) -> bool:
     )
 
 
+def _weight_of(base_layer: nn.Module) -> torch.Tensor:
+    """The base weight as floats; ordinary ones are returned directly, which torch.compile can follow."""
+    weight = getattr(base_layer, "weight", None)
+    return weight if type(weight) in (torch.Tensor, nn.Parameter) else dequantize_module_weight(base_layer)
+
+
 class DoraLinearLayer(nn.Module):
     """The magnitude of a linear layer: `weight` has one entry per output. `fan_in_fan_out` tells how V is stored."""
 
@@ -155,7 +161,7 @@ class DoraLinearLayer(nn.Module):
         self, x, *, lora_A, lora_B, scaling, base_layer, base_result=None, adapter_name: str = "default"
     ) -> torch.Tensor:
         """What DoRA adds to the base layer's output; `base_result` is that output, if it was computed from this x."""
-        weight = dequantize_module_weight(base_layer).to(x.dtype)
+        weight = _weight_of(base_layer).to(x.dtype)
         scale = self.weight / self._current_norm(weight, lora_A, lora_B, scaling, adapter_name)
         scale = self._over_features(scale)
         if base_result is None:

@@ -33,11 +33,8 @@ def _reconstruct_activations(
 def _normalize_projection(embed: torch.Tensor) -> torch.Tensor:
     """`embed` in fp32 with length 1; a zero vector becomes the diagonal direction."""
     embed = embed.float()
-    norm = torch.linalg.vector_norm(embed)
-    if norm == 0:
-        embed = torch.ones_like(embed)
-        norm = torch.linalg.vector_norm(embed)
-    return embed / norm
+    embed = torch.where(torch.linalg.vector_norm(embed) == 0, torch.ones_like(embed), embed)
+    return embed / torch.linalg.vector_norm(embed)
 
 
 class VeloraFunction(torch.autograd.Function):
