@@ -409,7 +409,7 @@ class RoomModel(BaseTuner):
 def register(
     name: str, config: type[PeftConfig], model: type[BaseTuner], prefix: str | None = None, mixed: bool = False
 ) -> None:
-    """Register the method of a room's module, and let PEFT's paths (`<method>.config`, `.layer`, `.model`) lead there."""
+    """Register a room's method, and let PEFT's paths (`<method>.config`, `.layer`, `.model`) lead to its module."""
     module = sys.modules[config.__module__]
     for part in ("config", "layer", "model"):
         sys.modules.setdefault(f"{module.__name__}.{part}", module)

@@ -11,7 +11,6 @@ from torch import nn
 import peft_c
 import peft_c.functional
 
-
 peft = pytest.importorskip("peft")
 pytest.importorskip("peft.functional")
 
@@ -164,19 +163,17 @@ def test_random_programs(seed, same_targets, save_head):
             random_step(rng, twin)
 
 
-def test_weights_trained_by_hand_are_switched_too():
+def unfreeze(package, model):
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            parameter.requires_grad_(True)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_weights_trained_by_hand_are_switched_too(freeze):
     # a user unfreezes the active adapter by hand, then activates another one
-    for freeze in (True, False):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            twin = Twin(True, False)
-            twin.do("add b", lambda p, m: m.add_adapter("b", twin.config(p, 0, False)))
-            twin.do("freeze", lambda p, m: m.set_adapter("default", inference_mode=freeze))
-
-            def unfreeze(p, m):
-                for name, parameter in m.named_parameters():
-                    if ".default." in name:
-                        parameter.requires_grad_(True)
-
-            twin.do("unfreeze by hand", unfreeze)
-            twin.do("set b", lambda p, m: m.set_adapter("b"))
+    twin = Twin(True, False)
+    twin.do("add b", lambda p, m: m.add_adapter("b", twin.config(p, 0, False)))
+    twin.do("freeze", lambda p, m: m.set_adapter("default", inference_mode=freeze))
+    twin.do("unfreeze by hand", unfreeze)
+    twin.do("set b", lambda p, m: m.set_adapter("b"))

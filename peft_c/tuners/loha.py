@@ -1,0 +1,89 @@
+"""LoHa: the delta is the elementwise product of two low-rank matrices (FedPara, https://arxiv.org/abs/2108.06098)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..utils.constants import TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING
+from .law import LowRank
+from .lycoris_utils import LycorisConfig, LycorisLayer, LycorisTuner
+from .room import option, register, shared
+
+
+@dataclass
+class LoHaConfig(LycorisConfig):
+    """Options of LoHa."""
+
+    method = "loha"
+
+    r: int = option(8, "Rank of each of the two matrices; their product has a rank of up to r * r.")
+    alpha: int = option(8, "The delta is scaled by alpha / r.")
+    rank_dropout: float = option(0.0, "Probability of dropping a row of the delta in training.")
+    module_dropout: float = option(0.0, "Probability of leaving out the adapter of a layer in training.")
+    use_effective_conv2d: bool = option(False, "Whether kernels larger than 1 get a factor of their own.")
+    target_modules: list[str] | str | None = shared("target_modules")
+    exclude_modules: list[str] | str | None = shared("exclude_modules")
+    init_weights: bool = shared("init_weights")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
+    modules_to_save: list[str] | None = shared("modules_to_save")
+
+
+class LoHaLayer(LycorisLayer):
+    """(A1 B1) * (A2 B2) * scaling with A (out, r), B (r, in); with a kernel factor T (r, r, *kernel) each matrix is
+    sum_ij T[i, j] A[i, :] B[j, :]."""
+
+    adapter_layer_names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+
+    def create_factors(self, name: str, config: LoHaConfig, r: int) -> None:
+        weight = self.get_base_layer().weight
+        kernel, effective = self.kernel(config)
+        out_shape, in_size = ((r, weight.shape[0]), weight.shape[1]) if effective else (
+            (weight.shape[0], r),
+            weight[0].numel(),
+        )
+        for factor in ("hada_w1", "hada_w2"):
+            zero = factor == "hada_w2" and config.init_weights
+            self.new_factor(f"{factor}_a", name, *out_shape)
+            self.new_factor(f"{factor}_b", name, r, in_size, zero=zero)
+        for factor in ("hada_t1", "hada_t2") if effective else ():
+            self.new_factor(factor, name, r, r, *(kernel if len(kernel) == 2 else (*kernel, 1)))
+
+    def factors(self, name: str) -> list[torch.Tensor]:
+        return [getattr(self, factor)[name] for factor in self.adapter_layer_names[:4]]
+
+    def low_rank(self, name: str) -> LowRank | None:
+        """The product as one low-rank matrix of rank r * r, unless that is no gain."""
+        a1, b1, a2, b2 = self.factors(name)
+        r = self.r[name]
+        if name in self.hada_t1 or 2 * r * r > min(len(a1), b1.shape[1]):
+            return None
+        A = (b1.unsqueeze(1) * b2.unsqueeze(0)).flatten(0, 1)
+        B = (a1.unsqueeze(2) * a2.unsqueeze(1)).flatten(1)
+        return LowRank(A, B, self.scaling[name])
+
+    def delta(self, name: str) -> torch.Tensor:
+        a1, b1, a2, b2 = self.factors(name)
+        if name not in self.hada_t1:
+            return (a1 @ b1) * (a2 @ b2) * self.scaling[name]
+        both = zip((self.hada_t1[name], self.hada_t2[name]), (a1, a2), (b1, b2), strict=True)
+        first, second = (torch.einsum("ijkl,jc,io->ockl", t, b, a) for t, a, b in both)
+        return (first * second * self.scaling[name]).flatten(1)
+
+
+Linear = Conv1d = Conv2d = LoHaLayer
+
+
+class LoHaModel(LycorisTuner):
+    """Injects LoHa."""
+
+    prefix = "hada_"
+    tuner_layer_cls = LoHaLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING
+    rooms = {nn.Conv2d: LoHaLayer, nn.Conv1d: LoHaLayer, nn.Linear: LoHaLayer}
+
+
+register("loha", LoHaConfig, LoHaModel, prefix="hada_", mixed=True)

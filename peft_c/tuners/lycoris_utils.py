@@ -1,0 +1,107 @@
+"""What LoHa and LoKr share: rank and alpha by module, scales, rank and module dropout (LyCORIS)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .room import CONVOLUTIONS, AddRoom, RoomConfig, RoomModel, apply_weight, pattern_value, shared
+
+
+@dataclass
+class LycorisConfig(RoomConfig):
+    """Options of all LyCORIS methods."""
+
+    rank_pattern: dict | None = shared("rank_pattern")
+    alpha_pattern: dict | None = shared("alpha_pattern")
+
+
+class LycorisLayer(AddRoom):
+    """A delta of `scaling = alpha / r` times factors; `factors(name)` gives them where the delta has low rank."""
+
+    other_param_names = ("r", "alpha", "scaling", "rank_dropout", "rank_dropout_scale", "module_dropout")
+
+    def create(self, name: str, config: Any, r: int, alpha: float) -> None:
+        if r <= 0:
+            raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
+        self.r[name], self.alpha[name], self.scaling[name] = r, alpha, alpha / r
+        self.rank_dropout[name], self.module_dropout[name] = config.rank_dropout, config.module_dropout
+        self.rank_dropout_scale[name] = getattr(config, "rank_dropout_scale", True)
+        self.create_factors(name, config, r)
+
+    def create_factors(self, name: str, config: Any, r: int) -> None:
+        """Make and initialise the adapter's parameters."""
+        raise NotImplementedError
+
+    def kernel(self, config: Any) -> tuple[tuple[int, ...], bool]:
+        """The kernel's size, () for linear layers, and whether it gets a factor of its own (tensor decomposition)."""
+        size = tuple(getattr(self.get_base_layer(), "kernel_size", ()))
+        return size, config.use_effective_conv2d and any(k != 1 for k in size)
+
+    def new_factor(self, container: str, name: str, *shape: int, zero: bool = False) -> None:
+        """Create one factor: kaiming uniform as for a linear layer, or zeros."""
+        factor = torch.zeros(shape)
+        if not zero:
+            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        getattr(self, container)[name] = nn.Parameter(factor)
+
+    # --- dropout ---
+
+    def get_delta_weight(self, adapter_name: str, *, apply_rank_dropout: bool = False) -> torch.Tensor:
+        """What merging adds to the weight, with its shape; in training optionally with rows dropped at random."""
+        delta = super().get_delta_weight(adapter_name).reshape(self.get_base_layer().weight.shape)
+        if not apply_rank_dropout:
+            return delta
+        keep = (torch.rand(len(delta)) > self.rank_dropout[adapter_name]).to(delta)
+        if self.rank_dropout_scale[adapter_name]:
+            keep = keep / keep.mean()
+        return delta * keep.view(-1, *(1,) * (delta.ndim - 1))
+
+    def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        if self.training and torch.rand(1) <= self.module_dropout[name]:
+            return x.new_zeros(())
+        if self.training and self.rank_dropout[name]:
+            return apply_weight(self.get_base_layer(), x, self.get_delta_weight(name, apply_rank_dropout=True), None)
+        return self.activations(name, x)
+
+    def activations(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """`term` without dropout."""
+        return super().term(name, x)
+
+    # --- scales ---
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the adapter's scale to `scale` times alpha / r; unknown names are ignored."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.alpha[adapter] / self.r[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scales of the active adapters by `scale`."""
+        for name in self.active_adapters if scale != 1 else ():
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scales of the active adapters by `scale`; None: back to alpha / r."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = self.alpha[name] / self.r[name] if scale is None else self.scaling[name] / scale
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return not isinstance(self.get_base_layer(), CONVOLUTIONS)
+
+
+class LycorisTuner(RoomModel):
+    """Injects a LyCORIS method, with rank and alpha by module."""
+
+    tuner_layer_cls = LycorisLayer
+
+    def settings(self, config: LycorisConfig, key: str, base: nn.Module) -> dict[str, Any]:
+        return {
+            "r": pattern_value(config.rank_pattern, key, config.r),
+            "alpha": pattern_value(config.alpha_pattern, key, config.alpha),
+        }
