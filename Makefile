@@ -78,6 +78,7 @@ format: $(deps)
 	@if command -v clang-format >/dev/null; then clang-format -i $(sources); fi
 
 sanitize: $(extension)
+	bash tests/kernels/run_sanitized.sh
 	PYTHON=$(py) bash tests/runtime/sanitize.sh
 
 dist: $(deps)
