@@ -192,6 +192,11 @@ def test_megatron(split, monkeypatch):
     torch.testing.assert_close(model(x)[0], expected)
     with model.disable_adapter():
         torch.testing.assert_close(model(x)[0], base)
+    torch.testing.assert_close(model(x)[0], expected)
+    model.unmerge_adapter()
+    model.add_adapter("second", peft_c.LoraConfig(target_modules=["fc"], r=3, megatron_config={"a": 1}))
+    model.set_adapter("second")
+    torch.testing.assert_close(model(x)[0], base)
     with pytest.raises(ValueError, match="valid prefix"):
         config = peft_c.LoraConfig(target_modules=["fc"], megatron_config={"a": 1}, megatron_core="os.path")
         peft_c.get_peft_model(Net(), config)

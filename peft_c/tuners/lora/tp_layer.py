@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_c.tuners import law
+
 from ._quantized import base_of
 from .config import LoraConfig
 from .layer import Linear, LoraLayer
@@ -51,6 +53,7 @@ class LoraParallelLinear(Linear):
         self.is_parallel_a = isinstance(base_layer, backend.RowParallelLinear)
         self.fan_in_fan_out = config.fan_in_fan_out
         self.is_target_conv_1d_layer = False
+        self._parallel: dict[str, Any] = {}
         self._active_adapter = adapter_name
         self.update_layer(
             adapter_name, r, lora_alpha=lora_alpha, config=config, megatron_config=kwargs["megatron_config"]
@@ -72,9 +75,10 @@ class LoraParallelLinear(Linear):
         inference_mode: bool = False,
         **parallel_linear_kwargs: Any,
     ) -> None:
-        """Add an adapter; `megatron_config` is Megatron's TransformerConfig, other options default to the base's."""
+        """Add an adapter. `megatron_config`, Megatron's TransformerConfig, defaults to that of the first adapter, the
+        other options to the base layer's."""
         base = self.get_base_layer()
-        megatron_config = parallel_linear_kwargs["megatron_config"]
+        megatron_config = parallel_linear_kwargs.get("megatron_config") or self._parallel["config"]
         default_init = getattr(megatron_config, "init_method", nn.init.xavier_normal_)
         self._parallel = {
             "init_method": default_init if init_method is None else init_method,
@@ -113,8 +117,10 @@ class LoraParallelLinear(Linear):
         self._check_forward_args(x, *args, **kwargs)
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError(f"{type(self).__name__} does not support mixed_batch_forward yet.")
-        if self.disable_adapters and self.merged:
-            self.unmerge()
+        if self.disable_adapters:
+            law.suspend(self)
+        elif self.merged:
+            law.resume(self)
         result, bias = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result, bias
