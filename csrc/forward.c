@@ -78,8 +78,9 @@ static int backward_run(const module_state *state, const pk_backward *q) {
 
 /* ------------------------------------------------------------------------------------------------- tensors to rows */
 
-/* `tensor` as rows of its last dimension. When its leading strides are not one stride, a contiguous copy is made and put into
- * *copy (owned by the caller, to be released after the kernel). False, without an exception, when it has no such view. */
+/* `tensor` as rows of its last dimension. When its leading strides are not one stride, a contiguous copy is made and
+ * put into *copy (owned by the caller, to be released after the kernel). False, without an exception, when it has no
+ * such view. */
 static bool rows_of(const module_state *state, PyObject *tensor, pk_mat *out, PyObject **copy) {
     TensorView view;
     if (view_again(state, tensor, &view) != VIEW_OK) return false;
@@ -133,7 +134,8 @@ static bool plan_drops(const gate_plan *plan) {
 /* How _finish of peft_c/fast.py is to add the terms. */
 enum { FINISH_COMPOSED = 0, FINISH_COPY = 1, FINISH_IN_PLACE = 2 };
 
-/* fast._finish(y, x, how, terms): the part of a forward that needs the graph, dropout or plain torch. New reference. */
+/* fast._finish(y, x, how, terms): the part of a forward that needs the graph, dropout or plain torch. New reference.
+ */
 static PyObject *finish(module_state *state, const gate_plan *plan, PyObject *x, PyObject *y, int how) {
     PyObject *terms = NULL, *mode = NULL, *result = NULL;
     if (state->finish == NULL) {
@@ -141,8 +143,10 @@ static PyObject *finish(module_state *state, const gate_plan *plan, PyObject *x,
         PyObject *function = fast ? PyObject_GetAttrString(fast, "_finish") : NULL;
         Py_XDECREF(fast);
         if (function == NULL) return NULL;
-        if (state->finish == NULL) state->finish = function;
-        else Py_DECREF(function);
+        if (state->finish == NULL)
+            state->finish = function;
+        else
+            Py_DECREF(function);
     }
     terms = PyTuple_New(plan->count);
     for (int i = 0; terms != NULL && i < plan->count; i++) {
@@ -161,8 +165,10 @@ static PyObject *finish(module_state *state, const gate_plan *plan, PyObject *x,
 /* Does base(x) have the shape and layout that the terms are added to? Fills y's view. */
 static bool output_fits(const module_state *state, const gate_plan *plan, PyObject *x, PyObject *y, TensorView *vy) {
     TensorView vx, vb;
-    if (!view_is_plain(state, y) || view_peek(state, y, vy) != VIEW_OK || view_again(state, x, &vx) != VIEW_OK) return false;
-    if (vy->ndim != vx.ndim || memcmp(vy->shape, vx.shape, sizeof vx.shape[0] * (size_t)(vx.ndim - 1)) != 0) return false;
+    if (!view_is_plain(state, y) || view_peek(state, y, vy) != VIEW_OK || view_again(state, x, &vx) != VIEW_OK)
+        return false;
+    if (vy->ndim != vx.ndim || memcmp(vy->shape, vx.shape, sizeof vx.shape[0] * (size_t)(vx.ndim - 1)) != 0)
+        return false;
     for (int i = 0; i < plan->count; i++) {
         if (view_again(state, plan->terms[i].up, &vb) != VIEW_OK || vb.ndim != 2) return false;
         if (vb.shape[0] != vy->shape[vy->ndim - 1]) return false;
@@ -171,11 +177,12 @@ static bool output_fits(const module_state *state, const gate_plan *plan, PyObje
 }
 
 /* May the terms be written into y? Only when y is fresh memory of an untouched nn.Linear that nobody else can hold. */
-static bool output_is_ours(const module_state *state, const gate_plan *plan, PyObject *x, PyObject *y, const TensorView *vy) {
+static bool output_is_ours(const module_state *state, const gate_plan *plan, PyObject *x, PyObject *y,
+                           const TensorView *vy) {
     TensorView vx;
     pk_mat rows;
-    return plan->base_is_plain && y != x && Py_REFCNT(y) == 1 && view_writable(vy) == VIEW_OK && view_as_rows(vy, &rows) &&
-           view_again(state, x, &vx) == VIEW_OK && !view_may_overlap(vy, &vx);
+    return plan->base_is_plain && y != x && Py_REFCNT(y) == 1 && view_writable(vy) == VIEW_OK &&
+           view_as_rows(vy, &rows) && view_again(state, x, &vx) == VIEW_OK && !view_may_overlap(vy, &vx);
 }
 
 /* out += terms, no graph. 1 done, 0 a tensor has no view (nothing written), -1 with an exception. */
@@ -252,7 +259,8 @@ static PyObject *call_base(const gate_plan *plan, PyObject *x, PyObject *args, P
 
 static bool kwargs_are_special(const module_state *state, PyObject *kwargs) {
     return kwargs != NULL && PyDict_Size(kwargs) > 0 &&
-           (PyDict_Contains(kwargs, state->names.adapter_names) != 0 || PyDict_Contains(kwargs, state->names.alora_offsets) != 0);
+           (PyDict_Contains(kwargs, state->names.adapter_names) != 0 ||
+            PyDict_Contains(kwargs, state->names.alora_offsets) != 0);
 }
 
 static PyObject *forward_lowrank(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
@@ -262,8 +270,10 @@ static PyObject *forward_lowrank(PyObject *module, PyObject *const *arguments, P
     gate_plan plan;
     gate_reason reason;
     TensorView view;
-    if (count < 2 || count > 4 || (args != NULL && !PyTuple_Check(args)) || (kwargs != NULL && !PyDict_Check(kwargs))) {
-        PyErr_SetString(PyExc_TypeError, "lowrank_forward(layer, x, args=(), kwargs=None): args a tuple, kwargs a dict");
+    if (count < 2 || count > 4 || (args != NULL && !PyTuple_Check(args)) ||
+        (kwargs != NULL && !PyDict_Check(kwargs))) {
+        PyErr_SetString(PyExc_TypeError,
+                        "lowrank_forward(layer, x, args=(), kwargs=None): args a tuple, kwargs a dict");
         return NULL;
     }
     if (!state->fast || kwargs_are_special(state, kwargs)) Py_RETURN_NOTIMPLEMENTED;
@@ -294,14 +304,15 @@ static int parse_factors(const module_state *state, PyObject *scales, PyObject *
     const Py_ssize_t n = PyTuple_Size(scales);
     if (n < 0) return -1;
     if (n > GATE_MAX_TERMS || PyTuple_Size(factors) != 2 * n) {
-        PyErr_Format(PyExc_ValueError, "expected at most %d scales and two factors for each, got %zd and %zd", GATE_MAX_TERMS, n,
-                     PyTuple_Size(factors));
+        PyErr_Format(PyExc_ValueError, "expected at most %d scales and two factors for each, got %zd and %zd",
+                     GATE_MAX_TERMS, n, PyTuple_Size(factors));
         return -1;
     }
     for (Py_ssize_t i = 0; i < n; i++) {
         const double scale = PyFloat_AsDouble(PyTuple_GetItem(scales, i));
         if (scale == -1.0 && PyErr_Occurred()) return -1;
-        if (!factor_of(state, PyTuple_GetItem(factors, 2 * i), PyTuple_GetItem(factors, 2 * i + 1), scale, &out[i])) return 0;
+        if (!factor_of(state, PyTuple_GetItem(factors, 2 * i), PyTuple_GetItem(factors, 2 * i + 1), scale, &out[i]))
+            return 0;
     }
     *count = (int)n;
     return 1;
@@ -313,13 +324,15 @@ static PyObject *forward_apply(PyObject *module, PyObject *args) {
     TensorView view;
     product p;
     int rc;
-    if (!PyArg_ParseTuple(args, "OOOO!O!:lowrank_apply", &y, &x, &t, &PyTuple_Type, &scales, &PyTuple_Type, &factors)) return NULL;
+    if (!PyArg_ParseTuple(args, "OOOO!O!:lowrank_apply", &y, &x, &t, &PyTuple_Type, &scales, &PyTuple_Type, &factors))
+        return NULL;
     p.t.data = NULL;
     if (view_get(state, y, "y", true, &view) < 0) return NULL;
     if ((rc = parse_factors(state, scales, factors, p.factors, &p.count)) < 0) return NULL;
     if (rc == 0 || !rows_of(state, y, &p.y, NULL) || (t != Py_None && !matrix_of(state, t, &p.t)) ||
         !rows_of(state, x, &p.x, &copy)) {
-        PyErr_SetString(PyExc_ValueError, "lowrank_apply: y, t and the factors must be strided CPU matrices, A (r, k), B (n, r)");
+        PyErr_SetString(PyExc_ValueError,
+                        "lowrank_apply: y, t and the factors must be strided CPU matrices, A (r, k), B (n, r)");
         goto done;
     }
     if (product_run(state, &p) < 0) goto done;
@@ -368,8 +381,8 @@ static PyObject *forward_backward(PyObject *module, PyObject *args) {
     int64_t column = 0;
     TensorView view;
     int rc;
-    if (!PyArg_ParseTuple(args, "OOOO!O!OO!:lowrank_backward", &g, &x, &t, &PyTuple_Type, &scales, &PyTuple_Type, &factors, &dx,
-                          &PyTuple_Type, &grads)) {
+    if (!PyArg_ParseTuple(args, "OOOO!O!OO!:lowrank_backward", &g, &x, &t, &PyTuple_Type, &scales, &PyTuple_Type,
+                          &factors, &dx, &PyTuple_Type, &grads)) {
         return NULL;
     }
     if (PyTuple_Size(grads) != PyTuple_Size(factors)) {
@@ -377,9 +390,9 @@ static PyObject *forward_backward(PyObject *module, PyObject *args) {
         return NULL;
     }
     if ((rc = parse_factors(state, scales, factors, all.factors, &all.count)) < 0) return NULL;
-    if (rc == 0 || !view_is_plain(state, g) || view_peek(state, g, &view) != VIEW_OK || !rows_of(state, g, &all.g, &g_copy) ||
-        !rows_or_none(state, x, &all.x, &x_copy) || !rows_or_none(state, t, &all.t, NULL) ||
-        !rows_or_none(state, dx, &all.dx, NULL)) {
+    if (rc == 0 || !view_is_plain(state, g) || view_peek(state, g, &view) != VIEW_OK ||
+        !rows_of(state, g, &all.g, &g_copy) || !rows_or_none(state, x, &all.x, &x_copy) ||
+        !rows_or_none(state, t, &all.t, NULL) || !rows_or_none(state, dx, &all.dx, NULL)) {
         rc = 0;
     }
     if (all.x.data == NULL && rc == 1) { /* only its shape is asked for */
@@ -400,15 +413,18 @@ static PyObject *forward_backward(PyObject *module, PyObject *args) {
 PyMethodDef forward_methods[] = {
     {"lowrank_forward", (PyCFunction)(void (*)(void))forward_lowrank, METH_FASTCALL,
      "lowrank_forward(layer, x, args=(), kwargs=None)\n--\n\n"
-     "base_layer(x, *args, **kwargs) plus the low-rank terms of the active adapters; NotImplemented, with nothing called or\n"
+     "base_layer(x, *args, **kwargs) plus the low-rank terms of the active adapters; NotImplemented, with nothing "
+     "called or\n"
      "changed, where the composed path has to run."},
     {"lowrank_apply", forward_apply, METH_VARARGS,
      "lowrank_apply(y, x, t, scales, factors)\n--\n\n"
-     "y (..., n) += sum_i scales[i] (x A_i^T) B_i^T in place; factors = (A_0, B_0, ...). t: None, or (m, sum r_i) that receives\n"
+     "y (..., n) += sum_i scales[i] (x A_i^T) B_i^T in place; factors = (A_0, B_0, ...). t: None, or (m, sum r_i) "
+     "that receives\n"
      "x A^T. Autograd does not see it."},
     {"lowrank_backward", forward_backward, METH_VARARGS,
      "lowrank_backward(g, x, t, scales, factors, dx, grads)\n--\n\n"
-     "Fills dx (..., k) and grads = (dA_0, dB_0, ...), tensors or None, from g (..., n). x is needed for dA, t for dB.\n"
+     "Fills dx (..., k) and grads = (dA_0, dB_0, ...), tensors or None, from g (..., n). x is needed for dA, t for "
+     "dB.\n"
      "False when a tensor has no plain view; then nothing was written."},
     {NULL, NULL, 0, NULL},
 };

@@ -3,8 +3,8 @@
  * The contract of the Python side (peft_c._C):
  *
  *   lowrank_forward(layer, x, args=(), kwargs=None) -> Tensor or NotImplemented
- *       Runs layer.base_layer(x, *args, **kwargs) and adds scaling * B(A(dropout(x))) of every active adapter that the layer has.
- *       NotImplemented: nothing has been called or changed, take the composed path. A layer's forward is
+ *       Runs layer.base_layer(x, *args, **kwargs) and adds scaling * B(A(dropout(x))) of every active adapter that the
+ * layer has. NotImplemented: nothing has been called or changed, take the composed path. A layer's forward is
  *
  *           if not torch.compiler.is_compiling():
  *               result = _C.lowrank_forward(self, x, args, kwargs)
@@ -12,15 +12,15 @@
  *                   return result
  *           ... composed path ...
  *
- *       adapter_names or alora_offsets among kwargs give NotImplemented, so they need not be taken out first. Merged or disabled
- *       layers run the base layer alone; disabled while merged gives NotImplemented. Errors of the base layer propagate.
+ *       adapter_names or alora_offsets among kwargs give NotImplemented, so they need not be taken out first. Merged
+ * or disabled layers run the base layer alone; disabled while merged gives NotImplemented. Errors of the base layer
+ * propagate.
  *
  *   lowrank_apply(y, x, t, scales, factors) -> None
- *       y (..., n) += sum_i scales[i] (x A_i^T) B_i^T in place, factors = (A_0, B_0, A_1, ...); t: None, or (m, sum r_i) float32
- *       (float64) that receives x A^T.
- *   lowrank_backward(g, x, t, scales, factors, dx, grads) -> bool
- *       Fills dx (..., k) and grads = (dA_0, dB_0, ...), each a tensor or None. x may be None without dA; t may be None without
- *       dB. False: a tensor has no view (nothing written). */
+ *       y (..., n) += sum_i scales[i] (x A_i^T) B_i^T in place, factors = (A_0, B_0, A_1, ...); t: None, or (m, sum
+ * r_i) float32 (float64) that receives x A^T. lowrank_backward(g, x, t, scales, factors, dx, grads) -> bool Fills dx
+ * (..., k) and grads = (dA_0, dB_0, ...), each a tensor or None. x may be None without dA; t may be None without dB.
+ * False: a tensor has no view (nothing written). */
 #ifndef PEFT_C_FORWARD_H
 #define PEFT_C_FORWARD_H
 

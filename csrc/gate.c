@@ -39,7 +39,9 @@ static PyObject *attribute(PyObject *dict, PyObject *object, PyObject *name) {
     return value;
 }
 
-static bool is_exactly(PyObject *object, PyObject *type) { return (const void *)Py_TYPE(object) == (const void *)type; }
+static bool is_exactly(PyObject *object, PyObject *type) {
+    return (const void *)Py_TYPE(object) == (const void *)type;
+}
 
 /* No hook that a call of this module would run, and no forward set on the instance. */
 static bool is_bare(const module_state *state, PyObject *dict) {
@@ -137,7 +139,8 @@ static gate_reason plan_adapter(const module_state *state, const layer_parts *pa
     return dropout != NULL ? factor_dropout(state, dropout, term) : GATE_ODD;
 }
 
-static gate_reason plan_adapters(const module_state *state, const layer_parts *parts, PyObject *active, gate_plan *plan) {
+static gate_reason plan_adapters(const module_state *state, const layer_parts *parts, PyObject *active,
+                                 gate_plan *plan) {
     gate_reason reason = GATE_OK;
     Py_ssize_t count;
     if (PyUnicode_Check(active)) {
@@ -160,9 +163,10 @@ static gate_reason plan_adapters(const module_state *state, const layer_parts *p
 
 /* ------------------------------------------------------------------------------------------------------- the layer */
 
-/* The dict of adapters behind attribute names[index]: a ModuleDict's _modules, or a plain dict. Borrowed from a dict that lives
- * as long as the layer is not changed; NULL when absent. */
-static PyObject *part_find(const module_state *state, PyObject *dict, PyObject *modules, PyObject *names, Py_ssize_t index) {
+/* The dict of adapters behind attribute names[index]: a ModuleDict's _modules, or a plain dict. Borrowed from a dict
+ * that lives as long as the layer is not changed; NULL when absent. */
+static PyObject *part_find(const module_state *state, PyObject *dict, PyObject *modules, PyObject *names,
+                           Py_ssize_t index) {
     PyObject *name = PyTuple_GetItem(names, index), *found, *inner, *adapters;
     if (name == NULL || name == Py_None) {
         PyErr_Clear();
@@ -175,7 +179,8 @@ static PyObject *part_find(const module_state *state, PyObject *dict, PyObject *
     return adapters;
 }
 
-static gate_reason plan_layer(const module_state *state, PyObject *layer, PyObject *dict, PyObject *names, gate_plan *plan) {
+static gate_reason plan_layer(const module_state *state, PyObject *layer, PyObject *dict, PyObject *names,
+                              gate_plan *plan) {
     PyObject *modules = look(dict, state->names._modules), *active = NULL;
     layer_parts parts;
     gate_reason reason;
@@ -273,7 +278,8 @@ gate_reason gate_input(const module_state *state, PyObject *x, gate_plan *plan, 
 
 /* Truth of what a function without arguments (or with one) returns; an error counts as yes. */
 static bool says_yes(PyObject *function, PyObject *argument) {
-    PyObject *answer = argument ? PyObject_CallFunctionObjArgs(function, argument, NULL) : PyObject_CallNoArgs(function);
+    PyObject *answer =
+        argument ? PyObject_CallFunctionObjArgs(function, argument, NULL) : PyObject_CallNoArgs(function);
     int yes = 1;
     if (answer == Py_None || answer == Py_False) {
         yes = 0;
@@ -289,8 +295,10 @@ gate_reason gate_ambient(const module_state *state) {
     PyObject *globals = state->objects.module_globals, *level, *forward;
     bool patched;
     if (!state->fast) return GATE_SWITCHED_OFF;
-    if (holds_any(globals, state->names._global_forward_hooks) || holds_any(globals, state->names._global_forward_pre_hooks) ||
-        holds_any(globals, state->names._global_backward_hooks) || holds_any(globals, state->names._global_backward_pre_hooks)) {
+    if (holds_any(globals, state->names._global_forward_hooks) ||
+        holds_any(globals, state->names._global_forward_pre_hooks) ||
+        holds_any(globals, state->names._global_backward_hooks) ||
+        holds_any(globals, state->names._global_backward_pre_hooks)) {
         return GATE_GLOBAL_HOOKS;
     }
     forward = PyObject_GetAttr(state->objects.Linear, state->names.forward);
@@ -300,7 +308,8 @@ gate_reason gate_ambient(const module_state *state) {
     if (patched) return GATE_LINEAR_PATCHED;
     level = look(state->objects.forward_ad, state->names._current_level);
     if (level == NULL || PyLong_AsLong(level) >= 0) return GATE_FORWARD_AD;
-    if (says_yes(state->objects.function_modes, NULL) || says_yes(state->objects.dispatch_modes, NULL)) return GATE_MODE;
+    if (says_yes(state->objects.function_modes, NULL) || says_yes(state->objects.dispatch_modes, NULL))
+        return GATE_MODE;
     if (says_yes(state->objects.functorch_top, NULL)) return GATE_FUNCTORCH;
     if (says_yes(state->objects.tracing_state, NULL)) return GATE_TRACING;
     if (says_yes(state->objects.is_autocast_enabled, state->names.cpu)) return GATE_AUTOCAST;
@@ -398,7 +407,8 @@ int gate_init(PyObject *module, module_state *state) {
     (void)module;
     state->fast = fast == NULL || strcmp(fast, "0") != 0;
     if (isa != NULL && *isa != '\0' && pk_isa_select(isa) != 0) {
-        PyErr_Format(PyExc_ImportError, "PEFT_C_ISA=%s is no instruction set that this machine can run; the best one is %s", isa,
+        PyErr_Format(PyExc_ImportError,
+                     "PEFT_C_ISA=%s is no instruction set that this machine can run; the best one is %s", isa,
                      pk_isa_list(0));
         return -1;
     }
@@ -408,7 +418,8 @@ int gate_init(PyObject *module, module_state *state) {
 PyMethodDef gate_methods[] = {
     {"gate", gate_gate, METH_VARARGS,
      "gate(layer, x=None)\n--\n\n"
-     "(path, name, reason): the path that a forward of this layer takes now, and why. path is \"C\", \"composed\", \"merged\",\n"
+     "(path, name, reason): the path that a forward of this layer takes now, and why. path is \"C\", \"composed\", "
+     "\"merged\",\n"
      "\"disabled\" or \"base\"."},
     {"info", gate_info, METH_NOARGS,
      "info()\n--\n\nThe instruction set in use (isa), those that this machine can run (isas), and torch's threads."},

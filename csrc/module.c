@@ -11,7 +11,8 @@
 /* A unit with functions adds one line here: X(its method table) */
 #define METHOD_TABLES(X) X(view_methods) X(gate_methods) X(forward_methods) X(merge_methods) X(walk_methods)
 
-/* A unit with heap types or settings adds one line here: X(its init), int init(PyObject *module, module_state *state) */
+/* A unit with heap types or settings adds one line here: X(its init), int init(PyObject *module, module_state *state)
+ */
 #define UNIT_INITS(X) X(gate_init) X(layer_init)
 
 static int module_exec(PyObject *module) {
@@ -39,7 +40,9 @@ static int module_clear(PyObject *module) {
     return 0;
 }
 
-static void module_free(void *module) { (void)module_clear(module); }
+static void module_free(void *module) {
+    (void)module_clear(module);
+}
 
 static PyModuleDef_Slot module_slots[] = {
     {Py_mod_exec, (void *)(uintptr_t)module_exec},
@@ -47,15 +50,12 @@ static PyModuleDef_Slot module_slots[] = {
 };
 
 static struct PyModuleDef module_def = {
-    PyModuleDef_HEAD_INIT,
-    .m_name = "peft_c._C",
-    .m_doc = "The C core of peft_c.",
-    .m_size = sizeof(module_state),
-    .m_slots = module_slots,
-    .m_traverse = module_traverse,
-    .m_clear = module_clear,
-    .m_free = module_free,
+    PyModuleDef_HEAD_INIT,          .m_name = "peft_c._C",   .m_doc = "The C core of peft_c.",
+    .m_size = sizeof(module_state), .m_slots = module_slots, .m_traverse = module_traverse,
+    .m_clear = module_clear,        .m_free = module_free,
 };
 
 PyMODINIT_FUNC PyInit__C(void);
-PyMODINIT_FUNC PyInit__C(void) { return PyModuleDef_Init(&module_def); }
+PyMODINIT_FUNC PyInit__C(void) {
+    return PyModuleDef_Init(&module_def);
+}

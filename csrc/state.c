@@ -56,10 +56,10 @@ int state_init(module_state *state) {
     if ((state->names.name = PyUnicode_InternFromString(#name)) == NULL) goto done;
     STATE_NAMES(X)
 #undef X
-#define X(field, module, path)                                             \
-    if ((state->objects.field = object_fetch(module, path)) == NULL) {     \
-        rc = lacks(torch, module, path);                                   \
-        goto done;                                                         \
+#define X(field, module, path) \
+    if ((state->objects.field = object_fetch(module, path)) == NULL) { \
+        rc = lacks(torch, module, path); \
+        goto done; \
     }
     STATE_OBJECTS(X)
 #undef X

@@ -8,37 +8,39 @@
 #include "torch_shim.h"
 
 /* X(identifier): the interned string "identifier", as state->names.identifier */
-#define STATE_NAMES(X)                                                                                                  \
-    X(__dlpack__) X(forward) X(base_layer) X(weight) X(bias) X(training) X(p) X(inplace) X(requires_grad) X(clone)      \
-    X(contiguous) X(cpu) X(_modules) X(_parameters) X(_forward_hooks) X(_forward_pre_hooks) X(_backward_hooks)          \
-    X(_backward_pre_hooks) X(_global_forward_hooks) X(_global_forward_pre_hooks) X(_global_backward_hooks)              \
-    X(_global_backward_pre_hooks) X(_disable_adapters) X(_active_adapter) X(merged_adapters)                            \
-    X(cast_input_dtype_enabled) X(_lowrank_names) X(adapter_names) X(alora_offsets) X(_current_level) \
-    X(adapter_layer_names) X(other_param_names) X(frozen_peft_weight_names) X(_keys) X(is_leaf) X(set_adapter)      \
-    X(enable_adapters) X(set_requires_grad) X(_freeze_non_trainable_peft_weights) X(active_adapters)               \
-    X(inference_mode) X(named_modules) X(_adapter_ledger) X(_disabled_trainable)
+/* clang-format off */
+#define STATE_NAMES(X)                                                                                           \
+    X(__dlpack__) X(forward) X(base_layer) X(weight) X(bias) X(training) X(p) X(inplace) X(requires_grad)        \
+    X(clone) X(contiguous) X(cpu) X(_modules) X(_parameters) X(_forward_hooks) X(_forward_pre_hooks)             \
+    X(_backward_hooks) X(_backward_pre_hooks) X(_global_forward_hooks) X(_global_forward_pre_hooks)              \
+    X(_global_backward_hooks) X(_global_backward_pre_hooks) X(_disable_adapters) X(_active_adapter)              \
+    X(merged_adapters) X(cast_input_dtype_enabled) X(_lowrank_names) X(adapter_names) X(alora_offsets)           \
+    X(_current_level) X(adapter_layer_names) X(other_param_names) X(frozen_peft_weight_names) X(_keys)           \
+    X(is_leaf) X(set_adapter) X(enable_adapters) X(set_requires_grad) X(_freeze_non_trainable_peft_weights)      \
+    X(active_adapters) X(inference_mode) X(named_modules) X(_adapter_ledger) X(_disabled_trainable)
+/* clang-format on */
 
 /* X(field, "module", "attribute.path"): an object fetched once at import, as state->objects.field */
-#define STATE_OBJECTS(X)                                              \
-    X(Tensor, "torch", "Tensor")                                      \
-    X(Parameter, "torch.nn", "Parameter")                             \
-    X(Module, "torch.nn", "Module")                                   \
-    X(ModuleDict, "torch.nn", "ModuleDict")                           \
-    X(ParameterDict, "torch.nn", "ParameterDict")                     \
-    X(Linear, "torch.nn", "Linear")                                   \
-    X(Dropout, "torch.nn", "Dropout")                                 \
-    X(Identity, "torch.nn", "Identity")                               \
-    X(linear_forward, "torch.nn", "Linear.forward")                   \
-    X(is_neg, "torch", "Tensor.is_neg")                               \
-    X(is_conj, "torch", "Tensor.is_conj")                             \
-    X(is_autocast_enabled, "torch", "is_autocast_enabled")            \
-    X(function_modes, "torch", "_C._len_torch_function_stack")        \
-    X(dispatch_modes, "torch", "_C._len_torch_dispatch_stack")        \
+#define STATE_OBJECTS(X) \
+    X(Tensor, "torch", "Tensor") \
+    X(Parameter, "torch.nn", "Parameter") \
+    X(Module, "torch.nn", "Module") \
+    X(ModuleDict, "torch.nn", "ModuleDict") \
+    X(ParameterDict, "torch.nn", "ParameterDict") \
+    X(Linear, "torch.nn", "Linear") \
+    X(Dropout, "torch.nn", "Dropout") \
+    X(Identity, "torch.nn", "Identity") \
+    X(linear_forward, "torch.nn", "Linear.forward") \
+    X(is_neg, "torch", "Tensor.is_neg") \
+    X(is_conj, "torch", "Tensor.is_conj") \
+    X(is_autocast_enabled, "torch", "is_autocast_enabled") \
+    X(function_modes, "torch", "_C._len_torch_function_stack") \
+    X(dispatch_modes, "torch", "_C._len_torch_dispatch_stack") \
     X(functorch_top, "torch", "_C._functorch.peek_interpreter_stack") \
     X(is_functorch_tensor, "torch", "_C._functorch.is_functorch_wrapped_tensor") \
-    X(tracing_state, "torch", "_C._get_tracing_state")                \
-    X(increment_version, "torch", "_C._increment_version")            \
-    X(forward_ad, "torch.autograd.forward_ad", "__dict__")            \
+    X(tracing_state, "torch", "_C._get_tracing_state") \
+    X(increment_version, "torch", "_C._increment_version") \
+    X(forward_ad, "torch.autograd.forward_ad", "__dict__") \
     X(module_globals, "torch.nn.modules.module", "__dict__")
 
 /* X(field): a heap type made by a unit's init function, as state->types.field */
@@ -64,7 +66,9 @@ typedef struct {
 } module_state;
 
 /* The state of the module object `module` (borrowed memory; never NULL for an imported _C). */
-static inline module_state *state_of(PyObject *module) { return (module_state *)PyModule_GetState(module); }
+static inline module_state *state_of(PyObject *module) {
+    return (module_state *)PyModule_GetState(module);
+}
 
 int state_init(module_state *state); /* 0, or -1 with an exception: ImportError when torch is absent or too old */
 int state_traverse(const module_state *state, visitproc visit, void *arg);

@@ -10,7 +10,7 @@
 
 /* ---- DLPack ---- */
 
-enum { DL_CPU = 1, DL_CUDA_HOST = 3 };                                                /* DLDeviceType */
+enum { DL_CPU = 1, DL_CUDA_HOST = 3 };                                                      /* DLDeviceType */
 enum { DL_INT = 0, DL_UINT = 1, DL_FLOAT = 2, DL_BFLOAT = 4, DL_COMPLEX = 5, DL_BOOL = 6 }; /* DLDataTypeCode */
 enum { DL_FLAG_READ_ONLY = 1, DL_MAJOR = 1 };
 
@@ -70,10 +70,10 @@ typedef struct {
 typedef void (*torch_range_fn)(int64_t begin, int64_t end, void *context);
 
 /* X(name, result, parameters, first torch version that has it); an int32_t result is 0 on success */
-#define TORCH_SYMBOLS(X)                                                                                     \
-    X(torch_parallel_for, int32_t,                                                                           \
-      (int64_t begin, int64_t end, int64_t grain, torch_range_fn function, void *context), "2.10")           \
-    X(torch_get_num_threads, int32_t, (uint32_t * count), "2.10")                                            \
+#define TORCH_SYMBOLS(X) \
+    X(torch_parallel_for, int32_t, \
+      (int64_t begin, int64_t end, int64_t grain, torch_range_fn function, void *context), "2.10") \
+    X(torch_get_num_threads, int32_t, (uint32_t * count), "2.10") \
     X(aoti_torch_grad_mode_is_enabled, bool, (void), "2.4")
 
 #define TORCH_MINIMUM "2.10"

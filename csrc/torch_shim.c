@@ -16,13 +16,19 @@
 #endif
 
 #ifdef _WIN32
-static void *library_open(const char *path) { return (void *)GetModuleHandleA(path); }
+static void *library_open(const char *path) {
+    return (void *)GetModuleHandleA(path);
+}
 static void *library_symbol(void *library, const char *name) {
     return (void *)(uintptr_t)GetProcAddress((HMODULE)library, name);
 }
 #else
-static void *library_open(const char *path) { return dlopen(path, RTLD_NOLOAD | RTLD_LAZY); }
-static void *library_symbol(void *library, const char *name) { return dlsym(library, name); }
+static void *library_open(const char *path) {
+    return dlopen(path, RTLD_NOLOAD | RTLD_LAZY);
+}
+static void *library_symbol(void *library, const char *name) {
+    return dlsym(library, name);
+}
 #endif
 
 /* The already loaded library: by its bare name, else beside the package torch. NULL without an exception if absent. */
@@ -71,11 +77,12 @@ static const dl_exchange_api *exchange_find(PyObject *torch) {
 int torch_shim_bind(torch_table *table, PyObject *torch) {
     void *library = NULL, *symbol = NULL;
     table->dlpack = exchange_find(torch);
-    if (table->dlpack == NULL) return missing(torch, "torch.Tensor.__dlpack_c_exchange_api__ (DLPack 1)", TORCH_MINIMUM);
+    if (table->dlpack == NULL)
+        return missing(torch, "torch.Tensor.__dlpack_c_exchange_api__ (DLPack 1)", TORCH_MINIMUM);
     library = library_find(torch);
     if (library == NULL) return missing(torch, "the library " LIBRARY, TORCH_MINIMUM);
-#define X(name, result, parameters, version)                                  \
-    symbol = library_symbol(library, #name);                                  \
+#define X(name, result, parameters, version) \
+    symbol = library_symbol(library, #name); \
     if (symbol == NULL) return missing(torch, #name " in " LIBRARY, version); \
     memcpy(&table->name, &symbol, sizeof symbol);
     TORCH_SYMBOLS(X)

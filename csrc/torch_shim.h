@@ -15,12 +15,12 @@ typedef struct {
     const dl_exchange_api *dlpack;
 } torch_table;
 
-/* Fills `table` from the imported module `torch`. 0, or -1 with an ImportError that names the missing symbol, the torch
- * version found and the one needed. */
+/* Fills `table` from the imported module `torch`. 0, or -1 with an ImportError that names the missing symbol, the
+ * torch version found and the one needed. */
 int torch_shim_bind(torch_table *table, PyObject *torch);
 
-/* table->torch_parallel_for is a pk_parallel_fn: torch's own pool, serial inside itself and with one thread; needs no GIL.
- * torch.get_num_threads(), at least 1: */
+/* table->torch_parallel_for is a pk_parallel_fn: torch's own pool, serial inside itself and with one thread; needs no
+ * GIL. torch.get_num_threads(), at least 1: */
 int torch_shim_threads(const torch_table *table);
 
 #endif

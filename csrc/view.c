@@ -1,4 +1,5 @@
-/* view.c: torch tensors through the DLPack exchange table, numpy arrays through their struct, others through __dlpack__. */
+/* view.c: torch tensors through the DLPack exchange table, numpy arrays through their struct, others through
+ * __dlpack__. */
 #include "view.h"
 
 #include <numpy/ndarraytypes.h>
@@ -16,15 +17,6 @@ const char *view_dtype_name(pk_dtype dtype) {
     return names[dtype];
 }
 
-static int64_t dtype_size(pk_dtype dtype) {
-    static const uint8_t sizes[] = {
-#define X(dtype, name, bits, code) [dtype] = (bits) / 8,
-        VIEW_DTYPES(X)
-#undef X
-    };
-    return sizes[dtype];
-}
-
 /* ------------------------------------------------------------------------------------------------ statuses, errors */
 
 const char *view_status_text(view_status status) {
@@ -39,7 +31,8 @@ const char *view_status_text(view_status status) {
 static PyObject *status_exception(view_status status) {
     switch (status) {
 #define X(name, exception, text) \
-    case VIEW_##name: return PyExc_##exception;
+    case VIEW_##name: \
+        return PyExc_##exception;
         VIEW_STATUSES(X)
 #undef X
     }
@@ -48,11 +41,10 @@ static PyObject *status_exception(view_status status) {
 
 /* "dtype int64, device cpu", as far as the object can say. New reference; never fails with an exception left. */
 static PyObject *object_details(PyObject *object) {
-    PyObject *dtype = PyObject_GetAttrString(object, "dtype"), *device = NULL, *text = NULL;
+    PyObject *dtype = PyObject_GetAttrString(object, "dtype");
+    PyObject *device = dtype ? PyObject_GetAttrString(object, "device") : NULL, *text = NULL;
     PyErr_Clear();
-    device = PyObject_GetAttrString(object, "device");
-    PyErr_Clear();
-    if (dtype != NULL && device != NULL) text = PyUnicode_FromFormat(" of dtype %S on %S", dtype, device);
+    if (device != NULL) text = PyUnicode_FromFormat(" of dtype %S on %S", dtype, device);
     if (text == NULL) PyErr_Clear();
     Py_XDECREF(dtype);
     Py_XDECREF(device);
@@ -75,10 +67,10 @@ int view_raise(view_status status, PyObject *object, const char *what) {
 
 static view_status dtype_find(dl_dtype given, pk_dtype *out) {
     if (given.lanes != 1) return VIEW_LANES;
-#define X(pk, name, width, kind)                        \
+#define X(pk, name, width, kind) \
     if (given.code == (kind) && given.bits == (width)) { \
-        *out = pk;                                      \
-        return VIEW_OK;                                 \
+        *out = pk; \
+        return VIEW_OK; \
     }
     VIEW_DTYPES(X)
 #undef X
@@ -91,7 +83,7 @@ static view_status view_check(TensorView *view) {
         view->data = NULL;
     } else if (view->data == NULL) {
         return VIEW_NO_DATA;
-    } else if ((uintptr_t)view->data % (uintptr_t)dtype_size(view->dtype) != 0) {
+    } else if ((uintptr_t)view->data % (uintptr_t)pk_dtype_size(view->dtype) != 0) {
         return VIEW_MISALIGNED;
     }
     return VIEW_OK;
@@ -147,8 +139,8 @@ static view_status refused(const module_state *state, PyObject *tensor) {
         const char *flag;
         view_status status;
     } kinds[] = {
-        {"is_quantized", VIEW_QUANTIZED}, {"is_nested", VIEW_NESTED},     {"is_sparse", VIEW_SPARSE},
-        {"is_sparse_csr", VIEW_SPARSE},   {"is_mkldnn", VIEW_MKLDNN},     {"is_meta", VIEW_META},
+        {"is_quantized", VIEW_QUANTIZED}, {"is_nested", VIEW_NESTED}, {"is_sparse", VIEW_SPARSE},
+        {"is_sparse_csr", VIEW_SPARSE},   {"is_mkldnn", VIEW_MKLDNN}, {"is_meta", VIEW_META},
     };
     if (ask(state->objects.is_functorch_tensor, tensor) == 1) return VIEW_FUNCTORCH;
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
@@ -179,10 +171,17 @@ static view_status numpy_dtype(const PyArrayObject *array, pk_dtype *out) {
     const PyArray_Descr *descr = PyArray_DESCR(array);
     if (descr->byteorder != '=' && descr->byteorder != '|' && descr->byteorder != NPY_NATBYTE) return VIEW_BYTE_ORDER;
     switch (descr->type_num) {
-    case NPY_FLOAT: *out = PK_F32; return VIEW_OK;
-    case NPY_DOUBLE: *out = PK_F64; return VIEW_OK;
-    case NPY_HALF: *out = PK_F16; return VIEW_OK;
-    default: return VIEW_DTYPE;
+    case NPY_FLOAT:
+        *out = PK_F32;
+        return VIEW_OK;
+    case NPY_DOUBLE:
+        *out = PK_F64;
+        return VIEW_OK;
+    case NPY_HALF:
+        *out = PK_F16;
+        return VIEW_OK;
+    default:
+        return VIEW_DTYPE;
     }
 }
 
@@ -193,7 +192,7 @@ static view_status numpy_view(PyArrayObject *array, TensorView *out) {
     int64_t size;
     if (status != VIEW_OK) return status;
     if (PyArray_NDIM(array) > VIEW_MAX_DIMS) return VIEW_DIMS;
-    size = dtype_size(out->dtype);
+    size = pk_dtype_size(out->dtype);
     out->data = PyArray_DATA(array);
     out->ndim = PyArray_NDIM(array);
     out->read_only = (PyArray_FLAGS(array) & NPY_ARRAY_WRITEABLE) == 0;
@@ -311,13 +310,18 @@ done:
     return rc;
 }
 
-void view_release(TensorView *view) { Py_CLEAR(view->keep); }
+void view_release(TensorView *view) {
+    Py_CLEAR(view->keep);
+}
 
 /* -------------------------------------------------------------------------------------------------------- layout */
 
-static int64_t magnitude(int64_t value) { return value < 0 ? -value : value; }
+static int64_t magnitude(int64_t value) {
+    return value < 0 ? -value : value;
+}
 
-/* Distinct elements have distinct addresses if, by growing stride, each stride passes the extent of those before it. */
+/* Distinct elements have distinct addresses if, by growing stride, each stride passes the extent of those before it.
+ */
 view_status view_writable(const TensorView *view) {
     int64_t extent = 0, last = 0; /* the largest offset within the dims taken; the last (stride) taken */
     int dims = 0;
@@ -378,13 +382,15 @@ bool view_as_columns(const TensorView *view, pk_mat *out) {
 }
 
 static void byte_range(const TensorView *view, intptr_t *low, intptr_t *high) {
-    const int64_t size = dtype_size(view->dtype);
+    const int64_t size = pk_dtype_size(view->dtype);
     *low = (intptr_t)view->data;
     *high = *low + (intptr_t)size;
     for (int i = 0; i < view->ndim; i++) {
         const int64_t reach = (view->shape[i] - 1) * view->strides[i] * size;
-        if (reach < 0) *low += (intptr_t)reach;
-        else *high += (intptr_t)reach;
+        if (reach < 0)
+            *low += (intptr_t)reach;
+        else
+            *high += (intptr_t)reach;
     }
 }
 
@@ -424,8 +430,8 @@ static PyObject *view_describe(PyObject *module, PyObject *args) {
     shape = longs(view.shape, view.ndim);
     strides = longs(view.strides, view.ndim);
     if (shape != NULL && strides != NULL) {
-        result = Py_BuildValue("{s:K,s:s,s:O,s:O,s:L,s:O,s:O}", "data", (unsigned long long)(uintptr_t)view.data, "dtype",
-                               view_dtype_name(view.dtype), "shape", shape, "strides", strides, "numel",
+        result = Py_BuildValue("{s:K,s:s,s:O,s:O,s:L,s:O,s:O}", "data", (unsigned long long)(uintptr_t)view.data,
+                               "dtype", view_dtype_name(view.dtype), "shape", shape, "strides", strides, "numel",
                                (long long)view.numel, "read_only", view.read_only ? Py_True : Py_False, "writable",
                                view_writable(&view) == VIEW_OK ? Py_True : Py_False);
     }

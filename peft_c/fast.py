@@ -32,7 +32,10 @@ def is_fast() -> bool:
 
 
 def increment_version(*tensors: torch.Tensor) -> None:
-    """Tell autograd that C wrote into these tensors, as PyTorch's own in-place operations do; nothing for inference tensors."""
+    """Tell autograd that C wrote into these tensors, as PyTorch's own in-place operations do.
+
+    Inference tensors have no version, so for them nothing happens.
+    """
     torch.autograd.graph.increment_version(tensors)
 
 
@@ -92,9 +95,9 @@ class Explanation(list[LayerPath]):
 def explain(model: torch.nn.Module, x: torch.Tensor | None = None) -> Explanation:
     """Say for every tuner layer of `model` which path its forward takes now, and why not the other.
 
-    Paths: "C"; "composed" (plain PyTorch, always the same result); "merged", "disabled" and "base" (the base layer alone).
-    A reason that depends on the input (its device, dtype, type) is seen only at the call, or with an example input `x` for a
-    single layer. Nothing is run or changed.
+    Paths: "C"; "composed" (plain PyTorch, always the same result); "merged", "disabled" and "base" (the base layer
+    alone). A reason that depends on the input (its device, dtype, type) is seen only at the call, or with an example
+    input `x` for a single layer. Nothing is run or changed.
     """
     from .tuners.tuners_utils import BaseTunerLayer
 
@@ -109,7 +112,7 @@ def explain(model: torch.nn.Module, x: torch.Tensor | None = None) -> Explanatio
     return lines
 
 
-# --------------------------------------------------------------------------------------------------- the graph around C
+# ------------------------------------------------------------------------------------------------ the graph around C
 
 _COMPOSED, _COPY, _IN_PLACE = 0, 1, 2
 
@@ -117,8 +120,8 @@ _COMPOSED, _COPY, _IN_PLACE = 0, 1, 2
 def _finish(y, x, how, terms):
     """y + sum of scale * B(A(dropout(x))), called by `_C.lowrank_forward` for what it cannot do by itself.
 
-    terms: tuples (A, B, scale, dropout module or None, 1 - p). how: plain torch operations; the kernels into a copy of y; or
-    into y itself, which nobody else holds.
+    terms: tuples (A, B, scale, dropout module or None, 1 - p). how: plain torch operations; the kernels into a copy of
+    y; or into y itself, which nobody else holds.
     """
     if how == _COMPOSED:
         return _compose(y, x, terms)
@@ -141,8 +144,10 @@ def _apply(y, x, terms, how):
 
 
 def _drop(x, down, scale, dropout, keep):
-    """Dropout of x, and the scale to use with it. An x narrower than the adapter keeps its dtype: the 0/1 mask is exact in any
-    dtype, and 1 / keep goes into the scale."""
+    """Dropout of x, and the scale to use with it.
+
+    An x narrower than the adapter keeps its dtype: a mask of 0 and 1 is exact in it, 1 / keep goes into the scale.
+    """
     if x.dtype.itemsize >= down.dtype.itemsize:
         return dropout(x), scale
     mask = torch.empty_like(x).bernoulli_(keep)
@@ -160,14 +165,14 @@ def _compose(y, x, terms):
 class _LowRank(torch.autograd.Function):
     """y (..., n) + sum_i s_i (x A_i^T) B_i^T for x (..., k), forward and backward in C.
 
-    Keeps x, the factors and t = x A^T (m, sum r_i): nothing of y's size, no wider copy of x. With create_graph=True the backward
-    is made of torch operations, so that it can be differentiated again.
+    Keeps x, the factors and t = x A^T (m, sum r_i): nothing of the size of y, no wider copy of x. With create_graph
+    the backward is made of torch operations, so that it can be differentiated again.
     """
 
     @staticmethod
     def forward(ctx, y, x, scales, in_place, *factors):
-        # y has no other holder when in_place: its memory becomes the output's. detach(), because y may be a view in autograd's
-        # eyes (F.linear reshapes), and the output must not be one.
+        # With in_place nobody else holds y, and its memory becomes the output's. detach(), because y may be a view in
+        # autograd's eyes (F.linear reshapes), and the output must not be one.
         out = y.detach() if in_place else y.detach().clone(memory_format=torch.contiguous_format)
         needs = ctx.needs_input_grad
         need_x = any(needs[4:])

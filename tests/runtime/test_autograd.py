@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from toy_layer import ToyLayer, close, make
 from torch import nn
+from toy_layer import ToyLayer, close, make
 
 from peft_c import _C, fast
 

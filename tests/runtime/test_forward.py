@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from toy_layer import ToyLayer, close, make
 from torch import nn
+from toy_layer import ToyLayer, close, make
 
 from peft_c import _C
 

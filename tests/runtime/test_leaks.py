@@ -1,0 +1,99 @@
+"""10,000 rounds of each C entry point, good and bad, in a process of its own: no object and no memory is lost."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SETUP = """
+import ctypes, gc, os, sys
+sys.path.insert(0, {folder!r})
+import numpy, torch
+from torch import nn
+from toy_layer import ToyLayer, make
+from peft_c import _C
+torch.set_num_threads(1)
+layer, deep = make(), make(adapters=("a", "b"))
+x, leaf = torch.randn(3, 24), torch.randn(3, 24).requires_grad_()
+big = torch.randn(64, 24)
+array, meta, neg = numpy.zeros((3, 4), numpy.float32), torch.zeros(2, device="meta"), torch._neg_view(torch.ones(2))
+A, B, y = torch.randn(4, 24), torch.randn(40, 4), torch.zeros(3, 40)
+g, t, dx, dA, dB = torch.randn(3, 40), torch.randn(3, 4), torch.empty(3, 24), torch.empty(4, 24), torch.empty(40, 4)
+
+class Producer:
+    def __dlpack__(self, **kwargs):
+        return x.__dlpack__(**kwargs)
+
+class Broken(nn.Linear):
+    def forward(self, x):
+        raise ZeroDivisionError
+
+broken, odd = ToyLayer(Broken(24, 40)), ToyLayer(nn.Linear(24, 40))
+odd._active_adapter = 7
+frozen = make().requires_grad_(False)
+
+def fails(function, *args):
+    try:
+        function(*args)
+    except Exception:
+        return
+    raise AssertionError("should have failed")
+
+def once():
+{body}
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+def settle():
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        pass
+
+WATCHED = (layer, deep, x, leaf, A, B, y, g, t, dx, dA, dB, array, meta, layer.lora_A["default"].weight, layer.scaling,
+           layer.base_layer, torch.Tensor, _C, None, NotImplemented)
+for _ in range(500):
+    once()
+settle()
+blocks, memory, counts = sys.getallocatedblocks(), resident(), [sys.getrefcount(o) for o in WATCHED]
+for _ in range({rounds}):
+    once()
+settle()
+grown = [b - a for a, b in zip(counts, [sys.getrefcount(o) for o in WATCHED])]
+print(max(map(abs, grown)), sys.getallocatedblocks() - blocks, resident() - memory)
+"""
+
+BODIES = {
+    "describe": "_C.describe(x); _C.describe(array, True); _C.describe(Producer())",
+    "describe-refused": "fails(_C.describe, meta); fails(_C.describe, neg); fails(_C.describe, 3); fails(_C.describe)",
+    "gate": "_C.gate(layer); _C.gate(deep, x); _C.gate(odd); _C.gate(3); _C.gate(layer, meta)",
+    "switch": "_C.set_fast(True); _C.is_fast(); _C.info()",
+    "forward": "with torch.no_grad(): _C.lowrank_forward(layer, x); _C.lowrank_forward(deep, big, (), {})",
+    "forward-copy": "with torch.no_grad(): _C.lowrank_forward(layer, big[:, :24].expand(2, 64, 24).transpose(0, 1))",
+    "forward-refused": "_C.lowrank_forward(odd, x); fails(_C.lowrank_forward, broken, x); fails(_C.lowrank_forward)",
+    "forward-graph": "_C.lowrank_forward(layer, leaf).sum().backward(); leaf.grad = None; layer.zero_grad()",
+    "apply": "_C.lowrank_apply(y, x, t, (1.0,), (A, B)); fails(_C.lowrank_apply, y, x, t, (1.0,), (B, A))",
+    "backward": "_C.lowrank_backward(g, x, t, (1.0,), (A, B), dx, (dA, dB))",
+    "backward-refused": "_C.lowrank_backward(meta, x, t, (1.0,), (A, B), dx, (dA, dB)); fails(_C.lowrank_backward, 1)",
+}
+SLOW = {"forward-graph": 2000}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("name", BODIES)
+def test_nothing_is_lost(name):
+    rounds = SLOW.get(name, 10_000)
+    body = "".join(f"    {part.strip()}\n" for part in BODIES[name].split("\n"))
+    code = SETUP.format(folder=str(Path(__file__).parent), body=body, rounds=rounds)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    references, blocks, memory = map(int, done.stdout.split())
+    assert references < rounds // 100, f"{references} references in {rounds} rounds"
+    if "PEFT_C_SANITIZED" not in os.environ:  # its allocator keeps what is freed
+        assert blocks < rounds // 100, f"{blocks} blocks in {rounds} rounds"
+        assert memory < 16 * rounds + (1 << 20), f"{memory} bytes in {rounds} rounds"
