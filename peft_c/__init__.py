@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 from typing import Any
 
+from .tuners import _NAMES as _TUNERS
+
 # The PEFT version whose API and file formats these are; programs that `import peft` compare it.
 __version__ = "0.21.2"
 
@@ -41,12 +43,7 @@ _NAMES: dict[str, str] = {
         """,
     "status": "get_layer_status get_model_status",
     "tuners.law": "exact_unmerge",
-    "tuners.lora": """
-        ArrowConfig BdLoraConfig EvaConfig KasaConfig LoftQConfig LoraConfig LoraGAConfig LoraModel LoraRuntimeConfig
-        MontecloraConfig VeloraConfig convert_to_lora create_arrow_model get_eva_state_dict
-        initialize_lora_eva_weights preprocess_loraga save_as_lora
-        """,
-    "tuners.trainable_tokens": "TrainableTokensConfig TrainableTokensModel",
+    **{f"tuners.{package}": names for package, names in _TUNERS.items()},
     "utils": """
         TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING NoMatchingPeftModuleError PeftError PeftType
         PeftWarning TaskType bloom_model_postprocess_past_key_value cast_mixed_precision_params

@@ -6,8 +6,14 @@ import importlib
 import importlib.util
 from typing import Any
 
+
 # package: its public names. A new tuner adds one row.
 _NAMES: dict[str, str] = {
+    "c3a": "C3AConfig C3AModel",
+    "fourierft": "FourierFTConfig FourierFTModel",
+    "hra": "HRAConfig HRAModel",
+    "loha": "LoHaConfig LoHaModel",
+    "lokr": "LoKrConfig LoKrModel",
     "lora": """
         ArrowConfig BdLoraConfig EvaConfig KasaConfig LoftQConfig LoraConfig LoraGAConfig LoraModel LoraRuntimeConfig
         MontecloraConfig VeloraConfig convert_to_lora create_arrow_model get_eva_state_dict

@@ -19,13 +19,17 @@ class LoKrConfig(LycorisConfig):
 
     method = "lokr"
 
-    r: int = option(8, "Rank of the second matrix (and of the first, with `decompose_both`), where that saves anything.")
+    r: int = option(
+        8, "Rank of the second matrix (and of the first, with `decompose_both`), where that saves anything."
+    )
     alpha: int = option(8, "The delta is scaled by alpha / r.")
     rank_dropout: float = option(0.0, "Probability of dropping a row of the delta in training.")
     module_dropout: float = option(0.0, "Probability of leaving out the adapter of a layer in training.")
     use_effective_conv2d: bool = option(False, "Whether kernels larger than 1 get a factor of their own.")
     decompose_both: bool = option(False, "Whether the first matrix is factored as well.")
-    decompose_factor: int = option(-1, "Size of the first matrix, where it divides the layer's; -1: as square as can be.")
+    decompose_factor: int = option(
+        -1, "Size of the first matrix, where it divides the layer's; -1: as square as can be."
+    )
     rank_dropout_scale: bool = option(False, "Whether rank dropout keeps the mean of the delta.")
     target_modules: list[str] | str | None = shared("target_modules")
     exclude_modules: list[str] | str | None = shared("exclude_modules")
@@ -89,8 +93,9 @@ class LoKrLayer(LycorisLayer):
 
     def delta(self, name: str) -> torch.Tensor:
         w1, w2 = self.matrices(name)
-        w2 = w2.flatten(1)
-        return torch.kron(w1, w2.contiguous()) * self.scaling[name]
+        if w2.ndim != 3:  # PEFT's Kronecker product with a one-dimensional kernel aligns W1 with (in, kernel): keep it
+            w2 = w2.flatten(1)
+        return torch.kron(w1, w2.contiguous()).reshape(self.out_features, -1) * self.scaling[name]
 
     def activations(self, name: str, x: torch.Tensor) -> torch.Tensor:
         if not isinstance(self.get_base_layer(), nn.Linear):
