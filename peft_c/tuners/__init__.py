@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 from typing import Any
 
-
 # package: its public names. A new tuner adds one row.
 _NAMES: dict[str, str] = {
     "c3a": "C3AConfig C3AModel",
