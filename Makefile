@@ -15,7 +15,9 @@ else
 endif
 
 sources := $(wildcard csrc/*.c csrc/*.h csrc/kernels/*)
+c_files := $(sources) $(wildcard tests/*/*.c)
 extension := peft_c/_C.abi3.so
+clang_format = $$(PATH="$(dir $(py)):$$PATH" command -v clang-format)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export HF_HUB_OFFLINE ?= 1
 
@@ -68,14 +70,14 @@ docs: $(extension)
 lint: $(deps)
 	$(py) -m ruff check .
 	$(py) -m ruff format --check .
-	@if command -v clang-format >/dev/null; then clang-format --dry-run -Werror $(sources); \
+	@if [ -n "$(clang_format)" ]; then "$(clang_format)" --dry-run -Werror $(c_files); \
 	else echo "clang-format is not installed: the layout of the C code is not checked"; fi
 	PEFT_C_WERROR=1 $(py) setup.py -q build_ext --build-temp build/werror --build-lib build/werror
 
 format: $(deps)
 	$(py) -m ruff check --fix .
 	$(py) -m ruff format .
-	@if command -v clang-format >/dev/null; then clang-format -i $(sources); fi
+	@if [ -n "$(clang_format)" ]; then "$(clang_format)" -i $(c_files); fi
 
 sanitize: $(extension)
 	bash tests/kernels/run_sanitized.sh
