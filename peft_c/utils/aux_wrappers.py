@@ -500,6 +500,11 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         return self.token_adapter.get_base_layer()
 
 
+# the public path, which error messages and pickles name
+for _cls in (AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper):
+    _cls.__module__ = f"{__package__}.other"
+
+
 def _set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False) -> None:
     """Make the adapter active in every wrapper of the model that has it, and none in the others."""
     for module in model.modules():
