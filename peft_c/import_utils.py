@@ -43,6 +43,8 @@ def _transformers_is(at_least: str | None, below: str | None) -> bool:
     from packaging.version import parse
 
     loaded = getattr(sys.modules.get("transformers"), "__version__", None)
+    if not loaded and not _installed("transformers"):
+        return False
     version = parse(loaded) if loaded else _version("transformers")
     if version is None:
         return False

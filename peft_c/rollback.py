@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from . import _C
 
-def _walk(module: nn.Module) -> Iterator[nn.Module]:
+_CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, set})
+
+
+def _affected(model: nn.Module) -> list[nn.Module]:
     """The modules that adding an adapter may change: all, except what belongs to one adapter that exists already."""
     from .tuners.tuners_utils import BaseTunerLayer
-    from .utils.other import AuxiliaryTrainingWrapper
 
-    seen: set[int] = set()
-    todo = [(module, True)]
-    while todo:
-        module, descend = todo.pop()
-        if module is None or id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield module
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            todo += [
-                (child, name in ("base_layer", "original_module") or isinstance(child, BaseTunerLayer))
-                for name, child in module._modules.items()
-            ]
-        elif descend:
-            todo += [(child, True) for child in module._modules.values()]
+    modules, layers = _C.find(model, nn.Module, BaseTunerLayer)  # without the layers' containers of adapters
+    known = set(map(id, modules))
+    children = (child for layer in layers for child in layer._modules.values() if child is not None)
+    return modules + [child for child in children if id(child) not in known]
 
 
-def _refill(container: dict | list | set, content: dict | list | set) -> None:
+def _refill(container: dict | list | set, content: dict | list | set | tuple) -> None:
     container.clear()
     (container.extend if isinstance(container, list) else container.update)(content)
 
@@ -43,9 +36,10 @@ class _Snapshot:
     def __init__(self, model: nn.Module) -> None:
         self.modules = []
         self.parameters = []
-        for module in _walk(model):
-            containers = [(v, v.copy()) for v in module.__dict__.values() if isinstance(v, (dict, list, set))]
-            self.modules.append((module, dict(module.__dict__), containers))
+        for module in _affected(model):
+            attributes = dict(module.__dict__)
+            containers = [(v, v.copy() if v else ()) for v in attributes.values() if type(v) in _CONTAINERS]
+            self.modules.append((module, attributes, containers))
             for param in module._parameters.values():
                 if param is not None:
                     data = param.data if type(param) is nn.Parameter else None

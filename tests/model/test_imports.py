@@ -85,3 +85,39 @@ def test_without_torch(tmp_path):
     program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import peft_c"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and "peft_c needs PyTorch: install torch >= 2.10" in done.stderr
+
+
+def test_everything_works_without_transformers_and_accelerate(tmp_path):
+    program = f"""
+import sys
+for name in ("transformers", "accelerate", "datasets", "diffusers", "peft"):
+    sys.modules[name] = None
+import torch, peft_c
+from torch import nn
+torch.manual_seed(0)
+def base():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 5), nn.Linear(5, 3))
+x = torch.arange(6)[None]
+config = peft_c.LoraConfig(r=2, target_modules=["0", "1"], modules_to_save=["2"])
+model = peft_c.get_peft_model(base(), config)
+optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+for _ in range(3):
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+model.eval()
+expected = model(x)
+model.save_pretrained({str(tmp_path)!r})
+again = peft_c.PeftModel.from_pretrained(base(), {str(tmp_path)!r}, low_cpu_mem_usage=True)
+torch.testing.assert_close(again(x), expected)
+torch.testing.assert_close(again.merge_and_unload(safe_merge=True)(x), expected)
+task = peft_c.LoraConfig(r=2, target_modules=["1"], task_type="FEATURE_EXTRACTION")
+peft_c.get_peft_model(base(), task)
+model._repr_html_(); model.get_model_status(); peft_c.get_peft_model_state_dict(model)
+peft_c.get_peft_model(base(), peft_c.LoraConfig(target_modules=["1"]), mixed=True)(x)
+from peft_c import helpers, import_utils
+assert import_utils.is_transformers_ge_v5 is False and import_utils.is_transformers_dtensor_tp is False
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
