@@ -1,37 +1,50 @@
 /* merge.c: adding adapters to one weight and taking them out again, in place, on live tensors.
  *
- * A weight comes as a matrix (n, k), or a stack (e, n, k) of matrices that are worked on one after the other; so do the
- * operands: factors A (r, k), B (n, r), or one full delta (n, k). First everything is checked, then written. */
+ * A weight comes as a matrix (n, k), or a stack (e, n, k) of matrices that are worked on one after the other; so do
+ * the operands: factors A (r, k), B (n, r), or one full delta (n, k). First everything is checked, then written. */
 #include "merge.h"
 
 #include <stdlib.h>
 
-/* The arguments of one call as views; `owner` is the tensor whose version counts the writes (borrowed). */
+/* What is added to the weight, as views. */
 typedef struct {
-    TensorView weight, full;
+    TensorView full;
     TensorView *factors; /* down, up of adapter 0, down, up of adapter 1, ... */
     pk_lowrank *terms;   /* room for the matrices of one layer of the stack */
     double *scales;
     Py_ssize_t count; /* adapters; 0: the full delta */
+} change;
+
+/* The arguments of one call as views. */
+typedef struct {
+    TensorView weight;
+    change old, new_; /* what to take out, what to add; merging and unmerging use one of them */
     int64_t depth;    /* matrices in the stack; 1 for a plain matrix */
     pk_parallel_fn parallel;
 } merge_job;
 
+static void change_release(change *what) {
+    PyMem_Free(what->factors);
+    PyMem_Free(what->terms);
+    PyMem_Free(what->scales);
+}
+
 static void job_release(merge_job *job) {
-    PyMem_Free(job->factors);
-    PyMem_Free(job->terms);
-    PyMem_Free(job->scales);
+    change_release(&job->old);
+    change_release(&job->new_);
 }
 
 /* Matrix `at` of a view of two or three dimensions. */
 static pk_mat matrix_at(const TensorView *view, int64_t at) {
     const int64_t *shape = view->shape + view->ndim - 2, *strides = view->strides + view->ndim - 2;
     pk_mat m = {view->data, shape[0], shape[1], strides[0], strides[1], view->dtype};
-    if (view->ndim == 3 && view->data != NULL) m.data = view->data + at * view->strides[0] * pk_dtype_size(view->dtype);
+    if (view->ndim == 3 && view->data != NULL)
+        m.data = view->data + at * view->strides[0] * pk_dtype_size(view->dtype);
     return m;
 }
 
-/* 1: `tensor` is a plain CPU tensor with the dimensions of the weight (2 or 3), and its view is in `out`; 0: not C's. */
+/* 1: `tensor` is a plain CPU tensor with the dimensions of the weight (2 or 3), and its view is in `out`; 0: not C's.
+ */
 static int operand_view(const module_state *state, PyObject *tensor, const TensorView *weight, TensorView *out) {
     if (!view_is_plain(state, tensor) || view_peek(state, tensor, out) != VIEW_OK) return 0;
     if (weight == NULL) return (out->ndim == 2 || out->ndim == 3) && view_writable(out) == VIEW_OK;
@@ -54,8 +67,8 @@ static int shape_error(const merge_job *job, const TensorView *a, const TensorVi
 }
 
 /* Reads one (A, B, scale). 1: done; 0: not C's; -1: exception. */
-static int job_term(const module_state *state, merge_job *job, PyObject *term, Py_ssize_t i) {
-    TensorView *a = &job->factors[2 * i], *b = &job->factors[2 * i + 1];
+static int change_term(const module_state *state, const merge_job *job, change *what, PyObject *term, Py_ssize_t i) {
+    TensorView *a = &what->factors[2 * i], *b = &what->factors[2 * i + 1];
     const int d = job->weight.ndim - 2;
     if (!PyTuple_Check(term) || PyTuple_Size(term) != 3) {
         PyErr_SetString(PyExc_TypeError, "operands must be (A, B, scale) tuples, or one tensor");
@@ -63,86 +76,101 @@ static int job_term(const module_state *state, merge_job *job, PyObject *term, P
     }
     if (!operand_view(state, PyTuple_GetItem(term, 0), &job->weight, a)) return 0;
     if (!operand_view(state, PyTuple_GetItem(term, 1), &job->weight, b)) return 0;
-    job->scales[i] = PyFloat_AsDouble(PyTuple_GetItem(term, 2));
-    if (job->scales[i] == -1.0 && PyErr_Occurred()) return -1;
+    what->scales[i] = PyFloat_AsDouble(PyTuple_GetItem(term, 2));
+    if (what->scales[i] == -1.0 && PyErr_Occurred()) return -1;
     const int64_t *w = job->weight.shape + d;
     const bool fits = a->shape[d] == b->shape[d + 1] && a->shape[d + 1] == w[1] && b->shape[d] == w[0] &&
                       (d == 0 || (a->shape[0] == job->depth && b->shape[0] == job->depth));
     return fits ? 1 : shape_error(job, a, b);
 }
 
-/* Fills `job`. 1: done; 0: C may not act here; -1: exception. The caller releases in every case. */
-static int job_init(const module_state *state, merge_job *job, PyObject *weight, PyObject *operands) {
-    const gate_reason ambient = gate_ambient(state);
-    if (ambient != GATE_OK && ambient != GATE_AUTOCAST && ambient != GATE_GLOBAL_HOOKS) return 0;
-    if (!operand_view(state, weight, NULL, &job->weight)) return 0;
-    job->depth = job->weight.ndim == 3 ? job->weight.shape[0] : 1;
-    job->parallel = state->torch.torch_parallel_for;
+/* Fills `what` from a list of (A, B, scale) or one tensor. 1: done; 0: not C's; -1: exception. */
+static int change_init(const module_state *state, const merge_job *job, change *what, PyObject *operands) {
     if (!PyList_Check(operands)) {
-        if (!operand_view(state, operands, &job->weight, &job->full)) return 0;
+        if (!operand_view(state, operands, &job->weight, &what->full)) return 0;
         for (int i = 0; i < job->weight.ndim; i++) {
-            if (job->full.shape[i] != job->weight.shape[i]) return shape_error(job, &job->full, NULL);
+            if (what->full.shape[i] != job->weight.shape[i]) return shape_error(job, &what->full, NULL);
         }
         return 1;
     }
-    job->count = PyList_Size(operands);
-    if (job->count == 0) {
+    what->count = PyList_Size(operands);
+    if (what->count == 0) {
         PyErr_SetString(PyExc_ValueError, "no operands given");
         return -1;
     }
-    const size_t n = (size_t)job->count;
-    job->factors = PyMem_Calloc(2 * n, sizeof *job->factors);
-    job->terms = PyMem_Calloc(n, sizeof *job->terms);
-    job->scales = PyMem_Calloc(n, sizeof *job->scales);
-    if (job->factors == NULL || job->terms == NULL || job->scales == NULL) {
+    const size_t n = (size_t)what->count;
+    what->factors = PyMem_Calloc(2 * n, sizeof *what->factors);
+    what->terms = PyMem_Calloc(n, sizeof *what->terms);
+    what->scales = PyMem_Calloc(n, sizeof *what->scales);
+    if (what->factors == NULL || what->terms == NULL || what->scales == NULL) {
         PyErr_NoMemory();
         return -1;
     }
-    for (Py_ssize_t i = 0; i < job->count; i++) {
-        const int got = job_term(state, job, PyList_GetItem(operands, i), i);
+    for (Py_ssize_t i = 0; i < what->count; i++) {
+        const int got = change_term(state, job, what, PyList_GetItem(operands, i), i);
         if (got != 1) return got;
     }
     return 1;
 }
 
+/* Fills `job`; `old` and `new_` may be NULL. 1: done; 0: C may not act here; -1: exception. The caller releases in
+ * every case. `undo`: there is a record, which only the kernels can read, so the switch for fast paths does not
+ * matter. */
+static int job_init(const module_state *state, merge_job *job, PyObject *weight, PyObject *old, PyObject *new_,
+                    bool undo) {
+    const gate_reason ambient = gate_ambient(state);
+    const bool harmless = ambient == GATE_OK || ambient == GATE_AUTOCAST || ambient == GATE_GLOBAL_HOOKS ||
+                          ambient == GATE_LINEAR_PATCHED;
+    if (!harmless && !(undo && ambient == GATE_SWITCHED_OFF)) return 0;
+    if (!operand_view(state, weight, NULL, &job->weight)) return 0;
+    job->depth = job->weight.ndim == 3 ? job->weight.shape[0] : 1;
+    job->parallel = state->torch.torch_parallel_for;
+    int got = 1;
+    if (old != NULL) got = change_init(state, job, &job->old, old);
+    if (got == 1 && new_ != NULL) got = change_init(state, job, &job->new_, new_);
+    return got;
+}
+
 /* What is added to matrix `at` of the stack. */
-static pk_delta delta_at(const merge_job *job, int64_t at) {
+static pk_delta delta_at(const change *what, int64_t at) {
     pk_delta delta = {.law = PK_DELTA, .alpha = 1.0};
-    if (job->count == 0) {
-        delta.full = matrix_at(&job->full, at);
+    if (what->count == 0) {
+        delta.full = matrix_at(&what->full, at);
         return delta;
     }
-    for (Py_ssize_t i = 0; i < job->count; i++) {
-        job->terms[i].down = matrix_at(&job->factors[2 * i], at);
-        job->terms[i].up = matrix_at(&job->factors[2 * i + 1], at);
-        job->terms[i].scale = job->scales[i];
+    for (Py_ssize_t i = 0; i < what->count; i++) {
+        what->terms[i].down = matrix_at(&what->factors[2 * i], at);
+        what->terms[i].up = matrix_at(&what->factors[2 * i + 1], at);
+        what->terms[i].scale = what->scales[i];
     }
     delta.law = PK_LOWRANK;
-    delta.factors = job->terms;
-    delta.nf = (int)job->count;
+    delta.factors = what->terms;
+    delta.nf = (int)what->count;
     return delta;
 }
 
-/* pk_merge (add) or pk_unmerge of matrix `at`, without the GIL. A pk_status, or PK_EINVAL - 2 if there is no memory. */
+/* One kernel call on matrix `at`, without the GIL: adds `add`, takes out `take` (with `read`, its record, or NULL), or
+ * both in one pass. `written`: NULL, or gets the new record (its data to be freed). A pk_status, or NO_MEMORY. */
 enum { NO_MEMORY = PK_EINVAL - 2 };
-static int run(const merge_job *job, int64_t at, bool add, unsigned flags, pk_record *record) {
+static int run(const merge_job *job, int64_t at, const change *take, const pk_record *read, const change *add,
+               unsigned flags, pk_record *written) {
     const pk_mat w = matrix_at(&job->weight, at);
-    const pk_delta delta = delta_at(job, at);
-    const size_t size = add ? pk_merge_work(&w, NULL, &delta) : pk_merge_work(&w, &delta, NULL);
+    const pk_delta empty = {.law = PK_LOWRANK}, old = take ? delta_at(take, at) : empty,
+                   new_ = add ? delta_at(add, at) : empty;
+    const size_t size = pk_merge_work(&w, take ? &old : NULL, add ? &new_ : NULL);
     int status = NO_MEMORY;
-    Py_BEGIN_ALLOW_THREADS
-    void *work = size ? malloc(size) : NULL;
-    if (add && record != NULL) {
-        record->capacity = pk_record_bound(&w);
-        record->data = malloc(record->capacity ? record->capacity : 1);
+    Py_BEGIN_ALLOW_THREADS void *work = size ? malloc(size) : NULL;
+    if (written != NULL) {
+        written->capacity = pk_record_bound(&w);
+        written->data = malloc(written->capacity ? written->capacity : 1);
     }
-    if ((size == 0 || work != NULL) && (record == NULL || record->data != NULL)) {
-        status = add ? pk_merge(&w, &delta, flags, record, work, job->parallel)
-                     : pk_unmerge(&w, &delta, record, work, job->parallel);
+    if ((size == 0 || work != NULL) && (written == NULL || written->data != NULL)) {
+        status = take == NULL  ? pk_merge(&w, &new_, flags, written, work, job->parallel)
+                 : add == NULL ? pk_unmerge(&w, &old, read, work, job->parallel)
+                               : pk_switch(&w, &old, read, &new_, flags, written, work, job->parallel);
     }
     free(work);
-    Py_END_ALLOW_THREADS
-    return status;
+    Py_END_ALLOW_THREADS return status;
 }
 
 static int status_error(int status) {
@@ -156,28 +184,40 @@ static int status_error(int status) {
     return -1;
 }
 
-/* Takes back matrices [0, end) with the records in `undo` (NULL: subtraction); keeps the current exception. */
-static void take_back(const merge_job *job, PyObject *undo, int64_t end) {
+/* Record `at` of a tuple of bytes; false, and an empty one, for NULL. Borrowed memory. */
+static bool record_at(PyObject *records, int64_t at, pk_record *out) {
+    const pk_record none = {NULL, 0, 0};
+    *out = none;
+    if (records == NULL) return false;
+    PyObject *bytes = PyTuple_GetItem(records, (Py_ssize_t)at);
+    out->data = PyBytes_AsString(bytes);
+    out->size = out->capacity = (size_t)PyBytes_Size(bytes);
+    return true;
+}
+
+/* Takes back what add_one did to matrices [0, end), given the records it made (or NULL: subtraction): the old change,
+ * if there was one, is merged again. */
+static void take_back(const merge_job *job, const change *old, PyObject *made, int64_t end) {
     for (int64_t at = end - 1; at >= 0; at--) {
-        pk_record record = {NULL, 0, 0};
-        PyObject *bytes = undo ? PyTuple_GetItem(undo, (Py_ssize_t)at) : NULL;
-        if (bytes != NULL) {
-            record.data = PyBytes_AsString(bytes);
-            record.size = record.capacity = (size_t)PyBytes_Size(bytes);
-        }
-        (void)run(job, at, false, 0, bytes ? &record : NULL);
+        pk_record record;
+        const bool recorded = record_at(made, at, &record);
+        (void)run(job, at, &job->new_, recorded ? &record : NULL, old, 0, NULL);
     }
 }
 
-/* Merges matrix `at`. 1: done; 0: not finite, the matrix is as before; -1: exception, as before. */
-static int add_one(const merge_job *job, int64_t at, unsigned flags, PyObject *undo) {
-    pk_record record = {NULL, 0, 0};
-    const int status = run(job, at, true, flags, undo ? &record : NULL);
-    int got = status == PK_OK ? 1 : status == PK_NONFINITE ? 0 : status_error(status);
-    if (got == 1 && undo != NULL) {
+/* Merges the new change into matrix `at`, in place of `old` unless that is NULL (`read`: its records, or NULL). The
+ * new record goes into the tuple `made` unless that is NULL. 1: done; 2: done, but what was taken out was not what
+ * `read` says; 0: not finite, the matrix is as before; -1: exception, as before. */
+static int add_one(const merge_job *job, int64_t at, const change *old, PyObject *read, unsigned flags,
+                   PyObject *made) {
+    pk_record record = {NULL, 0, 0}, before;
+    const bool recorded = record_at(read, at, &before);
+    const int status = run(job, at, old, recorded ? &before : NULL, &job->new_, flags, made ? &record : NULL);
+    int got = status == PK_OK ? 1 : status == PK_CHANGED ? 2 : status == PK_NONFINITE ? 0 : status_error(status);
+    if (got > 0 && made != NULL) {
         PyObject *bytes = PyBytes_FromStringAndSize(record.data, (Py_ssize_t)record.size);
-        if (bytes == NULL || PyTuple_SetItem(undo, (Py_ssize_t)at, bytes) < 0) {
-            (void)run(job, at, false, 0, &record);
+        if (bytes == NULL || PyTuple_SetItem(made, (Py_ssize_t)at, bytes) < 0) {
+            (void)run(job, at, &job->new_, &record, old, 0, NULL);
             got = -1;
         }
     }
@@ -185,88 +225,146 @@ static int add_one(const merge_job *job, int64_t at, unsigned flags, PyObject *u
     return got;
 }
 
-PyDoc_STRVAR(merge_add_doc,
-             "merge_add(weight, operands, check, record, owner, /)\n--\n\n"
-             "weight (n, k), or a stack (e, n, k), += what `operands` say: a list of (A, B, scale), B @ A scaled, or one\n"
-             "tensor of the weight's shape. Accumulated in fp32 (fp64 for fp64), rounded once; `owner`, the tensor or\n"
-             "parameter whose memory it is, gets a new version.\n\n"
-             "Returns (True, record), record a tuple of bytes (one a matrix) for merge_subtract if `record`, else None;\n"
-             "(False, None) if `check` and a result is not finite: nothing has changed; None if C may not act here.");
+/* add_one for the whole stack; all of it, or none. */
+static int add_all(const merge_job *job, const change *old, PyObject *read, unsigned flags, PyObject *made) {
+    int worst = 1;
+    for (int64_t at = 0; at < job->depth; at++) {
+        const int got = add_one(job, at, old, read, flags, made);
+        if (got <= 0) {
+            take_back(job, old, made, at);
+            return got;
+        }
+        if (got > worst) worst = got;
+    }
+    return worst;
+}
+
+/* NULL: no record; else the tuple `records`, if it has one for each matrix; *odd: it is something else. -1: exception.
+ */
+static int records_get(const merge_job *job, PyObject *records, PyObject **out, bool *odd) {
+    *out = NULL;
+    *odd = false;
+    if (records == Py_None) return 0;
+    if (PyTuple_Size(records) != (Py_ssize_t)job->depth) {
+        *odd = true;
+        return 0;
+    }
+    for (Py_ssize_t i = 0; i < PyTuple_Size(records); i++) {
+        if (PyBytes_AsString(PyTuple_GetItem(records, i)) == NULL) return -1;
+    }
+    *out = records;
+    return 0;
+}
+
+PyDoc_STRVAR(
+    merge_add_doc,
+    "merge_add(weight, operands, check, record, owner, /)\n--\n\n"
+    "weight (n, k), or a stack (e, n, k), += what `operands` say: a list of (A, B, scale), B @ A scaled, or one\n"
+    "tensor of the weight's shape. Accumulated in fp32 (fp64 for fp64), rounded once; `owner`, the tensor or\n"
+    "parameter whose memory it is, gets a new version.\n\n"
+    "Returns (True, record), record a tuple of bytes (one a matrix) for merge_subtract if `record`, else None;\n"
+    "(False, None) if `check` and a result is not finite: nothing has changed; None if C may not act here.");
 
 static PyObject *merge_add(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     const module_state *state = state_of(module);
-    merge_job job = {.count = 0};
-    PyObject *undo = NULL, *result = NULL;
+    merge_job job = {.depth = 0};
+    PyObject *made = NULL, *result = NULL;
     if (nargs != 5) {
         PyErr_SetString(PyExc_TypeError, "merge_add(weight, operands, check, record, owner)");
         return NULL;
     }
     const int check = PyObject_IsTrue(args[2]), keep = PyObject_IsTrue(args[3]);
-    int got = check < 0 || keep < 0 ? -1 : job_init(state, &job, args[0], args[1]);
+    int got = check < 0 || keep < 0 ? -1 : job_init(state, &job, args[0], NULL, args[1], false);
     if (got < 0) goto done;
     if (got == 0) {
-        Py_INCREF(Py_None);
-        result = Py_None;
+        result = Py_BuildValue("");
         goto done;
     }
-    if (keep && (undo = PyTuple_New((Py_ssize_t)job.depth)) == NULL) goto done;
+    if (keep && (made = PyTuple_New((Py_ssize_t)job.depth)) == NULL) goto done;
     if (view_bump_version(state, args[4]) < 0) goto done;
-    for (int64_t at = 0; at < job.depth && got == 1; at++) {
-        got = add_one(&job, at, check ? PK_CHECK : 0, undo);
-        if (got != 1) take_back(&job, undo, at);
-    }
-    if (got == 1) {
-        result = Py_BuildValue("(OO)", Py_True, undo ? undo : Py_None);
-    } else if (got == 0) {
-        result = Py_BuildValue("(OO)", Py_False, Py_None);
-    }
+    got = add_all(&job, NULL, NULL, check ? PK_CHECK : 0, made);
+    if (got >= 0) result = Py_BuildValue("(OO)", got ? Py_True : Py_False, got && made ? made : Py_None);
 done:
-    Py_XDECREF(undo);
+    Py_XDECREF(made);
     job_release(&job);
     return result;
 }
 
-PyDoc_STRVAR(merge_subtract_doc,
-             "merge_subtract(weight, operands, record, owner, /)\n--\n\n"
-             "Takes out what merge_add added, given the same operands (bits and all). With its record the weight gets its\n"
-             "old bits back; with None the change is subtracted.\n\n"
-             "Returns True; False if some of the weight is not what merge_add left (there the change was subtracted);\n"
-             "None if C may not act here.");
+PyDoc_STRVAR(
+    merge_subtract_doc,
+    "merge_subtract(weight, operands, record, owner, /)\n--\n\n"
+    "Takes out what merge_add added, given the same operands (bits and all). With its record the weight gets its\n"
+    "old bits back; with None the change is subtracted.\n\n"
+    "Returns True; False if some of the weight is not what merge_add left (there the change was subtracted);\n"
+    "None if C may not act here.");
 
 static PyObject *merge_subtract(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     const module_state *state = state_of(module);
-    merge_job job = {.count = 0};
-    PyObject *result = NULL;
+    merge_job job = {.depth = 0};
+    PyObject *records, *result = NULL;
+    bool odd;
     if (nargs != 4 || (args[2] != Py_None && !PyTuple_Check(args[2]))) {
         PyErr_SetString(PyExc_TypeError, "merge_subtract(weight, operands, record or None, owner)");
         return NULL;
     }
-    const int got = job_init(state, &job, args[0], args[1]);
+    const int got = job_init(state, &job, args[0], args[1], NULL, args[2] != Py_None);
     if (got < 0) goto done;
-    bool same = got == 1;
-    const bool recorded = args[2] != Py_None && PyTuple_Size(args[2]) == (Py_ssize_t)job.depth;
-    for (Py_ssize_t i = 0; recorded && i < PyTuple_Size(args[2]); i++) {
-        if (PyBytes_AsString(PyTuple_GetItem(args[2], i)) == NULL) goto done;
+    if (got == 0) {
+        result = Py_BuildValue("");
+        goto done;
     }
-    if (got == 1 && view_bump_version(state, args[3]) < 0) goto done;
-    for (int64_t at = got == 1 ? job.depth - 1 : -1; at >= 0; at--) {
-        pk_record record = {NULL, 0, 0};
-        if (recorded) {
-            PyObject *bytes = PyTuple_GetItem(args[2], (Py_ssize_t)at);
-            record.data = PyBytes_AsString(bytes);
-            record.size = record.capacity = (size_t)PyBytes_Size(bytes);
-        }
-        const int status = run(&job, at, false, 0, recorded ? &record : NULL);
+    if (records_get(&job, args[2], &records, &odd) < 0 || view_bump_version(state, args[3]) < 0) goto done;
+    bool same = !odd;
+    for (int64_t at = job.depth - 1; at >= 0; at--) {
+        pk_record record;
+        const bool recorded = record_at(records, at, &record);
+        const int status = run(&job, at, &job.old, recorded ? &record : NULL, NULL, 0, NULL);
         if (status != PK_OK && status != PK_CHANGED) {
             (void)status_error(status);
             goto done;
         }
         same = same && status == PK_OK;
     }
-    same = same && (recorded || args[2] == Py_None);
-    result = got == 0 ? Py_None : same ? Py_True : Py_False;
-    Py_INCREF(result);
+    result = PyBool_FromLong(same);
 done:
+    job_release(&job);
+    return result;
+}
+
+PyDoc_STRVAR(
+    merge_switch_doc,
+    "merge_switch(weight, old, old_record, new, check, record, owner, /)\n--\n\n"
+    "merge_subtract(weight, old, old_record) and merge_add(weight, new, check, record) in one pass over the weight,\n"
+    "with the same bits and the same record.\n\n"
+    "Returns (finite, record, same): as from merge_add, and False if some of the weight was not what old_record\n"
+    "says. If it is not finite, nothing has changed. None if C may not act here.");
+
+static PyObject *merge_switch(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    const module_state *state = state_of(module);
+    merge_job job = {.depth = 0};
+    PyObject *read, *made = NULL, *result = NULL;
+    bool odd;
+    if (nargs != 7 || (args[2] != Py_None && !PyTuple_Check(args[2]))) {
+        PyErr_SetString(PyExc_TypeError, "merge_switch(weight, old, old_record or None, new, check, record, owner)");
+        return NULL;
+    }
+    const int check = PyObject_IsTrue(args[4]), keep = PyObject_IsTrue(args[5]);
+    int got = check < 0 || keep < 0 ? -1 : job_init(state, &job, args[0], args[1], args[3], args[2] != Py_None);
+    if (got < 0) goto done;
+    if (got == 0) {
+        result = Py_BuildValue("");
+        goto done;
+    }
+    if (records_get(&job, args[2], &read, &odd) < 0) goto done;
+    if (keep && (made = PyTuple_New((Py_ssize_t)job.depth)) == NULL) goto done;
+    if (view_bump_version(state, args[6]) < 0) goto done;
+    got = add_all(&job, &job.old, read, check ? PK_CHECK : 0, made);
+    if (got >= 0) {
+        result = Py_BuildValue("(OOO)", got ? Py_True : Py_False, got && made ? made : Py_None,
+                               got == 1 && !odd ? Py_True : Py_False);
+    }
+done:
+    Py_XDECREF(made);
     job_release(&job);
     return result;
 }
@@ -274,5 +372,6 @@ done:
 PyMethodDef merge_methods[] = {
     {"merge_add", (PyCFunction)(void (*)(void))merge_add, METH_FASTCALL, merge_add_doc},
     {"merge_subtract", (PyCFunction)(void (*)(void))merge_subtract, METH_FASTCALL, merge_subtract_doc},
+    {"merge_switch", (PyCFunction)(void (*)(void))merge_switch, METH_FASTCALL, merge_switch_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -4,6 +4,6 @@
 
 #include "gate.h"
 
-extern PyMethodDef merge_methods[]; /* merge_add, merge_subtract */
+extern PyMethodDef merge_methods[]; /* merge_add, merge_subtract, merge_switch */
 
 #endif

@@ -481,6 +481,10 @@ def unmerge(layer: Any) -> None:
     while layer.merged_adapters:  # merged by others, without a record
         _take_out(layer, layer.merged_adapters[-1], targets)
         layer.merged_adapters.pop()
+    _warn_about(layer, reasons)
+
+
+def _warn_about(layer: Any, reasons: list[str]) -> None:
     if reasons:
         warnings.warn(
             f"The merged weight of {describe(layer)} {reasons[0]} after merging. The adapter was subtracted from it; "
@@ -495,6 +499,106 @@ def _take_out(layer: Any, name: str, targets: dict) -> None:
         for label, change in layer._merge_changes(name).items():
             if not isinstance(change, Replace):
                 _restore(layer, Merge([name]), targets[label], Saved(label, []))
+
+
+# -------------------------------------------------------------------------------------------------------- switching
+
+
+@torch.no_grad()
+def switch(layer: Any, adapter_names: list[str], safe_merge: bool = False) -> None:
+    """Merge `adapter_names` in place of all that are merged: the bits and records that unmerging and merging give, in
+    one pass over each weight where one merge of plain adapters follows another.
+
+    With `safe_merge`, ValueError if a merged weight is not finite. Whatever is raised, nothing has changed.
+    """
+    if isinstance(adapter_names, str):
+        raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+    resume(layer)
+    known = layer._merge_adapters()
+    names = [name for name in dict.fromkeys(adapter_names) if name in known]
+    plans = {name: layer._merge_changes(name) for name in names}
+    if not names or not _is_one_pass(layer, plans):
+        _switch_in_two(layer, names, safe_merge)
+        return
+    targets = layer._merge_targets()
+    (old,) = records(layer)
+    new = Merge(names)
+    reasons = []
+    try:
+        for label, view in targets.items():
+            changes = [plans[name][label] for name in names if label in plans[name]]
+            changes = [change.snapshot() if isinstance(change, LowRank) else change().detach() for change in changes]
+            before = next((saved for saved in old.saved if saved.label == label), Saved(label, []))
+            after, reason = _switch_one(view, _weight(view, layer), before, changes, safe_merge)
+            if after is None:
+                raise _broken(names)
+            new.saved.append(after)
+            reasons.append(reason)
+    except BaseException:
+        for after in reversed(new.saved):
+            before = next((saved for saved in old.saved if saved.label == after.label), Saved(after.label, []))
+            view = targets[after.label]
+            _switch_one(view, view.tensor.data, after, before.changes, False)
+        raise
+    new.saved = [saved for saved in new.saved if saved.changes]
+    records(layer)[:] = [new]
+    layer.merged_adapters[:] = names
+    if not exact_unmerge.enabled:
+        _drop_records(layer, plans, 0)
+    _warn_about(layer, [reason for reason in reasons if reason])
+
+
+def _is_one_pass(layer: Any, plans: dict) -> bool:
+    steps = records(layer)
+    changes = [change for plan in plans.values() for change in plan.values()]
+    return (
+        len(steps) == 1
+        and not steps[0].alone
+        and steps[0].adapters == layer.merged_adapters
+        and all(saved.changes for saved in steps[0].saved)
+        and not any(name in getattr(layer, "lora_variant", {}) for name in plans)
+        and not any(isinstance(change, Replace) for change in changes)
+        and all(isinstance(plan["weight"], LowRank) for plan in plans.values() if "weight" in plan)
+    )
+
+
+def _switch_in_two(layer: Any, names: list[str], safe_merge: bool) -> None:
+    before = list(layer.merged_adapters)
+    if before:
+        layer.unmerge()
+    try:
+        if names:
+            layer.merge(safe_merge=safe_merge, adapter_names=names)
+    except BaseException:
+        if before:
+            layer.merge(adapter_names=before)
+        raise
+
+
+def _switch_one(
+    view: BaseView, tensor: torch.Tensor, old: Saved, changes: list[Any], check: bool
+) -> tuple[Saved | None, str | None]:
+    """Undo `old` on a weight and add `changes`. (None, None): not finite, nothing has changed; else what undoes the
+    new changes, and the reason why the old bits were not there."""
+    record = exact_unmerge.enabled or check
+    label, meta = old.label, _meta(tensor)
+    if old.changes and changes and isinstance(old.undo, tuple) and old.meta == meta:
+        before, after = (_kernel_operands(view, tensor, part) for part in (old.changes, changes))
+        if before is not None and after is not None:
+            done = _C.merge_switch(*before, old.undo, after[1], check, record, view.tensor)
+            if done is not None:
+                finite, undo, same = done
+                after = Saved(label, changes, undo, meta) if finite else None
+                return after, None if same or not finite else "was written to"
+    reason = _subtract(view, tensor, old) if old.changes else None
+    if not changes:
+        return Saved(label, [], None, meta), reason
+    finite, undo = _add(view, tensor, changes, check, record)
+    if finite:
+        return Saved(label, changes, undo, meta), reason
+    if old.changes:
+        _add(view, tensor, old.changes, False, False)
+    return None, None
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ def test_hundred_cycles_bf16_with_fp32_adapters(dtype):
     assert_restored(layer, before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ALL)
 def test_several_adapters_in_one_merge_and_one_after_the_other(name, dtype):
     model, x = build(peft_c, ALL[name], dtype=dtype, adapters=("default", "second", "third"))
@@ -107,7 +107,7 @@ def test_several_adapters_in_one_merge_and_one_after_the_other(name, dtype):
         layer.unmerge()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_adapter_may_change_while_merged(name, dtype):
     model, _ = build(peft_c, ALL[name], dtype=dtype, adapters=("default", "second"))

@@ -476,6 +476,10 @@ class _LoraModule(nn.Module, LoraLayer):
         """Take all merged adapters out of the base weights, which get their old bits back (see `law`)."""
         law.unmerge(self)
 
+    def switch(self, adapter_names: list[str], safe_merge: bool = False) -> None:
+        """Merge these adapters in place of the ones that are merged: `unmerge` and `merge` in one pass."""
+        law.switch(self, adapter_names, safe_merge)
+
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What merging `adapter` adds to the base weight: a tensor of its shape, in the adapter's dtype."""
         return self._base_view().restore(self._low_rank(adapter).delta())
@@ -909,6 +913,17 @@ class MultiheadAttention(_LoraModule):
         if out_proj.merged:
             out_proj.unmerge()
         law.unmerge(self)
+
+    def switch(self, adapter_names: list[str], safe_merge: bool = False) -> None:
+        """See `Linear.switch`; switches the output projection, too."""
+        law.resume(self)
+        before = list(self.merged_adapters)
+        law.switch(self, adapter_names, safe_merge)
+        try:
+            self.get_base_layer().out_proj.switch(adapter_names, safe_merge)
+        except BaseException:
+            law.switch(self, before)
+            raise
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
