@@ -1,6 +1,10 @@
 /* grads.c: see grads.h. */
 #include "grads.h"
 
+#include "containers.h"
+
+#include <string.h>
+
 /* --- flags of tensors and of entries --- */
 
 /* 1 or 0: the flag of a tensor; -1 with an exception. */
@@ -31,7 +35,7 @@ typedef struct {
     journal *log;
     PyObject *list; /* visit_list: gets (tensor, flag) */
     int flag;       /* visit_set: the flag to set */
-    int trainable;  /* visit_test: becomes 1 when a tensor is trainable */
+    int trainable;  /* visit_freeze: becomes 1 when a tensor was trainable */
 } visit_context;
 
 typedef int (*visit)(visit_context *context, PyObject *tensor);
@@ -40,10 +44,11 @@ static int visit_set(visit_context *context, PyObject *tensor) {
     return tensor_set(context->state, context->log, tensor, context->flag);
 }
 
-static int visit_test(visit_context *context, PyObject *tensor) {
-    const int flag = context->trainable ? 0 : flag_of(context->state, tensor);
-    if (flag > 0) context->trainable = 1;
-    return flag < 0 ? -1 : 0;
+static int visit_freeze(visit_context *context, PyObject *tensor) {
+    const int flag = flag_of(context->state, tensor);
+    if (flag <= 0) return flag;
+    context->trainable = 1;
+    return tensor_set(context->state, context->log, tensor, 0);
 }
 
 static int visit_list(visit_context *context, PyObject *tensor) {
@@ -54,20 +59,6 @@ static int visit_list(visit_context *context, PyObject *tensor) {
     const int rc = PyList_Append(context->list, pair);
     Py_DECREF(pair);
     return rc;
-}
-
-/* The item `key` of object.__dict__ when it is a dict: new reference, else NULL (exception set only on failure). */
-static PyObject *own_dict(PyObject *object, PyObject *key) {
-    PyObject *dict = PyObject_GenericGetDict(object, NULL);
-    if (dict == NULL) {
-        if (PyErr_ExceptionMatches(PyExc_AttributeError)) PyErr_Clear();
-        return NULL;
-    }
-    PyObject *item = PyDict_GetItemWithError(dict, key);
-    if (item != NULL && !PyDict_Check(item)) item = NULL;
-    Py_XINCREF(item);
-    Py_DECREF(dict);
-    return item;
 }
 
 static int each_of_iterable(PyObject *iterable, visit call, visit_context *context) {
@@ -92,10 +83,15 @@ static int entry_visit(PyObject *entry, visit call, visit_context *context) {
         if (tensor != 0) return tensor < 0 ? -1 : call(context, entry);
     }
     int rc = -1;
-    PyObject *parameters = own_dict(entry, state->names._parameters), *modules = NULL, *values = NULL;
-    if (parameters != NULL) modules = own_dict(entry, state->names._modules);
+    PyObject *dict = PyObject_GenericGetDict(entry, NULL), *parameters = NULL, *modules = NULL, *values = NULL;
+    if (dict == NULL) PyErr_Clear();
+    if (dict != NULL) parameters = PyDict_GetItemWithError(dict, state->names._parameters);
+    if (parameters != NULL) modules = PyDict_GetItemWithError(dict, state->names._modules);
+    Py_XINCREF(parameters);
+    Py_XINCREF(modules);
     if (PyErr_Occurred()) goto done;
-    if (modules != NULL && PyDict_Size(modules) == 0) { /* a plain module without children, such as nn.Linear */
+    if (modules != NULL && PyDict_Check(modules) && PyDict_Size(modules) == 0 &&
+        PyDict_Check(parameters)) { /* a plain module without children, such as nn.Linear */
         Py_ssize_t position = 0;
         PyObject *key, *tensor;
         rc = 0;
@@ -112,105 +108,8 @@ done:
     Py_XDECREF(values);
     Py_XDECREF(modules);
     Py_XDECREF(parameters);
+    Py_XDECREF(dict);
     return rc;
-}
-
-/* --- containers --- */
-
-typedef struct {
-    PyObject *name;    /* borrowed: the attribute's name */
-    PyObject *object;  /* owned: the container */
-    PyObject *order;   /* owned: a dict whose keys are the adapter names, oldest first */
-    PyObject *entries; /* owned: a dict with the entries (a ParameterDict may keep some elsewhere) */
-} container;
-
-enum { CONTAINERS_MAX = 24 };
-
-typedef struct {
-    PyObject *names; /* owned: the tuple adapter_layer_names */
-    int count;
-    int32_t sizes[CONTAINERS_MAX];
-    container items[CONTAINERS_MAX];
-} containers;
-
-static void containers_free(containers *all) {
-    for (int i = 0; i < all->count; i++) {
-        Py_XDECREF(all->items[i].object);
-        Py_XDECREF(all->items[i].order);
-        Py_XDECREF(all->items[i].entries);
-    }
-    Py_XDECREF(all->names);
-}
-
-static int container_open(const module_state *state, PyObject *layer, PyObject *children, container *self) {
-    self->object = children ? PyDict_GetItemWithError(children, self->name) : NULL;
-    Py_XINCREF(self->object);
-    if (self->object == NULL) {
-        if (PyErr_Occurred() || (self->object = PyObject_GetAttr(layer, self->name)) == NULL) return -1;
-    }
-    PyObject *type = (PyObject *)Py_TYPE(self->object);
-    if (type == state->objects.ModuleDict) {
-        self->entries = own_dict(self->object, state->names._modules);
-        self->order = self->entries;
-        Py_XINCREF(self->order);
-    } else if (type == state->objects.ParameterDict) {
-        self->entries = own_dict(self->object, state->names._parameters);
-        self->order = own_dict(self->object, state->names._keys);
-    }
-    if (PyErr_Occurred()) return -1;
-    if (self->entries != NULL && self->order != NULL) return 0;
-    /* any other mapping: a copy of its items */
-    Py_CLEAR(self->order);
-    Py_CLEAR(self->entries);
-    PyObject *items = PyObject_CallMethod(self->object, "items", NULL);
-    if (items != NULL && (self->entries = PyDict_New()) != NULL &&
-        PyDict_MergeFromSeq2(self->entries, items, 1) == 0) {
-        self->order = self->entries;
-        Py_INCREF(self->order);
-    }
-    Py_XDECREF(items);
-    return self->order != NULL ? 0 : -1;
-}
-
-static int containers_open(const module_state *state, PyObject *layer, PyObject *dict, containers *all) {
-    int rc = -1;
-    PyObject *children = PyDict_GetItemWithError(dict, state->names._modules), *names;
-    if (children == NULL && PyErr_Occurred()) return -1;
-    if (children != NULL && !PyDict_Check(children)) children = NULL;
-    Py_XINCREF(children);
-    all->count = 0;
-    all->names = NULL;
-    if ((names = PyObject_GetAttr(layer, state->names.adapter_layer_names)) == NULL) goto done;
-    all->names = PySequence_Tuple(names);
-    Py_DECREF(names);
-    if (all->names == NULL) goto done;
-    const Py_ssize_t count = PyTuple_Size(all->names);
-    if (count > CONTAINERS_MAX) {
-        PyErr_Format(PyExc_ValueError, "%R has %zd adapter_layer_names; at most %d are supported", Py_TYPE(layer), count,
-                     CONTAINERS_MAX);
-        goto done;
-    }
-    while (all->count < (int)count) {
-        container *self = &all->items[all->count];
-        *self = (container){PyTuple_GetItem(all->names, all->count), NULL, NULL, NULL};
-        all->count++;
-        if (container_open(state, layer, children, self) < 0) goto done;
-        all->sizes[all->count - 1] = (int32_t)PyDict_Size(self->order);
-    }
-    rc = 0;
-done:
-    Py_XDECREF(children);
-    if (rc < 0) containers_free(all);
-    return rc;
-}
-
-/* The entry of `adapter`: new reference, or NULL (exception set only on failure). */
-static PyObject *container_get(const container *self, PyObject *adapter) {
-    PyObject *entry = PyDict_GetItemWithError(self->entries, adapter);
-    Py_XINCREF(entry);
-    if (entry != NULL || PyErr_Occurred() || self->entries == self->order) return entry;
-    const int known = PyDict_Contains(self->order, adapter);
-    return known > 0 ? PyObject_GetItem(self->object, adapter) : NULL;
 }
 
 /* --- the ledger --- */
@@ -263,14 +162,43 @@ static PyObject *suspects(const module_state *state, PyObject *dict, const conta
     return set;
 }
 
-/* Writes the ledger: of `names` (any iterable) those that some container has. */
-static int ledger_write(const module_state *state, journal *log, PyObject *dict, const containers *all, PyObject *names) {
+/* 1 if a frozenset has exactly the names of a list or tuple without repetitions. */
+static int same_names(PyObject *set, PyObject *names) {
+    Py_ssize_t left = PySequence_Size(names);
+    int same = left == PySet_Size(set);
+    while (same > 0 && left-- > 0) {
+        PyObject *name = PySequence_GetItem(names, left);
+        same = name ? PySet_Contains(set, name) : -1;
+        Py_XDECREF(name);
+    }
+    return same > 0;
+}
+
+/* Writes the ledger of the adapters in `names` (a list or tuple). */
+static int ledger_write(const module_state *state, journal *log, PyObject *dict, const containers *all,
+                        PyObject *names) {
     int rc = -1;
-    PyObject *set = PyFrozenSet_New(names), *ledger = NULL;
-    PyObject *bytes = PyBytes_FromStringAndSize((const char *)all->sizes,
-                                                (Py_ssize_t)((size_t)all->count * sizeof all->sizes[0]));
-    if (set != NULL && bytes != NULL && (ledger = PyTuple_Pack(2, set, bytes)) != NULL) {
-        rc = dict_write(log, dict, state->names._adapter_ledger, ledger);
+    const size_t size = (size_t)all->count * sizeof all->sizes[0];
+    PyObject *set = NULL, *bytes = NULL, *ledger = log ? log->ledger : NULL;
+    if (ledger != NULL) { /* written in the same call */
+        PyObject *sizes = PyTuple_GetItem(ledger, 1);
+        if (PyBytes_Size(sizes) != (Py_ssize_t)size || memcmp(PyBytes_AsString(sizes), all->sizes, size) != 0 ||
+            !same_names(PyTuple_GetItem(ledger, 0), names)) {
+            ledger = NULL;
+        }
+        if (PyErr_Occurred()) return -1;
+        Py_XINCREF(ledger);
+    }
+    if (ledger == NULL) {
+        set = PyFrozenSet_New(names);
+        bytes = PyBytes_FromStringAndSize((const char *)all->sizes, (Py_ssize_t)size);
+        if (set != NULL && bytes != NULL) ledger = PyTuple_Pack(2, set, bytes);
+    }
+    if (ledger != NULL) rc = dict_write(log, dict, state->names._adapter_ledger, ledger);
+    if (rc == 0 && log != NULL && log->ledger != ledger) {
+        Py_XDECREF(log->ledger);
+        Py_INCREF(ledger);
+        log->ledger = ledger;
     }
     Py_XDECREF(set);
     Py_XDECREF(bytes);
@@ -343,16 +271,17 @@ int grads_set(const module_state *state, journal *log, PyObject *layer, PyObject
     return rc;
 }
 
-/* Appends (container, adapter) for the trainable entries of `names` to `list`. */
-static int trainable_pairs(const module_state *state, const containers *all, PyObject *names, PyObject *list) {
+/* Freezes the entries of `names`; appends (container, adapter) of those that were trainable to `list`. */
+static int freeze_and_note(const module_state *state, journal *log, const containers *all, PyObject *names,
+                           PyObject *list) {
     PyObject *iterator = PyObject_GetIter(names), *name;
     if (iterator == NULL) return -1;
     int rc = 0;
     while (rc == 0 && (name = PyIter_Next(iterator)) != NULL) {
         for (int i = 0; rc == 0 && i < all->count; i++) {
-            visit_context context = {.state = state};
+            visit_context context = {.state = state, .log = log};
             PyObject *entry = all->sizes[i] ? container_get(&all->items[i], name) : NULL, *pair = NULL;
-            if (entry != NULL) rc = entry_visit(entry, visit_test, &context);
+            if (entry != NULL) rc = entry_visit(entry, visit_freeze, &context);
             Py_XDECREF(entry);
             if (rc == 0 && context.trainable) {
                 pair = PyTuple_Pack(2, all->items[i].name, name);
@@ -371,15 +300,13 @@ int grads_disable(const module_state *state, journal *log, PyObject *layer, PyOb
     containers all;
     if (containers_open(state, layer, dict, &all) < 0) return -1;
     int rc = -1;
-    visit_context context = {.state = state, .log = log, .flag = 0};
-    PyObject *list = NULL, *memory = NULL, *nobody = PyTuple_New(0), *set = suspects(state, dict, &all);
-    if (set == NULL || nobody == NULL) goto done;
+    PyObject *list = PyList_New(0), *memory = NULL, *nobody = PyTuple_New(0), *set = suspects(state, dict, &all);
+    if (set == NULL || nobody == NULL || list == NULL) goto done;
+    if (freeze_and_note(state, log, &all, set, list) < 0) goto done;
     if (remember) {
-        if ((list = PyList_New(0)) == NULL || trainable_pairs(state, &all, set, list) < 0) goto done;
         if ((memory = PyList_AsTuple(list)) == NULL) goto done;
         if (dict_write(log, dict, state->names._disabled_trainable, memory) < 0) goto done;
     }
-    if (each_entry(&all, set, NULL, visit_set, &context) < 0) goto done;
     rc = ledger_write(state, log, dict, &all, nobody);
 done:
     Py_XDECREF(set);

@@ -45,6 +45,7 @@ void journal_free(journal *log) {
         Py_XDECREF(log->entries[i].key);
         Py_XDECREF(log->entries[i].old);
     }
+    Py_XDECREF(log->ledger);
     PyMem_Free(log->entries);
     memset(log, 0, sizeof *log);
 }

@@ -10,8 +10,12 @@ typedef struct {
         PyObject *object; /* a tensor, or the dict written to */
         PyObject *key;    /* NULL for a tensor */
         PyObject *old;    /* the earlier flag or item; NULL: there was none */
-    } *entries;
+    } * entries;
     size_t count, capacity;
+    /* for this one call: the class met last, and which of its methods are known to be, or not to be, Layer's own */
+    PyTypeObject *type; /* borrowed: only compared */
+    unsigned known, own;
+    PyObject *ledger; /* the ledger written last; layers with containers of the same sizes share it */
 } journal;
 
 int journal_add(journal *log, PyObject *object, PyObject *key, PyObject *old);

@@ -15,13 +15,25 @@
 
 #include "grads.h"
 
-/* Whether the class of `layer` has its own method `name` (1, 0, or -1 with an exception). */
-static int overridden(const module_state *state, PyObject *layer, PyObject *name) {
-    PyObject *own = PyObject_GetAttr((PyObject *)Py_TYPE(layer), name);
-    PyObject *base = own ? PyObject_GetAttr(state->types.LayerBase, name) : NULL;
+enum { SET_ADAPTER, ENABLE_ADAPTERS, SET_REQUIRES_GRAD, FREEZE };
+
+/* Whether the class of `layer` has its own version of a method (1, 0, or -1 with an exception). */
+static int overridden(const module_state *state, journal *log, PyObject *layer, int method) {
+    PyTypeObject *const type = Py_TYPE(layer);
+    const unsigned bit = 1u << method;
+    if (log != NULL && log->type != type) log->known = 0, log->type = type;
+    if (log != NULL && (log->known & bit)) return (log->own & bit) != 0;
+    PyObject *const names[] = {state->names.set_adapter, state->names.enable_adapters, state->names.set_requires_grad,
+                               state->names._freeze_non_trainable_peft_weights};
+    PyObject *own = PyObject_GetAttr((PyObject *)type, names[method]);
+    PyObject *base = own ? PyObject_GetAttr(state->types.LayerBase, names[method]) : NULL;
     const int result = base == NULL ? -1 : own != base;
     Py_XDECREF(own);
     Py_XDECREF(base);
+    if (log != NULL && result >= 0) {
+        log->known |= bit;
+        log->own = result ? log->own | bit : log->own & ~bit;
+    }
     return result;
 }
 
@@ -55,7 +67,7 @@ static int freeze(const module_state *state, journal *log, PyObject *layer, PyOb
 }
 
 static int freeze_declared(const module_state *state, journal *log, PyObject *layer, PyObject *names) {
-    const int own = overridden(state, layer, state->names._freeze_non_trainable_peft_weights);
+    const int own = overridden(state, log, layer, FREEZE);
     if (own <= 0) return own < 0 ? -1 : freeze(state, log, layer, names);
     PyObject *done = PyObject_CallMethodObjArgs(layer, state->names._freeze_non_trainable_peft_weights, names, NULL);
     Py_XDECREF(done);
@@ -97,7 +109,7 @@ done:
 }
 
 int layer_set_adapter(const module_state *state, journal *log, PyObject *layer, PyObject *names, int inference_mode) {
-    const int own = overridden(state, layer, state->names.set_adapter);
+    const int own = overridden(state, log, layer, SET_ADAPTER);
     if (own <= 0) return own < 0 ? -1 : set_adapter(state, log, layer, names, inference_mode);
     PyObject *method = PyObject_GetAttr(layer, state->names.set_adapter), *done = NULL;
     PyObject *args = PyTuple_Pack(1, names), *kwargs = PyDict_New();
@@ -122,7 +134,7 @@ static int enable(const module_state *state, journal *log, PyObject *layer, PyOb
     int rc = -1;
     PyObject *active = PyObject_GetAttr(layer, state->names.active_adapters), *memory = NULL, *frozen = NULL;
     if (active == NULL) goto done;
-    const int off = disabled(state, dict), own = overridden(state, layer, state->names.set_adapter);
+    const int off = disabled(state, dict), own = overridden(state, log, layer, SET_ADAPTER);
     if (off < 0 || own < 0) goto done;
     memory = off ? memory_of(state, dict) : NULL;
     Py_XINCREF(memory);
@@ -150,9 +162,10 @@ static int enable_adapters(const module_state *state, journal *log, PyObject *la
 }
 
 int layer_enable_adapters(const module_state *state, journal *log, PyObject *layer, int enabled) {
-    const int own = overridden(state, layer, state->names.enable_adapters);
+    const int own = overridden(state, log, layer, ENABLE_ADAPTERS);
     if (own <= 0) return own < 0 ? -1 : enable_adapters(state, log, layer, enabled);
-    PyObject *done = PyObject_CallMethodObjArgs(layer, state->names.enable_adapters, enabled ? Py_True : Py_False, NULL);
+    PyObject *done =
+        PyObject_CallMethodObjArgs(layer, state->names.enable_adapters, enabled ? Py_True : Py_False, NULL);
     Py_XDECREF(done);
     return done ? 0 : -1;
 }
@@ -189,7 +202,7 @@ done:
 }
 
 int layer_set_requires_grad(const module_state *state, journal *log, PyObject *layer, PyObject *names, int flag) {
-    const int own = overridden(state, layer, state->names.set_requires_grad);
+    const int own = overridden(state, log, layer, SET_REQUIRES_GRAD);
     if (own <= 0) return own < 0 ? -1 : set_requires_grad(state, log, layer, names, flag);
     PyObject *done = PyObject_CallMethod(layer, "set_requires_grad", "OO", names, flag ? Py_True : Py_False);
     Py_XDECREF(done);
@@ -199,8 +212,8 @@ int layer_set_requires_grad(const module_state *state, journal *log, PyObject *l
 /* --- the Python type --- */
 
 /* Reads (names, flag) by position or keyword; the names are required if `first` is not NULL, the flag if `required`. */
-static int parse(PyObject *const *args, Py_ssize_t count, PyObject *keywords, const char *const *words, PyObject **first,
-                 int *flag, int required) {
+static int parse(PyObject *const *args, Py_ssize_t count, PyObject *keywords, const char *const *words,
+                 PyObject **first, int *flag, int required) {
     PyObject *values[2] = {NULL, NULL};
     const Py_ssize_t named = keywords ? PyTuple_Size(keywords) : 0;
     const int skip = first == NULL;
@@ -230,7 +243,9 @@ static int parse(PyObject *const *args, Py_ssize_t count, PyObject *keywords, co
     return 0;
 }
 
-static const module_state *state_of_class(PyTypeObject *cls) { return (const module_state *)PyType_GetModuleState(cls); }
+static const module_state *state_of_class(PyTypeObject *cls) {
+    return (const module_state *)PyType_GetModuleState(cls);
+}
 
 static PyObject *none_or_null(int rc) {
     if (rc < 0) return NULL;
@@ -277,7 +292,7 @@ static PyObject *layer_py_freeze(PyObject *self, PyTypeObject *cls, PyObject *co
 }
 
 #define METHOD(name, function, doc) \
-    {#name, (PyCFunction)(void (*)(void))function, METH_METHOD | METH_FASTCALL | METH_KEYWORDS, doc}
+    { #name, (PyCFunction)(void (*)(void))function, METH_METHOD | METH_FASTCALL | METH_KEYWORDS, doc }
 
 static PyMethodDef layer_methods[] = {
     METHOD(set_adapter, layer_py_set_adapter,

@@ -61,7 +61,7 @@ static void set_free(module_set *set) {
 
 typedef struct {
     const module_state *state;
-    PyObject *plain;  /* nn.Module.named_modules, to tell classes that override it (owned) */
+    PyObject *plain;         /* nn.Module.named_modules, to tell classes that override it (owned) */
     PyTypeObject *last_type; /* the class asked about last, and the answer */
     int last_plain;
     module_set seen;
@@ -97,42 +97,54 @@ static int plain_class(walk *self, PyObject *module) {
     return self->last_plain;
 }
 
+/* The two tuples of container names of a tuner layer. */
+typedef struct {
+    PyObject *lists[2]; /* owned, or NULL: not read yet */
+} container_names;
+
 /* 1 if the tuner layer `layer` lists `name` in adapter_layer_names or other_param_names. */
-static int is_container(const walk *self, PyObject *layer, PyObject *name) {
-    PyObject *const lists[] = {self->state->names.adapter_layer_names, self->state->names.other_param_names};
-    int found = 0;
-    for (int i = 0; i < 2 && found == 0; i++) {
-        PyObject *list = PyObject_GetAttr(layer, lists[i]);
-        found = list ? PySequence_Contains(list, name) : -1;
-        Py_XDECREF(list);
+static int is_container(const walk *self, PyObject *layer, container_names *names, PyObject *name) {
+    PyObject *const attributes[] = {self->state->names.adapter_layer_names, self->state->names.other_param_names};
+    for (int i = 0; i < 2; i++) {
+        if (names->lists[i] == NULL) {
+            PyObject *list = PyObject_GetAttr(layer, attributes[i]);
+            names->lists[i] = list ? PySequence_Tuple(list) : NULL;
+            Py_XDECREF(list);
+            if (names->lists[i] == NULL) return -1;
+        }
+        for (Py_ssize_t k = PyTuple_Size(names->lists[i]); k-- > 0;) {
+            if (PyTuple_GetItem(names->lists[i], k) == name) return 1; /* both are interned as a rule */
+        }
     }
-    return found;
+    const int found = PySequence_Contains(names->lists[0], name);
+    return found ? found : PySequence_Contains(names->lists[1], name);
 }
 
 /* Pushes the children of a module, the last first. */
 static int push_children(walk *self, PyObject *module, PyObject *children) {
     const int layer = PyType_IsSubtype(Py_TYPE(module), (PyTypeObject *)self->state->types.LayerBase);
     const size_t start = self->depth;
+    container_names names = {{NULL, NULL}};
     Py_ssize_t position = 0;
     PyObject *name, *child;
-    while (PyDict_Next(children, &position, &name, &child)) {
-        if (child == Py_None) continue;
+    int rc = 0;
+    while (rc >= 0 && PyDict_Next(children, &position, &name, &child)) {
         PyObject *const type = (PyObject *)Py_TYPE(child);
+        if (child == Py_None) continue;
+        rc = 0;
         if (layer && (type == self->state->objects.ModuleDict || type == self->state->objects.ParameterDict)) {
-            const int skip = is_container(self, module, name);
-            if (skip != 0) {
-                if (skip < 0) return -1;
-                continue;
-            }
+            rc = is_container(self, module, &names, name);
         }
-        if (push(self, child) < 0) return -1;
+        if (rc == 0) rc = push(self, child);
     }
     for (size_t low = start, high = self->depth; low + 1 < high; low++) {
         PyObject *const swapped = self->stack[--high];
         self->stack[high] = self->stack[low];
         self->stack[low] = swapped;
     }
-    return 0;
+    Py_XDECREF(names.lists[0]);
+    Py_XDECREF(names.lists[1]);
+    return rc < 0 ? -1 : 0;
 }
 
 /* A class with its own idea of its modules: asks module.modules(). */
@@ -288,20 +300,23 @@ static PyObject *walk_flags(PyObject *module, PyObject *const *args, Py_ssize_t 
     return list;
 }
 
-#define METHOD(name, doc) {#name, (PyCFunction)(void (*)(void))walk_##name, METH_FASTCALL, doc}
+#define METHOD(name, doc) \
+    { #name, (PyCFunction)(void (*)(void))walk_##name, METH_FASTCALL, doc }
 
 PyMethodDef walk_methods[] = {
-    METHOD(find, "find($module, model, /, *classes)\n--\n\n"
-                 "For each class (or tuple of classes) the list of its instances among model.modules(), in that order,\n"
-                 "leaving out what lies in the adapter containers of tuner layers."),
+    METHOD(find,
+           "find($module, model, /, *classes)\n--\n\n"
+           "For each class (or tuple of classes) the list of its instances among model.modules(), in that order,\n"
+           "leaving out what lies in the adapter containers of tuner layers."),
     METHOD(set_adapter, "set_adapter($module, layers, names, inference_mode, /)\n--\n\n"
                         "layer.set_adapter(names, inference_mode) for every layer of a list: all or none."),
     METHOD(enable_adapters, "enable_adapters($module, layers, enabled, /)\n--\n\n"
                             "layer.enable_adapters(enabled) for every layer of a list: all or none."),
     METHOD(set_requires_grad, "set_requires_grad($module, layers, names, requires_grad, /)\n--\n\n"
                               "layer.set_requires_grad(names, requires_grad) for every layer of a list: all or none."),
-    METHOD(flags, "flags($module, layer, also, skip, /)\n--\n\n"
-                  "[(tensor, requires_grad)] of a layer's adapter weights that may be trainable and of the adapters in\n"
-                  "also, without those in skip. It does not grow with the number of frozen adapters."),
+    METHOD(flags,
+           "flags($module, layer, also, skip, /)\n--\n\n"
+           "[(tensor, requires_grad)] of a layer's adapter weights that may be trainable and of the adapters in\n"
+           "also, without those in skip. It does not grow with the number of frozen adapters."),
     {NULL, NULL, 0, NULL},
 };

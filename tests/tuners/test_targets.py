@@ -142,11 +142,11 @@ def test_injection(seed):
     configs = [random_lora(rng) for _ in range(rng.randint(1, 3))]
     theirs, ours = inject(peft, configs), inject(peft_c, configs)
     assert len(theirs) == len(ours), (theirs, ours, configs)
-    for expected, got in zip(theirs, ours):
+    for expected, got in zip(theirs, ours, strict=True):
         if isinstance(expected, dict) and expected and isinstance(next(iter(expected.values())), tuple):
             assert list(expected) == list(got), configs
             for key in expected:
-                for a, b in zip(expected[key], got[key]):
+                for a, b in zip(expected[key], got[key], strict=True):
                     assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, (key, configs)
         else:
             assert expected == got, configs
