@@ -20,7 +20,7 @@ typedef struct {
     _Alignas(64) char second[UNIT_SIZE * 8]; /* merged bits before they are written */
     _Alignas(64) char back[UNIT_COLS * 8];
     uint16_t idx[UNIT_COLS + 32];
-    unsigned char code[UNIT_SIZE * 8 + 64];
+    unsigned char code[UNIT_SIZE * 8 + CODE_SLACK];
 } unit_buffers;
 
 void engine_setup(engine_job *job, const pk_mat *w, int transposed) {

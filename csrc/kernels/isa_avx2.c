@@ -29,9 +29,10 @@ static INLINE float vf_sum(vf a) {
     q = _mm_add_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
 }
-static INLINE uint32_t vf_differ(vf a, vf b) {
+static INLINE uint32_t vf_differ(vf a, vf b, const int nan) {
     const __m256i same = _mm256_cmpeq_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b));
-    const __m256 ok = _mm256_and_ps(_mm256_castsi256_ps(same), _mm256_cmp_ps(b, b, _CMP_ORD_Q));
+    const __m256 number = nan ? _mm256_cmp_ps(b, b, _CMP_ORD_Q) : _mm256_castsi256_ps(same);
+    const __m256 ok = _mm256_and_ps(_mm256_castsi256_ps(same), number);
     return 0xffu & ~(uint32_t)_mm256_movemask_ps(ok);
 }
 static INLINE uint16_t *vf_index(uint32_t mask, int64_t base, uint16_t *at) {
@@ -94,9 +95,10 @@ static INLINE double vd_sum(vd a) {
     const __m128d q = _mm_add_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1));
     return _mm_cvtsd_f64(_mm_add_sd(q, _mm_unpackhi_pd(q, q)));
 }
-static INLINE uint32_t vd_differ(vd a, vd b) {
+static INLINE uint32_t vd_differ(vd a, vd b, const int nan) {
     const __m256i same = _mm256_cmpeq_epi64(_mm256_castpd_si256(a), _mm256_castpd_si256(b));
-    const __m256d ok = _mm256_and_pd(_mm256_castsi256_pd(same), _mm256_cmp_pd(b, b, _CMP_ORD_Q));
+    const __m256d number = nan ? _mm256_cmp_pd(b, b, _CMP_ORD_Q) : _mm256_castsi256_pd(same);
+    const __m256d ok = _mm256_and_pd(_mm256_castsi256_pd(same), number);
     return 0xfu & ~(uint32_t)_mm256_movemask_pd(ok);
 }
 static INLINE uint16_t *vd_index(uint32_t mask, int64_t base, uint16_t *at) { return vf_index(mask, base, at); }

@@ -3,7 +3,7 @@
  * The vector words that an ISA file defines, for vf (VFN floats; vd the same for doubles):
  *   load, store, set1, fma, add, sub, mul, div    what they say, unaligned
  *   sum        of all lanes, in a fixed order
- *   differ     bit mask of the lanes where b has other bits than a or is NaN
+ *   differ     bit mask of the lanes where b has other bits than a, or (if nan) is NaN
  *   index      appends base + lane for each bit of the mask, returns the new end (may write VFN places)
  *   transpose  VFN vectors of VFN lanes, in place
  *   load_bf16, load_f16, put_f32, put_bf16, put_f16    conversions; put rounds, stores, returns what was stored */
@@ -33,9 +33,9 @@ static INLINE vf vf_sub(vf a, vf b) { return a - b; }
 static INLINE vf vf_mul(vf a, vf b) { return a * b; }
 static INLINE vf vf_div(vf a, vf b) { return a / b; }
 static INLINE float vf_sum(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
-static INLINE uint32_t vf_differ(vf a, vf b) {
+static INLINE uint32_t vf_differ(vf a, vf b, const int nan) {
     uint32_t mask = 0;
-    for (int i = 0; i < VFN; i++) mask |= (uint32_t)(f32_bits(a[i]) != f32_bits(b[i]) || b[i] != b[i]) << i;
+    for (int i = 0; i < VFN; i++) mask |= (uint32_t)(f32_bits(a[i]) != f32_bits(b[i]) || (nan && b[i] != b[i])) << i;
     return mask;
 }
 static INLINE uint16_t *vf_index(uint32_t mask, int64_t base, uint16_t *at) {
@@ -79,11 +79,11 @@ static INLINE vd vd_sub(vd a, vd b) { return a - b; }
 static INLINE vd vd_mul(vd a, vd b) { return a * b; }
 static INLINE vd vd_div(vd a, vd b) { return a / b; }
 static INLINE double vd_sum(vd a) { return a[0] + a[1]; }
-static INLINE uint32_t vd_differ(vd a, vd b) {
+static INLINE uint32_t vd_differ(vd a, vd b, const int nan) {
     uint32_t mask = 0;
     for (int i = 0; i < VDN; i++) {
         const double x = a[i], y = b[i];
-        mask |= (uint32_t)(memcmp(&x, &y, 8) != 0 || y != y) << i;
+        mask |= (uint32_t)(memcmp(&x, &y, 8) != 0 || (nan && y != y)) << i;
     }
     return mask;
 }

@@ -24,9 +24,10 @@ static INLINE vf vf_sub(vf a, vf b) { return vsubq_f32(a, b); }
 static INLINE vf vf_mul(vf a, vf b) { return vmulq_f32(a, b); }
 static INLINE vf vf_div(vf a, vf b) { return vdivq_f32(a, b); }
 static INLINE float vf_sum(vf a) { return vaddvq_f32(a); }
-static INLINE uint32_t vf_differ(vf a, vf b) {
+static INLINE uint32_t vf_differ(vf a, vf b, const int nan) {
     const uint32x4_t weight = {1, 2, 4, 8};
-    const uint32x4_t same = vandq_u32(vceqq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)), vceqq_f32(b, b));
+    const uint32x4_t same = vandq_u32(vceqq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)),
+                                      nan ? vceqq_f32(b, b) : vdupq_n_u32(~0u));
     return vaddvq_u32(vbicq_u32(weight, same));
 }
 static INLINE uint16_t *vf_index(uint32_t mask, int64_t base, uint16_t *at) {
@@ -69,9 +70,10 @@ static INLINE vd vd_sub(vd a, vd b) { return vsubq_f64(a, b); }
 static INLINE vd vd_mul(vd a, vd b) { return vmulq_f64(a, b); }
 static INLINE vd vd_div(vd a, vd b) { return vdivq_f64(a, b); }
 static INLINE double vd_sum(vd a) { return vaddvq_f64(a); }
-static INLINE uint32_t vd_differ(vd a, vd b) {
+static INLINE uint32_t vd_differ(vd a, vd b, const int nan) {
     const uint64x2_t weight = {1, 2};
-    const uint64x2_t same = vandq_u64(vceqq_u64(vreinterpretq_u64_f64(a), vreinterpretq_u64_f64(b)), vceqq_f64(b, b));
+    const uint64x2_t same = vandq_u64(vceqq_u64(vreinterpretq_u64_f64(a), vreinterpretq_u64_f64(b)),
+                                      nan ? vceqq_f64(b, b) : vdupq_n_u64(~(uint64_t)0));
     return (uint32_t)vaddvq_u64(vbicq_u64(weight, same));
 }
 static INLINE uint16_t *vd_index(uint32_t mask, int64_t base, uint16_t *at) { return vf_index(mask, base, at); }

@@ -16,9 +16,10 @@ void hash_add(const pk_isa *isa, unit_hash *h, const void *p, int64_t n) {
 }
 
 uint32_t hash_end(const unit_hash *h) {
-    uint64_t x = h->length;
-    for (int i = 0; i < 32; i++) x = (x ^ h->lane[i] ^ (x >> 29)) * 0xbf58476d1ce4e5b9u;
-    return (uint32_t)(x >> 32);
+    uint64_t x = h->length * 0xbf58476d1ce4e5b9u, odd = 0x9e3779b97f4a7c15u;
+    for (int i = 0; i < 32; i++, odd += 0x3c6ef372fe94f82au) x += (h->lane[i] ^ (odd >> 32)) * odd;
+    x ^= x >> 32;
+    return (uint32_t)((x * 0x94d049bb133111ebu) >> 32);
 }
 
 static int64_t bits_minus(const char *a, const char *b, int64_t size) {
@@ -68,6 +69,12 @@ static inline __attribute__((always_inline)) void code_row_sized(unit_code *c, c
         const int64_t at = idx[q], step = bits_minus(old + at * size, back + at * size, size);
         int64_t gap = base + at - last;
         last = base + at;
+        if (__builtin_expect(gap <= GAP_MAX && step >= -127 && step <= 127 && step != 0, 1)) {
+            to[0] = (unsigned char)gap;
+            to[1] = (unsigned char)(int8_t)step;
+            to += 2;
+            continue;
+        }
         for (; gap > GAP_MAX; gap -= GAP_MAX) {
             *to++ = GAP_MAX;
             *to++ = SKIP;
@@ -80,11 +87,8 @@ static inline __attribute__((always_inline)) void code_row_sized(unit_code *c, c
             memcpy(to, old + at * size, (size_t)size);
             to += size;
         }
-        if (to > c->limit) {
-            c->full = 1;
-            break;
-        }
     }
+    c->full = to > c->limit;
     c->to = to;
     c->last = last;
 }

@@ -7,6 +7,7 @@
 
 #include "internal.h"
 
+enum { CODE_SLACK = UNIT_COLS * 10 + 64 }; /* the longest code of a row */
 enum { UNIT_EMPTY = 0, UNIT_CODED = 1, UNIT_COPIED = 2 };
 
 typedef struct {
@@ -33,7 +34,7 @@ void hash_add(const pk_isa *isa, unit_hash *h, const void *p, int64_t n);
 uint32_t hash_end(const unit_hash *h);
 
 typedef struct {
-    unsigned char *to, *limit; /* code so far; overflow sets full, and only then is a unit copied */
+    unsigned char *to, *limit; /* code so far; a row that ends beyond limit (by CODE_SLACK at most) sets full */
     int64_t last;
     int full;
 } unit_code;

@@ -29,9 +29,9 @@ static INLINE float vf_sum(vf a) {
     q = _mm_add_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
 }
-static INLINE uint32_t vf_differ(vf a, vf b) {
+static INLINE uint32_t vf_differ(vf a, vf b, const int nan) {
     return (uint32_t)(_mm512_cmpneq_epi32_mask(_mm512_castps_si512(a), _mm512_castps_si512(b)) |
-                      _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q));
+                      (nan ? _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q) : 0));
 }
 static INLINE uint16_t *vf_index(uint32_t mask, int64_t base, uint16_t *at) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -111,9 +111,9 @@ static INLINE double vd_sum(vd a) {
     const __m128d q = _mm_add_pd(_mm256_castpd256_pd128(s), _mm256_extractf128_pd(s, 1));
     return _mm_cvtsd_f64(_mm_add_sd(q, _mm_unpackhi_pd(q, q)));
 }
-static INLINE uint32_t vd_differ(vd a, vd b) {
+static INLINE uint32_t vd_differ(vd a, vd b, const int nan) {
     return (uint32_t)(_mm512_cmpneq_epi64_mask(_mm512_castpd_si512(a), _mm512_castpd_si512(b)) |
-                      _mm512_cmp_pd_mask(b, b, _CMP_UNORD_Q));
+                      (nan ? _mm512_cmp_pd_mask(b, b, _CMP_UNORD_Q) : 0));
 }
 static INLINE uint16_t *vd_index(uint32_t mask, int64_t base, uint16_t *at) { return vf_index(mask, base, at); }
 static INLINE vd vd_put_f64(double *p, vd v) {
