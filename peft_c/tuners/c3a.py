@@ -80,7 +80,8 @@ class C3ALayer(AddRoom):
         return convolve(x.float(), self.c3a_kernel[name].float()) / self.in_features
 
 
-C3ALinear = C3ALayer
+class C3ALinear(C3ALayer):
+    """C3A for nn.Linear."""
 
 
 class C3AModel(RoomModel):
@@ -89,7 +90,7 @@ class C3AModel(RoomModel):
     prefix = "c3a_"
     tuner_layer_cls = C3ALayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_C3A_TARGET_MODULES_MAPPING
-    rooms = {nn.Linear: C3ALayer}
+    rooms = {nn.Linear: C3ALinear}
 
     def settings(self, config: C3AConfig, key: str, base: nn.Module) -> dict[str, Any]:
         return {"block_size": pattern_value(config.block_size_pattern, key, config.block_size)}

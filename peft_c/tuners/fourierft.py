@@ -65,7 +65,8 @@ class FourierFTLayer(AddRoom):
         return (torch.fft.ifft2(dense).real * self.fourierft_scaling[name]).to(spectrum.dtype)
 
 
-FourierFTLinear = FourierFTLayer
+class FourierFTLinear(FourierFTLayer):
+    """FourierFT for nn.Linear and Conv1D."""
 
 
 class FourierFTModel(RoomModel):
@@ -74,7 +75,7 @@ class FourierFTModel(RoomModel):
     prefix = "fourierft_"
     tuner_layer_cls = FourierFTLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING
-    rooms = {nn.Linear: FourierFTLayer, "Conv1D": FourierFTLayer}
+    rooms = {nn.Linear: FourierFTLinear, "Conv1D": FourierFTLinear}
 
     def settings(self, config: FourierFTConfig, key: str, base: nn.Module) -> dict[str, Any]:
         return {"n_frequency": pattern_value(config.n_frequency_pattern, key, config.n_frequency)}

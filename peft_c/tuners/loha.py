@@ -78,7 +78,16 @@ class LoHaLayer(LycorisLayer):
         return (first * second * self.scaling[name]).flatten(1)
 
 
-Linear = Conv1d = Conv2d = LoHaLayer
+class Linear(LoHaLayer):
+    """LoHa for nn.Linear."""
+
+
+class Conv1d(LoHaLayer):
+    """LoHa for nn.Conv1d."""
+
+
+class Conv2d(LoHaLayer):
+    """LoHa for nn.Conv2d."""
 
 
 class LoHaModel(LycorisTuner):
@@ -87,7 +96,7 @@ class LoHaModel(LycorisTuner):
     prefix = "hada_"
     tuner_layer_cls = LoHaLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING
-    rooms = {nn.Conv2d: LoHaLayer, nn.Conv1d: LoHaLayer, nn.Linear: LoHaLayer}
+    rooms = {nn.Conv2d: Conv2d, nn.Conv1d: Conv1d, nn.Linear: Linear}
 
 
 register("loha", LoHaConfig, LoHaModel, prefix="hada_", mixed=True)

@@ -105,7 +105,16 @@ class LoKrLayer(LycorisLayer):
         return (w1 @ (x @ w2.T)).flatten(-2) * self.scaling[name]
 
 
-Linear = Conv1d = Conv2d = LoKrLayer
+class Linear(LoKrLayer):
+    """LoKr for nn.Linear."""
+
+
+class Conv1d(LoKrLayer):
+    """LoKr for nn.Conv1d."""
+
+
+class Conv2d(LoKrLayer):
+    """LoKr for nn.Conv2d."""
 
 
 class LoKrModel(LycorisTuner):
@@ -114,7 +123,7 @@ class LoKrModel(LycorisTuner):
     prefix = "lokr_"
     tuner_layer_cls = LoKrLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING
-    rooms = {nn.Conv2d: LoKrLayer, nn.Conv1d: LoKrLayer, nn.Linear: LoKrLayer}
+    rooms = {nn.Conv2d: Conv2d, nn.Conv1d: Conv1d, nn.Linear: Linear}
 
 
 register("lokr", LoKrConfig, LoKrModel, mixed=True)
