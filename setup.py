@@ -11,7 +11,13 @@ if os.environ.get("PEFT_C_WERROR"):
     flags.append("-Werror")
 link = []
 if os.environ.get("PEFT_C_SANITIZE"):
-    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
+    sanitize = [
+        "-O1",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=undefined",
+        "-fno-omit-frame-pointer",
+        "-g",
+    ]
     flags += sanitize
     link += sanitize
 
