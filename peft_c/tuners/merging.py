@@ -199,10 +199,31 @@ def merge_layers(model: nn.Module, adapter_names: list[str] | None, safe_merge: 
 
 
 def unmerge_layers(model: nn.Module) -> None:
-    """Takes all merged adapters out of all tuner layers, and ties again what merging has untied."""
+    """Takes all merged adapters out of all tuner layers, and ties again what merging has untied.
+
+    The last layer comes first: what two layers did to memory that they share is undone exactly in that order only.
+    """
     (layers,) = _C.find(model, BaseTunerLayer)
-    _apply(layers, lambda layer: layer.unmerge())
+    _apply(reversed(layers), lambda layer: layer.unmerge())
     tie_again(layers)
+
+
+def switch_layers(model: nn.Module, adapter_names: list[str], safe_merge: bool) -> None:
+    """Merges `adapter_names` in place of what is merged, in all tuner layers; all of them or, after an error, none.
+
+    Layers of the methods that merge through `law` read and write their weight once.
+    """
+    (layers,) = _C.find(model, BaseTunerLayer)
+
+    def switch(layer: BaseTunerLayer) -> None:
+        if hasattr(layer, "switch"):
+            layer.switch(adapter_names, safe_merge)
+            return
+        if layer.merged:
+            layer.unmerge()
+        layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    _apply(layers, switch)
 
 
 # --- unload ---

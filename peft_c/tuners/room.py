@@ -40,7 +40,7 @@ from ..utils.peft_types import PeftType, register_peft_method
 from . import law
 from .base_view import BaseView
 from .tuner_layer import BaseTunerLayer, _get_in_out_features, is_transformers_conv1d
-from .tuners_utils import BaseTuner
+from .tuners_utils import BaseTuner, check_adapters_to_merge
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -141,6 +141,7 @@ class Room(nn.Module, BaseTunerLayer):
     """
 
     containers: ClassVar[dict[str, type]] = {}
+    exclusive: ClassVar[bool] = False  # whether only one adapter at a time can act or be merged
     _merge_suspended = False  # see law.suspend
 
     def create(self, name: str, config: Any, **settings: Any) -> None:
@@ -203,6 +204,11 @@ class Room(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         own = self._merge_adapters()
         names = [name for name in self.active_adapters if name in own]
+        if self.exclusive and len(names) > 1:
+            raise ValueError(
+                f"Trying to run forward with {len(names)} active adapters ({', '.join(names)}), but "
+                f"{law.describe(self)} does not allow inference with more than one adapter at a time"
+            )
         return self.adapt(names, x, *args, **kwargs) if names else self.base_layer(x, *args, **kwargs)
 
     def _mixed_forward(self, x: torch.Tensor, rows: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -241,11 +247,25 @@ class Room(nn.Module, BaseTunerLayer):
 
         safe_merge: ValueError if a merged weight is not finite. Nothing has changed when an error is raised.
         """
+        if self.exclusive:
+            adapter_names = check_adapters_to_merge(self, adapter_names)
+            if len(adapter_names) > 1:
+                raise ValueError(
+                    f"Trying to merge {len(adapter_names)} adapters, but {law.describe(self)} does not allow merging "
+                    "more than one adapter at a time"
+                )
+            if adapter_names and self.merged:
+                warnings.warn(f"Already merged with {set(self.merged_adapters)}. Unmerging first.")
+                self.unmerge()
         law.merge(self, safe_merge, adapter_names)
 
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weights, which get their old bits back."""
         law.unmerge(self)
+
+    def switch(self, adapter_names: list[str], safe_merge: bool = False) -> None:
+        """Merge `adapter_names` in place of the adapters that are merged, in one pass where that can be."""
+        law.switch(self, adapter_names, safe_merge)
 
     def __repr__(self) -> str:
         return f"{type(self).__module__.rpartition('.')[2]}.{super().__repr__()}"
@@ -357,6 +377,14 @@ class RoomModel(BaseTuner):
     def settings(self, config: Any, key: str, base: nn.Module) -> dict[str, Any]:
         """What `Room.create` is given for the target called `key` beside the config, such as its rank."""
         return {}
+
+    def finish(self, name: str) -> None:
+        """Called when all layers of the adapter `name` have been created."""
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adds the adapter to the model, see `BaseTuner.inject_adapter`."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self.finish(adapter_name)
 
     def _create_and_replace(
         self,

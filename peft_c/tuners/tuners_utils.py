@@ -31,6 +31,7 @@ from .merging import (  # noqa: F401
     forget_tie_if_diverged,
     merge_layers,
     onload_layer,
+    switch_layers,
     unmerge_layers,
 )
 from .state_keys import (
@@ -424,6 +425,17 @@ class BaseTuner(nn.Module, ABC):
     def unmerge_adapter(self) -> None:
         """Takes all merged adapters out of the base weights."""
         unmerge_layers(self.model)
+
+    def switch_merged_adapter(self, adapter_names: list[str], safe_merge: bool = False) -> None:
+        """Merges `adapter_names` in place of the adapters that are merged, in one pass over the weights.
+
+        The weights get the bits that `unmerge_adapter` and `merge_adapter` would give them. ValueError for an unknown
+        name, and with `safe_merge` for a weight that would not be finite; then nothing has changed.
+        """
+        unknown = [name for name in adapter_names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"Unknown adapters {unknown}; the model has {sorted(self.peft_config)}.")
+        switch_layers(self.model, adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(
         self,
