@@ -15,6 +15,8 @@ The law of a room is the class it derives from:
 |----------|----------------------------------|-------------------------|---------------------------------------------|
 | AddRoom  | `delta(name)`                    | W + delta               | base(x) + term(name, x)                     |
 |          | or `low_rank(name)`              | W + scale * B A         | the same, without building B A              |
+|          | and, where it changes biases,    |                         |                                             |
+|          | `bias_delta(name)`               | b + bias_delta          | part of term(name, x)                       |
 | MapRoom  | `transform(name, weight, bias)`  | what that returns       | the base operation with these weights       |
 |          | and, where it is cheaper,        |                         |                                             |
 |          | `before(name, x)`,               |                         | base(before(x))                             |
@@ -116,6 +118,11 @@ class RoomConfig(PeftConfig):
 
 
 # ------------------------------------------------------------------------------------------------------------- layers
+
+
+def dropout(p: float) -> nn.Module:
+    """Dropout with probability p; nothing if that is 0."""
+    return nn.Dropout(p) if p > 0 else nn.Identity()
 
 
 def weight_view(base: nn.Module, name: str = "weight") -> BaseView:
@@ -231,6 +238,11 @@ class Room(nn.Module, BaseTunerLayer):
 
     # --- merging: see law ---
 
+    def bare_weight(self) -> torch.Tensor:
+        """The base weight without the adapters merged into it, as the matrix (out, in...) that `weight_view` shows."""
+        weight = law.bare_weight(self) if self.merged else None
+        return weight_view(self.get_base_layer()).matrix(self.get_base_weight() if weight is None else weight)
+
     def _merge_adapters(self) -> Iterable[str]:
         """The adapters this layer has parameters for."""
         return self._get_available_adapters()
@@ -272,7 +284,12 @@ class Room(nn.Module, BaseTunerLayer):
 
 
 class AddRoom(Room):
-    """The law ADD: the adapted weight is the base weight plus a delta."""
+    """The law ADD: the adapted weight is the base weight plus a delta, which may depend on `bare_weight`.
+
+    `adds` names what the adapters add to: "weight", "bias" or both.
+    """
+
+    adds: ClassVar[tuple[str, ...]] = ("weight",)
 
     def delta(self, name: str) -> torch.Tensor:
         """The delta of an adapter as the matrix (out, in...) that `weight_view` shows."""
@@ -281,6 +298,14 @@ class AddRoom(Room):
     def low_rank(self, name: str) -> law.LowRank | None:
         """The delta as factors, where it has such; None otherwise."""
         return None
+
+    def bias_delta(self, name: str) -> torch.Tensor:
+        """The delta of the bias, if `adds` names it."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it adds to the bias")
+
+    def term_beside(self, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """`term`, for rooms that can make use of the base layer's output for x."""
+        return self.term(name, x)
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """What the adapter adds to the output for x, which has its parameters' dtype."""
@@ -299,19 +324,23 @@ class AddRoom(Room):
         return (entry if isinstance(entry, torch.Tensor) else next(entry.parameters())).dtype
 
     def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        result = self.base_layer(x, *args, **kwargs)
-        dtype = result.dtype
+        output = result = self.base_layer(x, *args, **kwargs)
         for name in names:
             wanted = self.adapter_dtype(name)
-            result = result + self.term(name, x if wanted is None else self._cast_input_dtype(x, wanted))
-        return result.to(dtype)
+            part = x if wanted is None else self._cast_input_dtype(x, wanted)
+            result = result + self.term_beside(name, part, output)
+        return result.to(output.dtype)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What merging `adapter` adds to the base weight: a tensor of its shape."""
         return weight_view(self.get_base_layer()).restore(self.delta(adapter))
 
     def _merge_changes(self, name: str) -> dict[str, law.Change]:
-        return {"weight": self.low_rank(name) or (lambda: self.get_delta_weight(name))}
+        def weight() -> law.Change:
+            return self.low_rank(name) or (lambda: self.get_delta_weight(name))
+
+        changes = {"weight": weight, "bias": lambda: lambda: self.bias_delta(name)}
+        return {label: changes[label]() for label in self.adds if label in self._merge_targets()}
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
@@ -370,9 +399,11 @@ class RoomModel(BaseTuner):
     """Injects the rooms of one method.
 
     `rooms`: base layer class, or "Conv1D" for transformers' -> Room, the first that fits.
+    `unsupported`: what is raised for any other target.
     """
 
     rooms: ClassVar[dict[type | str, type[Room]]]
+    unsupported: ClassVar[type[Exception]] = TypeError
 
     def settings(self, config: Any, key: str, base: nn.Module) -> dict[str, Any]:
         """What `Room.create` is given for the target called `key` beside the config, such as its rank."""
@@ -424,7 +455,7 @@ class RoomModel(BaseTuner):
                 f"`{'transformers.pytorch_utils.Conv1D' if kind == 'Conv1D' else f'torch.nn.{kind.__name__}'}`"
                 for kind in self.rooms
             )
-            raise TypeError(f"Target module {target} is not supported. Currently, only {known} are supported.")
+            raise self.unsupported(f"Target module {target} is not supported. Currently, only {known} are supported.")
         if hasattr(config, "fan_in_fan_out") and config.fan_in_fan_out != is_transformers_conv1d(base):
             warnings.warn(
                 f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module is "
