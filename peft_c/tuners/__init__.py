@@ -9,8 +9,12 @@ from typing import Any
 # package: its public names. A new tuner adds one row.
 _NAMES: dict[str, str] = {
     "c3a": "C3AConfig C3AModel",
+    "delora": "DeloraConfig DeloraModel",
     "fourierft": "FourierFTConfig FourierFTModel",
+    "gralora": "GraloraConfig GraloraModel",
     "hra": "HRAConfig HRAModel",
+    "ia3": "IA3Config IA3Model",
+    "ln_tuning": "LNTuningConfig LNTuningModel",
     "loha": "LoHaConfig LoHaModel",
     "lokr": "LoKrConfig LoKrModel",
     "lora": """
