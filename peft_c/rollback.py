@@ -12,35 +12,52 @@ from torch import nn
 from . import _C
 
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, set})
+_LARGE = 16
 
 
-def _affected(model: nn.Module) -> list[nn.Module]:
-    """The modules that adding an adapter may change: all, except what belongs to one adapter that exists already."""
+def _affected(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
+    """The modules that adding an adapter may change: all, except what belongs to one adapter that exists already.
+    With each: whether its dicts have one entry an adapter, so that adding one only appends to them."""
     from .tuners.tuners_utils import BaseTunerLayer
 
     modules, layers = _C.find(model, nn.Module, BaseTunerLayer)  # without the layers' containers of adapters
-    known = set(map(id, modules))
-    children = (child for layer in layers for child in layer._modules.values() if child is not None)
-    return modules + [child for child in children if id(child) not in known]
+    known, tuned = set(map(id, modules)), set(map(id, layers))
+    for module in modules:
+        yield module, id(module) in tuned
+    for layer in layers:
+        for child in layer._modules.values():
+            if child is not None and id(child) not in known:
+                yield child, True
 
 
-def _refill(container: dict | list | set, content: dict | list | set | tuple) -> None:
+def _content(container: dict | list | set, appended_to: bool) -> dict | list | set | tuple | int:
+    """What `_refill` needs: a copy or, for a large dict that is only appended to, its length."""
+    if appended_to and len(container) > _LARGE and isinstance(container, dict):
+        return len(container)
+    return container.copy() if container else ()
+
+
+def _refill(container: dict | list | set, content: dict | list | set | tuple | int) -> None:
+    if isinstance(content, int):
+        while len(container) > content:
+            container.popitem()
+        return
     container.clear()
     (container.extend if isinstance(container, list) else container.update)(content)
 
 
 class _Snapshot:
     """The attributes of every module, containers among them copied one level deep, and which storage each parameter
-    has. No weight is copied; weights overwritten in place are not undone."""
+    has. No weight is copied; weights overwritten in place are not undone. Many adapters cost no more than a few."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = []
         self.parameters = []
-        for module in _affected(model):
+        for module, per_adapter in _affected(model):
             attributes = dict(module.__dict__)
-            containers = [(v, v.copy() if v else ()) for v in attributes.values() if type(v) in _CONTAINERS]
+            containers = [(v, _content(v, per_adapter)) for v in attributes.values() if type(v) in _CONTAINERS]
             self.modules.append((module, attributes, containers))
-            for param in module._parameters.values():
+            for param in () if per_adapter and len(module._parameters) > _LARGE else module._parameters.values():
                 if param is not None:
                     data = param.data if type(param) is nn.Parameter else None
                     self.parameters.append((param, param.requires_grad, data))
