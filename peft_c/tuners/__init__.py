@@ -23,6 +23,7 @@ _NAMES: dict[str, str] = {
         initialize_lora_eva_weights preprocess_loraga save_as_lora
         """,
     "mixed": "MixedModel",
+    "oft": "OFTConfig OFTModel",
     "trainable_tokens": "TrainableTokensConfig TrainableTokensModel",
 }
 _HOME = {name: package for package, names in _NAMES.items() for name in names.split()}

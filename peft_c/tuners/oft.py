@@ -1,0 +1,231 @@
+"""OFT, orthogonal fine-tuning: blocks of the inputs are rotated (https://arxiv.org/abs/2306.07280, 2506.19847)."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..utils.constants import TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING
+from .room import MapRoom, RoomConfig, RoomModel, option, register, shared
+
+
+@dataclass
+class OFTConfig(RoomConfig):
+    """Options of OFT. ValueError unless exactly one of `r` and `oft_block_size` is given."""
+
+    method = "oft"
+
+    r: int = option(0, "Number of blocks in a layer, in place of their size.")
+    oft_block_size: int = option(32, "Size of the blocks; a size that does not divide a layer's inputs is adjusted.")
+    module_dropout: float = option(
+        0.0, "Probability of leaving a block unrotated in training; has no effect, as in PEFT."
+    )
+    target_modules: list[str] | str | None = shared("target_modules")
+    fan_in_fan_out: bool = shared("fan_in_fan_out")
+    bias: Literal["none", "all", "oft_only"] = shared("bias")
+    exclude_modules: list[str] | str | None = shared("exclude_modules")
+    init_weights: bool = shared("init_weights")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
+    modules_to_save: list[str] | None = shared("modules_to_save")
+    coft: bool = option(False, "Whether to keep the rotations near the identity (constrained OFT).")
+    eps: float = option(6e-5, "How near, with `coft`: the greatest norm of all blocks' generators.")
+    block_share: bool = option(False, "Whether all blocks of a layer share one rotation.")
+    use_cayley_neumann: bool = option(True, "Whether the Cayley transform's inverse is a truncated series.")
+    num_cayley_neumann_terms: int = option(5, "Number of terms of this series; more are nearer to a rotation.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.r) == bool(self.oft_block_size):
+            how = "You can only specify either" if self.r else "Either"
+            raise ValueError(
+                f"{how} `r` or `oft_block_size` must be non-zero, but not both: r x oft_block_size is the input size. "
+                f"Currently, r = {self.r} and oft_block_size = {self.oft_block_size}."
+            )
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Refuse the files of PEFT before 0.14 (ValueError); warn about another series in those before 0.18."""
+        if "oft_block_size" not in kwargs:
+            raise ValueError(
+                "OFT has been updated since PEFT 0.14.0: adapter weights of older versions do not fit the present "
+                "ones. Train the adapter again, or use PEFT 0.13.0."
+            )
+        if kwargs.get("use_cayley_neumann", False):
+            version = kwargs.get("peft_version", "0.0.0").partition("@")[0]
+            if tuple(int(part) for part in version.split(".")[:2]) < (0, 18):
+                warnings.warn(
+                    "The cayley-neumann parameterization has been slightly changed to be more numerically stable in "
+                    "PEFT 0.18.0. Train the adapter again, or use PEFT 0.17.0 with this file."
+                )
+        return super().check_kwargs(**kwargs)
+
+
+class OFTRotationModule(nn.Module):
+    """Rotations of `r` blocks of size b, by the Cayley transform of skew-symmetric matrices Q: (I - Q)(I + Q)^-1.
+
+    `weight` (r, b (b - 1) / 2) are the elements of Q above its diagonal; r is 1 for shared blocks.
+    """
+
+    def __init__(self, blocks: int, block_size: int, config: OFTConfig) -> None:
+        super().__init__()
+        self.r, self.block_size, self.block_share = blocks, block_size, config.block_share
+        self.coft, self.eps = config.coft, config.eps
+        self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
+        self.weight = nn.Parameter(torch.zeros(blocks, block_size * (block_size - 1) // 2))
+        rows, cols = torch.triu_indices(block_size, block_size, 1)
+        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("cols", cols, persistent=False)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Shrink the generators whose norm is above eps / sqrt(r)."""
+        bound = self.eps / self.r**0.5
+        norms = self.weight.norm(dim=1, keepdim=True) * 2**0.5  # Q has every element twice
+        self.weight.copy_(torch.where(norms <= bound, self.weight, self.weight * (bound / norms)))
+
+    def rotations(self) -> torch.Tensor:
+        """The blocks (r, b, b)."""
+        if self.coft:
+            self.project()
+        size, weight = self.block_size, self.weight
+        upper = weight.new_zeros(self.r, size, size)
+        upper[:, self.rows, self.cols] = weight
+        skew = upper - upper.mT
+        if self.terms is None:
+            eye = torch.eye(size, device=skew.device)
+            return torch.linalg.solve(eye + skew, eye - skew, left=False).to(weight.dtype)
+        result = torch.eye(size, device=skew.device, dtype=weight.dtype).repeat(self.r, 1, 1)
+        if self.terms > 1:
+            result = result + 2 * skew
+        power, terms = skew, max(self.terms, 4) if self.terms > 2 else 0
+        for degree in range(2, terms):  # 1 + 2 Q + 2 Q^2 + ... + Q^(terms - 1)
+            power = torch.bmm(power, skew)
+            result = result + (2 * power if degree < terms - 1 else power)
+        return result
+
+    def forward(self, x: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+        """x (..., r b), each block multiplied by its rotation from the right."""
+        rotations = self.rotations()
+        rotations = rotations.mT if transposed else rotations
+        blocks = x.to(rotations.dtype).unflatten(-1, (-1, self.block_size))
+        if self.block_share:
+            return (blocks @ rotations[0]).flatten(-2)
+        return torch.einsum("...rk,rkc->...rc", blocks, rotations).flatten(-2)
+
+
+def nearest_divisor(size: int, wanted: int) -> int:
+    """The divisor of `size` nearest to `wanted`, the smaller one of two."""
+    return min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: (abs(n - wanted), n))
+
+
+class OFTLayer(MapRoom):
+    """W R^T with a block diagonal rotation R (in, in); for convolutions `in` counts the kernel's elements, too."""
+
+    adapter_layer_names = ("oft_R", "oft_embedding_R")
+    other_param_names = ("r", "oft_block_size", "oft_dropout")
+    containers = {"oft_R": nn.ModuleDict, "oft_embedding_R": nn.ModuleDict}
+    home = "oft_R"
+
+    def create(self, name: str, config: OFTConfig) -> None:
+        base = self.get_base_layer()
+        if getattr(base, "dilation", (1,))[0] > 1:
+            raise ValueError(f"{type(base).__name__} with dilation > 1 is not supported by OFT.")
+        size = self.rotated_size()
+        given = "r" if config.r else "oft_block_size"
+        value = nearest_divisor(size, getattr(config, given))
+        if value != getattr(config, given):
+            warnings.warn(f"Invalid `{given}` ({getattr(config, given)})! Adjusted `{given}` to ({value}).")
+        blocks, block_size = (value, size // value) if config.r else (size // value, value)
+        rotation = OFTRotationModule(1 if config.block_share else blocks, block_size, config)
+        if config.init_weights is False:
+            nn.init.normal_(rotation.weight, mean=0.0, std=0.1)
+        elif config.init_weights is not True:
+            raise ValueError(f"Unknown initialization init_weights={config.init_weights!r}: give True or False.")
+        getattr(self, self.home)[name] = rotation
+        self.r[name], self.oft_block_size[name], self.oft_dropout[name] = blocks, block_size, config.module_dropout
+
+    def rotated_size(self) -> int:
+        """Length of the vectors that are rotated."""
+        base = self.get_base_layer()
+        return base.weight[0].numel() if isinstance(base, nn.Conv2d) else self.in_features
+
+    def rotate(self, name: str, x: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+        rotation = getattr(self, self.home)[name]
+        return rotation(self._cast_input_dtype(x, rotation.weight.dtype), transposed)
+
+    def transform(self, name: str, weight: torch.Tensor, bias: Any) -> tuple[torch.Tensor, Any]:
+        return self.rotate(name, weight, transposed=True), bias
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """R, a matrix (in, in)."""
+        rotation = getattr(self, self.home)[adapter]
+        repeats = self.r[adapter] if rotation.block_share else 1
+        return torch.block_diag(*rotation.rotations().repeat(repeats, 1, 1))
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """OFT has no scale: warns."""
+        warnings.warn("Scaling operation for OFT not supported! Automatically set scale to 1.")
+
+    def scale_layer(self, scale: float) -> None:
+        """OFT has no scale: warns."""
+        if scale != 1:
+            self.set_scale("", scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """OFT has no scale: warns."""
+        warnings.warn("Unscaling operation for OFT not supported! Keeping scale to 1.")
+
+
+class Linear(OFTLayer):
+    """OFT for nn.Linear: x R goes into the base layer."""
+
+    def before(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return self.rotate(name, x)
+
+
+class Conv2d(OFTLayer):
+    """OFT for nn.Conv2d: the kernel is rotated, which is to rotate the patches that it sees."""
+
+
+class Embedding(OFTLayer):
+    """OFT for nn.Embedding: W R, the embedded vectors are rotated."""
+
+    home = "oft_embedding_R"
+
+    def prepare(self, base: nn.Module, config: OFTConfig) -> None:
+        self.out_features, self.in_features = base.num_embeddings, base.embedding_dim
+
+    def transform(self, name: str, weight: torch.Tensor, bias: Any) -> tuple[torch.Tensor, Any]:
+        return self.rotate(name, weight), bias
+
+    def after(self, name: str, y: torch.Tensor) -> torch.Tensor:
+        return self.rotate(name, y)
+
+
+class OFTModel(RoomModel):
+    """Injects OFT."""
+
+    prefix = "oft_"
+    tuner_layer_cls = OFTLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING
+    rooms = {nn.Linear: Linear, nn.Conv2d: Conv2d, nn.Embedding: Embedding}
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        if getattr(self.model, "quantization_method", None) == "gptq":
+            raise ValueError("Cannot merge OFT layers when the model is gptq quantized")
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model: Any, config: Any, adapter_name: str, state_dict: Any) -> Any:
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        if any(".oft_r." in key for key in state_dict):
+            raise ValueError("This is an OFT adapter of PEFT <= 0.15.2, which does not fit; train a new one.")
+        return state_dict
+
+
+register("oft", OFTConfig, OFTModel)
