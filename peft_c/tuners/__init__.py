@@ -11,6 +11,7 @@ _NAMES: dict[str, str] = {
     "c3a": "C3AConfig C3AModel",
     "delora": "DeloraConfig DeloraModel",
     "fourierft": "FourierFTConfig FourierFTModel",
+    "frod": "FrodConfig FrodModel",
     "gralora": "GraloraConfig GraloraModel",
     "hra": "HRAConfig HRAModel",
     "ia3": "IA3Config IA3Model",
@@ -24,7 +25,14 @@ _NAMES: dict[str, str] = {
         """,
     "mixed": "MixedModel",
     "oft": "OFTConfig OFTModel",
+    "pvera": "PveraConfig PveraModel",
+    "randlora": "RandLoraConfig RandLoraModel",
+    "tinylora": "TinyLoraConfig TinyLoraModel",
     "trainable_tokens": "TrainableTokensConfig TrainableTokensModel",
+    "waveft": "WaveFTConfig WaveFTModel",
+    "unilora": "UniLoraConfig UniLoraModel",
+    "vblora": "VBLoRAConfig VBLoRAModel",
+    "vera": "VeraConfig VeraModel",
 }
 _HOME = {name: package for package, names in _NAMES.items() for name in names.split()}
 
