@@ -8,6 +8,7 @@ from typing import Any
 
 # package: its public names. A new tuner adds one row.
 _NAMES: dict[str, str] = {
+    "boft": "BOFTConfig BOFTModel",
     "c3a": "C3AConfig C3AModel",
     "delora": "DeloraConfig DeloraModel",
     "fourierft": "FourierFTConfig FourierFTModel",

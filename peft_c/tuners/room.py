@@ -358,28 +358,31 @@ class MapRoom(Room):
     before: ClassVar[Any] = None  # before(name, x): the input with which the base layer gives the adapted output
     after: ClassVar[Any] = None  # after(name, y): the adapted output, from the base layer's
 
-    def transformed(self, names: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The weight and bias that the base layer would have if `names` were merged."""
+    def transform_in_forward(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+        """`transform` as the forward needs it, where that differs: with dropout."""
+        return self.transform(name, weight, bias)
+
+    def transformed(self, names: Iterable[str], forward: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weight and bias that the base layer would have if `names` were merged, or has in a forward."""
+        transform = self.transform_in_forward if forward else self.transform
         base = self.get_base_layer()
         view, weight, bias = weight_view(base), self.get_base_weight(), getattr(base, "bias", None)
         matrix = view.matrix(weight)
         for name in names:
-            matrix, bias = self.transform(name, matrix, bias)
+            matrix, bias = transform(name, matrix, bias)
         return view.restore(matrix, weight.shape), bias
 
     def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.before is not None:
+        if self.before is not None or self.after is not None:
             dtype = x.dtype
-            for name in reversed(names):
+            for name in reversed(names) if self.before is not None else ():
                 x = self.before(name, x)
-            return self.base_layer(x.to(dtype), *args, **kwargs)
-        if self.after is not None:
-            result = self.base_layer(x, *args, **kwargs)
+            result = self.base_layer(x.to(dtype), *args, **kwargs)
             dtype = result.dtype
-            for name in names:
+            for name in names if self.after is not None else ():
                 result = self.after(name, result)
             return result.to(dtype)
-        weight, bias = self.transformed(names)
+        weight, bias = self.transformed(names, forward=True)
         dtype = x.dtype
         bias = self._cast_input_dtype(bias, weight.dtype)
         return apply_weight(self.get_base_layer(), self._cast_input_dtype(x, weight.dtype), weight, bias).to(dtype)
