@@ -28,6 +28,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -407,6 +408,15 @@ class RoomModel(BaseTuner):
 
     rooms: ClassVar[dict[type | str, type[Room]]]
     unsupported: ClassVar[type[Exception]] = TypeError
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        """Context of one forward (or generate) call with an adapter for each sample, `adapter_names`."""
+        if kwargs.get("adapter_names") is None:
+            return nullcontext()
+        from .lora.batch_hooks import per_call_arguments
+
+        beams = kwargs.get("num_beams")
+        return per_call_arguments(self, adapter_names=kwargs["adapter_names"], alora_offsets=None, num_beams=beams)
 
     def settings(self, config: Any, key: str, base: nn.Module) -> dict[str, Any]:
         """What `Room.create` is given for the target called `key` beside the config, such as its rank."""

@@ -14,6 +14,7 @@ from torch import nn
 
 from ...import_utils import loaded
 from ...utils.aux_wrappers import AuxiliaryTrainingWrapper
+from ..tuner_layer import BaseTunerLayer
 from .layer import LoraLayer
 
 # where a layer with gradient checkpointing keeps the handles that live until its backward is done
@@ -34,8 +35,8 @@ def _get_encoder(model: nn.Module) -> nn.Module | None:
 def _adapters_on(layers: list[nn.Module]) -> set[str]:
     names: set[str] = set()
     for layer in layers:
-        if isinstance(layer, LoraLayer):
-            names.update(layer.lora_A.keys(), layer.lora_embedding_A.keys())
+        if isinstance(layer, BaseTunerLayer):
+            names.update(layer._all_available_adapter_names())
     return names
 
 
@@ -54,10 +55,10 @@ def _check_adapter_names(adapter_names: Any, layers: list[nn.Module], training: 
 def per_call_arguments(
     tuner: nn.Module, *, adapter_names: list[str] | None, alora_offsets: list[int] | None, num_beams: Any
 ) -> Iterator[None]:
-    """Within the context every LoRA layer (and auxiliary wrapper) of `tuner` gets the arguments given.
+    """Within the context every layer (and auxiliary wrapper) of `tuner` gets the arguments given.
 
     Args:
-        tuner: The `LoraModel`.
+        tuner: The `LoraModel`, or that of another method whose layers take `adapter_names`.
         adapter_names: The adapter of each sample, "__base__" for none. With beam search (`num_beams` > 1) each name
             counts for that many rows, except in the encoder of an encoder-decoder model.
         alora_offsets: For activated LoRA: from which token on, counted from the end, each sample is adapted.
@@ -68,7 +69,8 @@ def per_call_arguments(
         TypeError: if `adapter_names` is no list.
     """
     beams = num_beams if isinstance(num_beams, int) and num_beams > 1 else 1
-    layers = [module for module in tuner.modules() if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper))]
+    kinds = (tuner.tuner_layer_cls, AuxiliaryTrainingWrapper)
+    layers = [module for module in tuner.modules() if isinstance(module, kinds)]
     if adapter_names is not None:
         _check_adapter_names(adapter_names, layers, tuner.training)
     if alora_offsets is not None and beams > 1:
@@ -91,7 +93,7 @@ def per_call_arguments(
                 give(layer, adapter_names=names)
             encoder = _get_encoder(tuner.model) if beams > 1 else None
             for layer in encoder.modules() if encoder is not None else ():
-                if isinstance(layer, (LoraLayer, AuxiliaryTrainingWrapper)):
+                if isinstance(layer, kinds):
                     give(layer, adapter_names=list(adapter_names))  # runs last, so it wins
         yield
 
