@@ -14,6 +14,7 @@ _NAMES: dict[str, str] = {
     "fourierft": "FourierFTConfig FourierFTModel",
     "frod": "FrodConfig FrodModel",
     "gralora": "GraloraConfig GraloraModel",
+    "hira": "HiraConfig HiraModel",
     "hra": "HRAConfig HRAModel",
     "ia3": "IA3Config IA3Model",
     "ln_tuning": "LNTuningConfig LNTuningModel",
@@ -24,6 +25,7 @@ _NAMES: dict[str, str] = {
         MontecloraConfig VeloraConfig convert_to_lora create_arrow_model get_eva_state_dict
         initialize_lora_eva_weights preprocess_loraga save_as_lora
         """,
+    "miss": "MissConfig MissModel",
     "mixed": "MixedModel",
     "oft": "OFTConfig OFTModel",
     "pvera": "PveraConfig PveraModel",

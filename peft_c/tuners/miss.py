@@ -1,0 +1,118 @@
+"""MiSS, matrix shard sharing: the delta repeats one small block along the input (https://arxiv.org/abs/2409.15371)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..utils.constants import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
+from .law import LowRank
+from .room import AddRoom, RoomConfig, RoomModel, dropout, option, register, shared
+from .shared_room import wide
+
+
+@dataclass
+class MissConfig(RoomConfig):
+    """Options of MiSS."""
+
+    method = "miss"
+
+    r: int = option(64, "Rank: the number of input features that a block covers.")
+    miss_dropout: float = option(0.0, "Dropout probability of the adapter's input; not used by 'bat'.")
+    mini_r: int = option(1, "With 'mini': number of output features that a block covers; has to divide them.")
+    target_modules: list[str] | str | None = shared("target_modules")
+    exclude_modules: list[str] | str | None = shared("exclude_modules")
+    init_weights: bool | Literal["bat", "mini"] = option(
+        True, "Form of the delta, starting at zero: True, 'bat' or 'mini'; False: that of True, starting at random."
+    )
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: str | None = shared("layers_pattern")
+    bias: str = shared("bias")
+    modules_to_save: list[str] | None = shared("modules_to_save")
+
+
+class MissLayer(AddRoom):
+    """MiSS for nn.Linear: block D (r, out), which 'mini' stores as (r, mini_r) and repeats along the output.
+
+    delta[o, i] = D[i mod r, o]. 'bat' has D (out / r, r, r) instead: with the base weight cut into r x r blocks W_oi,
+    those of the delta are W_oi D_o + D_o. Several active 'bat' adapters all refer to the base weight.
+    """
+
+    adapter_layer_names = ("miss_block",)
+    other_param_names = ("miss_r", "miss_dropout", "miss_mini_r", "miss_fn")
+    containers = {"miss_dropout": nn.ModuleDict}
+
+    def create(self, name: str, config: MissConfig) -> None:
+        r, mini_r, form = config.r, config.mini_r, config.init_weights
+        if r <= 0:
+            raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
+        if r > self.in_features:
+            raise ValueError(f"`r` ({r}) must be less than or equal to in_features ({self.in_features})")
+        if form == "bat" and (self.in_features % r or self.out_features % r):
+            raise ValueError("The weight matrix must be fully divisible into [r, r] blocks.")
+        if form == "mini" and self.out_features % mini_r:
+            raise ValueError(f"mini_r ({mini_r}) has to divide out_features ({self.out_features}).")
+        self.miss_r[name], self.miss_mini_r[name], self.miss_fn[name] = r, mini_r, form
+        self.miss_dropout[name] = dropout(config.miss_dropout)
+        shapes = {"bat": (self.out_features // r, r, r), "mini": (r, mini_r)}
+        block = torch.zeros(shapes.get(form, (r, self.out_features)))
+        if not form:
+            nn.init.kaiming_uniform_(block, a=math.sqrt(5))
+        self.miss_block[name] = nn.Parameter(block)
+
+    def block(self, name: str) -> torch.Tensor:
+        """D (r, out)."""
+        block = self.miss_block[name]
+        return block.repeat(1, self.out_features // block.shape[1]) if self.miss_fn[name] == "mini" else block
+
+    def low_rank(self, name: str) -> LowRank | None:
+        if self.miss_fn[name] == "bat":
+            return None
+        block, r = self.block(name), self.miss_r[name]
+        repeated = torch.eye(r, dtype=block.dtype, device=block.device).repeat(1, -(-self.in_features // r))
+        return LowRank(repeated[:, : self.in_features], block.T, 1.0)
+
+    def delta(self, name: str) -> torch.Tensor:
+        if self.miss_fn[name] != "bat":
+            return super().delta(name)
+        block, r = wide(self.miss_block[name]), self.miss_r[name]
+        weight = self.bare_weight().to(block.dtype).view(-1, r, self.in_features // r, r)
+        delta = torch.einsum("oaib,obc->oaic", weight, block) + block.unsqueeze(2)
+        return delta.reshape(self.out_features, self.in_features).to(self.miss_block[name].dtype)
+
+    def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        if self.miss_fn[name] == "bat":
+            return super().term(name, x)
+        r = self.miss_r[name]
+        x = F.pad(self.miss_dropout[name](x), (0, -x.shape[-1] % r))
+        return x.unflatten(-1, (-1, r)).sum(-2) @ self.block(name)
+
+    def scale_layer(self, scale: float) -> None:
+        """MiSS has no scale: warns."""
+        if scale != 1:
+            warnings.warn("Scaling operation for MiSS not supported! Automatically set scale to 1.")
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """MiSS has no scale: warns."""
+        warnings.warn("Unscaling operation for MiSS not supported! Keeping scale at 1.")
+
+
+MissLinear = MissLayer
+
+
+class MissModel(RoomModel):
+    """Injects MiSS."""
+
+    prefix = "miss_"
+    tuner_layer_cls = MissLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
+    rooms = {nn.Linear: MissLayer}
+
+
+register("miss", MissConfig, MissModel)
