@@ -150,6 +150,7 @@ class Room(nn.Module, BaseTunerLayer):
 
     containers: ClassVar[dict[str, type]] = {}
     exclusive: ClassVar[bool] = False  # whether only one adapter at a time can act or be merged
+    adapter_kwargs: ClassVar[tuple[str, ...]] = ()  # keyword arguments of forward for `adapt`, not for the base layer
     _merge_suspended = False  # see law.suspend
 
     def create(self, name: str, config: Any, **settings: Any) -> None:
@@ -202,6 +203,7 @@ class Room(nn.Module, BaseTunerLayer):
         With disabled adapters the output is the base layer's, merged or not. Other arguments go to the base layer.
         """
         rows = kwargs.pop("adapter_names", None)
+        own_kwargs = {key: kwargs.pop(key) for key in self.adapter_kwargs if key in kwargs}
         if self.disable_adapters:
             law.suspend(self)
             return self.base_layer(x, *args, **kwargs)
@@ -217,7 +219,7 @@ class Room(nn.Module, BaseTunerLayer):
                 f"Trying to run forward with {len(names)} active adapters ({', '.join(names)}), but "
                 f"{law.describe(self)} does not allow inference with more than one adapter at a time"
             )
-        return self.adapt(names, x, *args, **kwargs) if names else self.base_layer(x, *args, **kwargs)
+        return self.adapt(names, x, *args, **kwargs, **own_kwargs) if names else self.base_layer(x, *args, **kwargs)
 
     def _mixed_forward(self, x: torch.Tensor, rows: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         if len(x) != len(rows):
@@ -403,11 +405,11 @@ class RoomModel(BaseTuner):
     """Injects the rooms of one method.
 
     `rooms`: base layer class, or "Conv1D" for transformers' -> Room, the first that fits.
-    `unsupported`: what is raised for any other target.
+    `unsupported`: what is raised for any other target; None: it is left as it is.
     """
 
     rooms: ClassVar[dict[type | str, type[Room]]]
-    unsupported: ClassVar[type[Exception]] = TypeError
+    unsupported: ClassVar[type[Exception] | None] = TypeError
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """Context of one forward (or generate) call with an adapter for each sample, `adapter_names`."""
@@ -421,6 +423,10 @@ class RoomModel(BaseTuner):
     def settings(self, config: Any, key: str, base: nn.Module) -> dict[str, Any]:
         """What `Room.create` is given for the target called `key` beside the config, such as its rank."""
         return {}
+
+    def settings_of(self, name: str, config: Any, key: str, base: nn.Module) -> dict[str, Any]:
+        """`settings`, for methods in which they depend on the adapter's name."""
+        return self.settings(config, key, base)
 
     def finish(self, name: str) -> None:
         """Called when all layers of the adapter `name` have been created."""
@@ -443,7 +449,9 @@ class RoomModel(BaseTuner):
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        settings = self.settings(config, current_key, base)
+        if self.unsupported is None and self.room_for(base) is None:
+            return
+        settings = self.settings_of(adapter_name, config, current_key, base)
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, config=config, **settings)
             return
@@ -479,11 +487,17 @@ class RoomModel(BaseTuner):
 
 
 def register(
-    name: str, config: type[PeftConfig], model: type[BaseTuner], prefix: str | None = None, mixed: bool = False
+    name: str,
+    config: type[PeftConfig],
+    model: type[BaseTuner],
+    prefix: str | None = None,
+    mixed: bool = False,
+    parts: tuple[str, ...] = (),
 ) -> None:
-    """Register a room's method, and let PEFT's paths (`<method>.config`, `.layer`, `.model`) lead to its module."""
+    """Register a room's method, and let PEFT's paths (`<method>.config`, `.layer`, `.model`, and those named by
+    `parts`) lead to its module."""
     module = sys.modules[config.__module__]
-    for part in ("config", "layer", "model"):
+    for part in ("config", "layer", "model", *parts):
         sys.modules.setdefault(f"{module.__name__}.{part}", module)
         if not hasattr(module, part):
             setattr(module, part, module)
