@@ -1,0 +1,179 @@
+"""SHiRA, sparse high-rank adaptation: some elements of the weight are trained (https://arxiv.org/abs/2406.13175)."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..utils.constants import TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING
+from .room import AddRoom, RoomConfig, RoomModel, option, register, shared
+from .tuner_layer import _get_in_out_features
+
+# safetensors on Windows fails to write integers
+_SAVED_INDICES = torch.float32 if sys.platform == "win32" else torch.int
+
+
+def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, **kwargs: Any) -> torch.Tensor:
+    """A mask (out, in) with r * (in + out) elements True, drawn by a generator of its own."""
+    n, m = _get_in_out_features(base_layer)
+    generator = torch.Generator()
+    if random_seed is not None:
+        generator.manual_seed(random_seed)
+    chosen = torch.randperm(m * n, generator=generator)[: r * (m + n)]
+    mask = torch.zeros(m * n, dtype=torch.bool)
+    mask[chosen] = True
+    return mask.view(m, n).to(base_layer.weight.device)
+
+
+@dataclass
+class ShiraConfig(RoomConfig):
+    """Options of SHiRA.
+
+    The attribute `mask_fn(base_layer, r, **kwargs)`, which may be set, returns the mask of the trained elements: a
+    tensor like the weight, of r * (in + out) ones and else zeros. It is not saved; the elements' indices are.
+    """
+
+    method = "shira"
+
+    r: int = option(
+        32, "A layer gets as many parameters as a LoRA of this rank, r * (in + out); no bound on the rank."
+    )
+    mask_type: Literal["random"] = option("random", "How elements are chosen; any other value: set `mask_fn`.")
+    random_seed: int | None = option(None, "Seed of the random mask.")
+    target_modules: list[str] | str | None = shared("target_modules")
+    fan_in_fan_out: bool = shared("fan_in_fan_out")
+    init_weights: bool = shared("init_weights")
+    modules_to_save: list[str] | None = shared("modules_to_save")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.mask_fn = random_mask if self.mask_type == "random" else None
+        if self.mask_fn is None and not self.inference_mode:
+            warnings.warn(
+                f"Argument self.mask_type={self.mask_type!r} is not recognized, please supply your own masking "
+                "function by calling `config.mask_fn = my_mask_fn`."
+            )
+
+
+@functools.cache
+def _warn_once_about_module_hooks() -> None:
+    warnings.warn(
+        "One of the base layers adapted with ShiRA has forward or backward hooks. They are called, for which the "
+        "output is computed in a slower way; if possible set them on the adapted layer instead."
+    )
+
+
+class ShiraLayer(AddRoom):
+    """W + S, where S has `shira_weight` (nnz) times the scale at `shira_indices` (2, nnz: rows, columns)."""
+
+    adapter_layer_names = ("shira_weight",)
+    other_param_names = ("r", "scaling", "shira_indices")
+
+    def create(self, name: str, config: ShiraConfig) -> None:
+        base, r = self.get_base_layer(), config.r
+        if r <= 0:
+            raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
+        size = r * (self.in_features + self.out_features)
+        if size > self.in_features * self.out_features:
+            raise ValueError(
+                f"The set rank {r} results in more shira params than the total number of params in the base layer "
+                f"{self.in_features * self.out_features} and this is not allowed."
+            )
+        self.r[name], self.scaling[name] = r, 1.0
+        if config.mask_fn is not None:
+            options = {"random_seed": config.random_seed} if config.mask_type == "random" else {}
+            mask = config.mask_fn(base, r, bias=getattr(base, "bias", None) is not None, **options)
+            indices = torch.stack(torch.where(mask == 1.0)).to(torch.int)
+            if indices.shape[1] != size:
+                raise ValueError(
+                    f"The SHiRA indices and weights are not the same dimensions for adapter {name} in layer {base}: "
+                    f"the mask has {indices.shape[1]} ones, r * (in + out) is {size}."
+                )
+            self.shira_indices[name] = indices
+        self.shira_weight[name] = nn.Parameter(torch.zeros(size) if config.init_weights else torch.randn(size))
+
+    def elements(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows, columns and values of S, each (nnz)."""
+        values = self.shira_weight[name] * self.scaling[name]
+        self.shira_indices[name] = self.shira_indices[name].to(values.device)
+        return *self.shira_indices[name], values
+
+    def add_to(self, weight: torch.Tensor, name: str) -> torch.Tensor:
+        rows, columns, values = self.elements(name)
+        return weight.index_put((rows, columns), values.to(weight.dtype), accumulate=True)
+
+    def delta(self, name: str) -> torch.Tensor:
+        return self.add_to(self.shira_weight[name].new_zeros(self.out_features, self.in_features), name)
+
+    def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        rows, columns, values = self.elements(name)
+        if self.is_cheap(name, x):
+            result = values.new_zeros(*x.shape[:-1], self.out_features)
+            return result.index_add(-1, rows, x[..., columns] * values)
+        return F.linear(x, self.delta(name))
+
+    def is_cheap(self, name: str, x: torch.Tensor) -> bool:
+        """Whether S x by elements takes less than a weight with S in it."""
+        return x.numel() // x.shape[-1] * self.shira_weight[name].numel() <= self.in_features * self.out_features // 8
+
+    def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        base = self.base_layer
+        hooked = any((base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks))
+        if hooked:
+            _warn_once_about_module_hooks()
+        backend = self.quantization_backend
+        readable = base is self.get_base_layer() and (backend is None or backend.supports_merge)
+        if hooked or not readable or all(self.is_cheap(name, x) for name in names):
+            return super().adapt(names, x, *args, **kwargs)
+        weight = functools.reduce(self.add_to, names, self.get_base_weight())
+        return F.linear(x, weight, base.bias)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the factor of the adapter's weights; unknown names are ignored."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+
+class Linear(ShiraLayer):
+    """SHiRA for nn.Linear."""
+
+
+class ShiraModel(RoomModel):
+    """Injects SHiRA. Indices are saved with the adapter."""
+
+    prefix = "shira_"
+    tuner_layer_cls = ShiraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING
+    rooms = {nn.Linear: Linear}
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: Any, unwanted_adapter_names: Any
+    ) -> dict[str, torch.Tensor]:
+        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        for name, module in model.named_modules():
+            if isinstance(module, ShiraLayer) and adapter_name in module.shira_indices:
+                own[f"{name}.shira_indices.{adapter_name}"] = module.shira_indices[adapter_name].to(_SAVED_INDICES)
+        return own
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model: Any, config: Any, adapter_name: str, state_dict: Any) -> Any:
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for name, module in model.named_modules():
+            indices = state_dict.pop(f"{name}.shira_indices", None) if isinstance(module, ShiraLayer) else None
+            if indices is not None:
+                module.shira_indices[adapter_name] = indices.to(torch.int)
+        return state_dict
+
+
+register("shira", ShiraConfig, ShiraModel, prefix="shira_", mixed=True, parts=("mask_functions",))
