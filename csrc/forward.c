@@ -257,6 +257,13 @@ static PyObject *call_base(const gate_plan *plan, PyObject *x, PyObject *args, P
     return result;
 }
 
+/* The same when nothing but F.linear would happen: without the module's call around it. */
+static PyObject *call_linear(const module_state *state, const gate_plan *plan, PyObject *x) {
+    PyObject *linear = PyDict_GetItemWithError(state->objects.functional, state->names.linear);
+    if (linear == NULL) return PyErr_Occurred() ? NULL : call_base(plan, x, NULL, NULL);
+    return PyObject_CallFunctionObjArgs(linear, x, plan->weight, plan->bias, NULL);
+}
+
 static bool kwargs_are_special(const module_state *state, PyObject *kwargs) {
     return kwargs != NULL && PyDict_Size(kwargs) > 0 &&
            (PyDict_Contains(kwargs, state->names.adapter_names) != 0 ||
@@ -281,7 +288,12 @@ static PyObject *forward_lowrank(PyObject *module, PyObject *const *arguments, P
     if (reason == GATE_OK && (reason = gate_ambient(state)) == GATE_OK) {
         reason = gate_input(state, arguments[1], &plan, &view);
         if (reason == GATE_OK) {
-            result = call_base(&plan, arguments[1], args, kwargs);
+            if (plan.weight != NULL && (args == NULL || PyTuple_Size(args) == 0) &&
+                (kwargs == NULL || PyDict_Size(kwargs) == 0)) {
+                result = call_linear(state, &plan, arguments[1]);
+            } else {
+                result = call_base(&plan, arguments[1], args, kwargs);
+            }
             if (result != NULL) result = add_terms(state, &plan, arguments[1], result);
             goto done;
         }

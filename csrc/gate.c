@@ -198,6 +198,20 @@ static gate_reason plan_layer(const module_state *state, PyObject *layer, PyObje
     return reason;
 }
 
+/* Takes weight and bias of a plain base layer that its forward would find under these names. */
+static void plan_linear(const module_state *state, PyObject *dict, gate_plan *plan) {
+    PyObject *parameters = look(dict, state->names._parameters), *compiled;
+    PyObject *weight = look(parameters, state->names.weight), *bias = look(parameters, state->names.bias);
+    if (weight == NULL || bias == NULL || look(dict, state->names.weight) != NULL) return;
+    if (look(dict, state->names.bias) != NULL) return;
+    compiled = look(dict, state->names._compiled_call_impl);
+    if (compiled != NULL && compiled != Py_None) return;
+    Py_INCREF(weight);
+    Py_INCREF(bias);
+    plan->weight = weight;
+    plan->bias = bias;
+}
+
 /* Takes the base layer and asks whether its output is its own. */
 static gate_reason plan_base(const module_state *state, PyObject *dict, gate_plan *plan) {
     PyObject *base = look(look(dict, state->names._modules), state->names.base_layer), *base_dict;
@@ -207,6 +221,7 @@ static gate_reason plan_base(const module_state *state, PyObject *dict, gate_pla
     if (is_exactly(base, state->objects.Linear)) {
         base_dict = instance_dict(base);
         plan->base_is_plain = base_dict != NULL && is_bare(state, base_dict);
+        if (plan->base_is_plain) plan_linear(state, base_dict, plan);
         Py_XDECREF(base_dict);
     }
     return GATE_OK;
@@ -223,6 +238,7 @@ gate_reason gate_layer(const module_state *state, PyObject *layer, gate_plan *pl
     gate_reason reason = GATE_NOT_LOWRANK;
     plan->base = NULL;
     plan->base_is_plain = false;
+    plan->weight = plan->bias = NULL;
     plan->count = 0;
     plan->status = VIEW_OK;
     names = dict ? PyObject_GetAttr((PyObject *)Py_TYPE(layer), state->names._lowrank_names) : NULL;
@@ -254,6 +270,8 @@ void gate_release(gate_plan *plan) {
     }
     plan->count = 0;
     Py_CLEAR(plan->base);
+    Py_CLEAR(plan->weight);
+    Py_CLEAR(plan->bias);
 }
 
 /* ------------------------------------------------------------------------------------------------- input, ambient */

@@ -58,11 +58,12 @@ typedef struct {
 } gate_term;
 
 typedef struct {
-    PyObject *base;     /* owned: the base layer; NULL until found */
-    bool base_is_plain; /* exactly nn.Linear without hooks: its output is fresh memory that nobody else holds */
-    bool cast;          /* may x's dtype differ from the adapters'? */
-    int count;          /* terms filled; 0: the base layer alone */
-    view_status status; /* with GATE_FACTOR_VIEW and GATE_INPUT_VIEW: what the view said */
+    PyObject *base;          /* owned: the base layer; NULL until found */
+    bool base_is_plain;      /* exactly nn.Linear without hooks: its output is fresh memory that nobody else holds */
+    PyObject *weight, *bias; /* owned: what a plain base hands to F.linear, else NULL; bias may be None */
+    bool cast;               /* may x's dtype differ from the adapters'? */
+    int count;               /* terms filled; 0: the base layer alone */
+    view_status status;      /* with GATE_FACTOR_VIEW and GATE_INPUT_VIEW: what the view said */
     gate_term terms[GATE_MAX_TERMS];
 } gate_plan;
 

@@ -12,7 +12,8 @@
 #define STATE_NAMES(X)                                                                                           \
     X(__dlpack__) X(forward) X(base_layer) X(weight) X(bias) X(training) X(p) X(inplace) X(requires_grad)        \
     X(clone) X(contiguous) X(cpu) X(_modules) X(_parameters) X(_forward_hooks) X(_forward_pre_hooks)             \
-    X(_backward_hooks) X(_backward_pre_hooks) X(_global_forward_hooks) X(_global_forward_pre_hooks)              \
+    X(_backward_hooks) X(_backward_pre_hooks) X(_compiled_call_impl) X(linear)                            \
+    X(_global_forward_hooks) X(_global_forward_pre_hooks)                                                        \
     X(_global_backward_hooks) X(_global_backward_pre_hooks) X(_disable_adapters) X(_active_adapter)              \
     X(merged_adapters) X(cast_input_dtype_enabled) X(_lowrank_names) X(adapter_names) X(alora_offsets)           \
     X(_current_level) X(adapter_layer_names) X(other_param_names) X(frozen_peft_weight_names) X(_keys)           \
@@ -41,6 +42,7 @@
     X(tracing_state, "torch", "_C._get_tracing_state") \
     X(increment_version, "torch", "_C._increment_version") \
     X(forward_ad, "torch.autograd.forward_ad", "__dict__") \
+    X(functional, "torch.nn.functional", "__dict__")                  \
     X(module_globals, "torch.nn.modules.module", "__dict__")
 
 /* X(field): a heap type made by a unit's init function, as state->types.field */

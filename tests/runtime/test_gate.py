@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from toy_layer import ToyLayer, close, make
 
+import peft_c
 from peft_c import _C, fast
 
 
@@ -342,3 +343,25 @@ def test_odd_attributes(x):
         layer = make()
         layer.__dict__[name] = value
         assert _C.gate(layer, x)[0] in ("composed", "base"), name
+
+
+def test_a_compiled_or_shadowed_base_is_called_as_a_module():
+    """The base's own call is left out only where it would be F.linear and nothing else."""
+    model = peft_c.get_peft_model(
+        nn.Sequential(nn.Linear(8, 8)), peft_c.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    ).eval()
+    layer, x = model.base_model.model[0], torch.randn(3, 8)
+    base = layer.base_layer
+    with torch.no_grad():
+        before = layer(x)
+        calls = []
+        base.__dict__["_compiled_call_impl"] = lambda *args: calls.append(1) or base._call_impl(*args)
+        assert torch.equal(layer(x), before) and calls == [1]
+        base.__dict__["_compiled_call_impl"] = None
+        base.__dict__["weight"] = torch.zeros(8, 8)  # hides the parameter
+        adapted = layer(x)
+        assert torch.allclose(
+            adapted - base(x), before - nn.functional.linear(x, base._parameters["weight"], base.bias), atol=1e-5
+        )
+        del base.__dict__["weight"]
+        assert torch.equal(layer(x), before)
