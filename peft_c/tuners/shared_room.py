@@ -1,0 +1,241 @@
+"""Rooms whose layers share weights that live on the model, such as random projections that are drawn once.
+
+The model keeps each of them in a container (a BufferDict, or a ParameterDict of trained weights) with one entry an
+adapter; every layer has the same container as an attribute of the same name.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ._buffer_dict import BufferDict
+from .room import AddRoom, RoomConfig, RoomModel, option
+from .targets import _maybe_include_all_linear_layers, outer_modules
+from .tuner_layer import BaseTunerLayer, _get_in_out_features
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in fp32 if it is a half-precision one on the CPU, else itself."""
+    half = tensor.device.type == "cpu" and tensor.dtype in (torch.float16, torch.bfloat16)
+    return tensor.float() if half else tensor
+
+
+class SharedRoom(AddRoom):
+    """A layer that refers to what `SharedRoomModel.shared` gives.
+
+    own: the container that has an entry for exactly the adapters of this layer. dropout: the name of the ModuleDict
+    with the dropout in front of each adapter.
+    """
+
+    own: ClassVar[str]
+    dropout: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "dropout" in cls.__dict__:
+            cls.containers = {cls.dropout: nn.ModuleDict, **cls.containers}
+
+    def share(self, containers: dict[str, nn.Module]) -> None:
+        """Refer to the containers of the model."""
+        for name, container in containers.items():
+            setattr(self, name, container)
+
+    def add_dropout(self, name: str, p: float) -> None:
+        """Make the dropout of an adapter."""
+        getattr(self, self.dropout)[name] = nn.Dropout(p) if p > 0 else nn.Identity()
+
+    def _merge_adapters(self) -> list[str]:
+        return list(getattr(self, self.own).keys())
+
+    def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return self.activations(name, getattr(self, self.dropout)[name](x))
+
+    def activations(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """`term` without dropout."""
+        return super().term(name, x)
+
+
+class SharedRoomModel(RoomModel):
+    """Injects rooms that share weights."""
+
+    uses_shared_state = True
+
+    def shared(self, name: str, config: Any) -> dict[str, nn.Module]:
+        """The containers that layers share, by attribute, with an entry for the adapter."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its layers share")
+
+    def settings_of(self, name: str, config: Any, key: str, base: nn.Module) -> dict[str, Any]:
+        return {"shared": self.shared(name, config), **self.settings(config, key, base)}
+
+    def targets(self, config: Any) -> Iterator[tuple[str, nn.Module]]:
+        """(name, base layer) of everything that the config adapts, in the order of the model."""
+        config = self._prepare_adapter_config(config, self.get_model_config(self.model))
+        config = _maybe_include_all_linear_layers(config, self.model)
+        for name, module in outer_modules(self.model):
+            if name and self._check_target_module_exists(config, name):
+                base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+                if self.room_for(base) is not None:
+                    yield name, base
+
+    def _check_equal(self, field: str, message: str) -> None:
+        """ValueError if the adapters' configs have different values in `field`."""
+        values = {getattr(known, field) for known in self.peft_config.values()}
+        if len(values) > 1:
+            raise ValueError(f"{message}, but got multiple different values: {sorted(values)}")
+
+
+# ------------------------------------------------------------------------------------------------ random projections
+
+
+@dataclass
+class ProjectionConfig(RoomConfig):
+    """Options of methods with projections that are random and frozen."""
+
+    projection_prng_key: int = option(0, "Seed of the projections.")
+    save_projection: bool = option(
+        True, "Whether to save the projections; if not, they are drawn again from the seed when loading."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.save_projection:
+            warnings.warn(
+                "Specified to not save the projections within the state dictionary, instead they will be restored "
+                "using the PRNG key stored in `config.projection_prng_key`. Consider setting `config.save_projection` "
+                "to `True` to guarantee restoring the checkpoint correctly on all system configurations."
+            )
+
+
+class ProjectionModel(SharedRoomModel):
+    """Shares the projections `projections` (A and B), sized by the largest layer of the first adapter.
+
+    Further adapters use those of the first one if they have its rank, and draw their own from the seed if they have a
+    smaller one.
+    """
+
+    title: ClassVar[str]
+    projections: ClassVar[tuple[str, str]]
+    ranked: ClassVar[str] = ""  # which of them tells the rank in messages, if not the first
+
+    def draw(self, config: Any, out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B for layers of up to this size, from the config's seed."""
+        raise NotImplementedError
+
+    def sizes(self, A: torch.Tensor, B: torch.Tensor) -> tuple[int, int, int]:
+        """(rank, largest out_features, largest in_features) that A and B serve."""
+        return B.shape[-1], B.shape[0], A.shape[-1]
+
+    def needed(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """What a layer of this size needs of the last two `sizes`."""
+        return out_features, in_features
+
+    def shapes(self, config: Any) -> list[tuple[int, int]]:
+        """(out_features, in_features) of all targets."""
+        shapes = [_get_in_out_features(base)[::-1] for _, base in self.targets(config)]
+        if not shapes:
+            raise ValueError(
+                f"No layers types compatible with {self.title} were found. Please check `peft_config.target_modules`."
+            )
+        return shapes
+
+    def largest(self, config: Any) -> tuple[int, int]:
+        """The largest out_features and the largest in_features of all targets."""
+        out_features, in_features = zip(*self.shapes(config), strict=True)
+        return max(out_features), max(in_features)
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        drawn = self.draw(config, *self.largest(config))
+        for container, tensor in zip(self.projections, drawn, strict=True):
+            setattr(self, container, BufferDict({adapter_name: tensor}, persistent=config.save_projection))
+
+    def shared(self, name: str, config: Any) -> dict[str, nn.Module]:
+        containers = {container: getattr(self, container) for container in self.projections}
+        if not all(name in container for container in containers.values()):
+            for container, tensor in zip(containers.values(), self.further(config), strict=True):
+                container[name] = tensor
+        return containers
+
+    def further(self, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The projections of an adapter that is not the first one; ValueError if it needs larger ones."""
+        a, b = self.projections
+        if not len(getattr(self, a)):
+            return self.draw(config, *self.largest(config))
+        A, B = (next(iter(getattr(self, container).values())) for container in (a, b))
+        r, rows, columns = self.sizes(A, B)
+        out, in_ = map(max, zip(*(self.needed(*shape) for shape in self.shapes(config)), strict=True))
+        shape = f"an additional {self.title} adapter was added after the first one with incompatible shapes."
+        rank = (
+            f"an additional {self.title} adapter with a lower rank was added after the first one; loading the "
+            "adapters in reverse order may solve this."
+        )
+        checks = ((a, columns, in_, shape), (b, rows, out, shape), (self.ranked or a, r, config.r, rank))
+        for container, size, required, reason in checks:
+            if size < required:
+                raise ValueError(
+                    f"{container} has a size of {size} but {required} or greater is required; this probably happened "
+                    f"because {reason}"
+                )
+        if config.r < r:
+            drawn = zip(self.draw(config, rows, columns), (A, B), strict=True)
+            A, B = (new.to(first.device, first.dtype) for new, first in drawn)
+        return A, B
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        super()._check_new_adapter_config(config)
+        for known in self.peft_config.values():
+            if known.projection_prng_key != config.projection_prng_key:
+                raise ValueError(
+                    f"{self.title} PRNG initialisation key must be the same for all adapters. Got "
+                    f"{config.projection_prng_key=} but previous config had {known.projection_prng_key}."
+                )
+        self._check_equal("save_projection", f"{self.title} projection weights must be saved for all adapters or none")
+
+
+class SavedProjectionModel(ProjectionModel):
+    """Saves the projections once, under the model's name of them."""
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict, unwanted_adapter_names: list[str]
+    ) -> dict[str, torch.Tensor]:
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        parts = tuple(f".{name}." for name in cls.projections)
+        selected = {key: value for key, value in selected.items() if not any(part in key for part in parts)}
+        if config.save_projection:
+            keys = [f"base_model.{name}.{adapter_name}" for name in cls.projections]
+            if keys[0] not in state_dict:
+                raise ValueError(
+                    f"Model was initialised to not save {' and '.join(cls.projections)} but config now specifies to "
+                    "save projection! Set `config.save_projection` to `False`."
+                )
+            selected.update({key: state_dict[key] for key in keys})
+        return selected
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        names, key = " and ".join(cls.projections), f"base_model.{cls.projections[0]}"
+        if config.save_projection:
+            if f"{key}.{adapter_name}" not in result:
+                raise ValueError(f"Specified to load {names} from state dictionary however they were not present!")
+        elif key in result:
+            warnings.warn(
+                f"Specified to not load {names} from state dictionary however they are present in state dictionary! "
+                "Consider using them to ensure checkpoint loading is correct on all platforms using "
+                "`peft_config.save_projection = True`"
+            )
+        else:
+            warnings.warn(
+                f"Specified to not load {names} from state dictionary. This means we will be relying on PRNG "
+                "initialisation to restore these projections using `config.projection_prng_key`, which may not be "
+                "accurate on all system configurations."
+            )
+        return result

@@ -1,0 +1,91 @@
+"""VeRA: LoRA with random frozen matrices that all layers share, and trained scales (https://arxiv.org/abs/2310.11454)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..utils.constants import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
+from .law import LowRank
+from .room import option, register, shared
+from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, wide
+
+
+@dataclass
+class VeraConfig(ProjectionConfig):
+    """Options of VeRA."""
+
+    method = "vera"
+
+    r: int = option(256, "Rank; larger than for LoRA, as only r + out_features numbers a layer are trained.")
+    target_modules: list[str] | str | None = shared("target_modules")
+    vera_dropout: float = option(0.0, "Probability of dropping an input feature of the adapter in training.")
+    d_initial: float = option(0.1, "Initial value of lambda_d; smaller ones such as 1e-7 may train better.")
+    fan_in_fan_out: bool = shared("fan_in_fan_out")
+    bias: str = shared("bias")
+    modules_to_save: list[str] | None = shared("modules_to_save")
+    init_weights: bool = shared("init_weights")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
+
+
+class VeraLayer(SharedRoom):
+    """diag(b) B diag(d) A with A (r, in), B (out, r), which are the corners of the
+    shared matrices, and the trained b (out,), which starts at zero, and d (r,)."""
+
+    adapter_layer_names = ("vera_lambda_b", "vera_lambda_d")
+    other_param_names = ("vera_A", "vera_B", "vera_dropout", "r")
+    own, dropout = "vera_lambda_d", "vera_dropout"
+
+    def create(self, name: str, config: VeraConfig, shared: dict[str, nn.Module]) -> None:
+        if config.r <= 0:
+            raise ValueError(f"`r` should be a positive integer value but the value passed is {config.r}")
+        self.share(shared)
+        self.r[name] = config.r
+        self.add_dropout(name, config.vera_dropout)
+        b, d = torch.ones(self.out_features), torch.randn(config.r)
+        if config.init_weights:
+            b, d = torch.zeros_like(b), torch.full_like(d, config.d_initial)
+        self.vera_lambda_b[name], self.vera_lambda_d[name] = nn.Parameter(b), nn.Parameter(d)
+
+    def parts(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A, d, B, b on the device of d."""
+        d, b = self.vera_lambda_d[name], self.vera_lambda_b[name]
+        A, B = self.vera_A[name][:, : self.in_features], self.vera_B[name][: self.out_features]
+        return A.to(d.device), d, B.to(d.device), b
+
+    def low_rank(self, name: str) -> LowRank:
+        A, d, B, b = map(wide, self.parts(name))
+        return LowRank(d[:, None] * A, b[:, None] * B, 1.0)
+
+    def activations(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        A, d, B, b = self.parts(name)
+        return b * F.linear(d * F.linear(x, A), B)
+
+
+class Linear(VeraLayer):
+    """VeRA for nn.Linear and Conv1D."""
+
+
+class VeraModel(SavedProjectionModel):
+    """Injects VeRA."""
+
+    prefix = "vera_lambda_"
+    tuner_layer_cls = VeraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
+    rooms = {nn.Linear: Linear, "Conv1D": Linear}
+    title = "VeRA"
+    projections = ("vera_A", "vera_B")
+
+    def draw(self, config: VeraConfig, out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(config.projection_prng_key)
+        return tuple(
+            nn.init.kaiming_uniform_(torch.empty(shape), generator=generator)
+            for shape in ((config.r, in_features), (out_features, config.r))
+        )
+
+
+register("vera", VeraConfig, VeraModel, prefix="vera_lambda_")
