@@ -602,16 +602,17 @@ def _switch_one(
 
 
 @torch.no_grad()
-def bare_weight(layer: Any) -> torch.Tensor | None:
-    """A copy of the layer's weight without its merged adapters; None if that cannot be told without unmerging."""
+def bare_weight(layer: Any, label: str = "weight") -> torch.Tensor | None:
+    """A copy of the layer's weight (or of its target `label`) without its merged adapters; None if that cannot be told
+    without unmerging."""
     steps = records(layer)
     merged = [name for step in steps for name in step.adapters]
     if merged != layer.merged_adapters or not hasattr(layer, "_merge_targets"):
         return None
-    saved_steps = [saved for step in steps for saved in step.saved if saved.label == "weight"]
+    saved_steps = [saved for step in steps for saved in step.saved if saved.label == label]
     if any(not saved.changes and saved.undo is None for saved in saved_steps):
         return None
-    view = layer._merge_targets()["weight"]
+    view = layer._merge_targets()[label]
     weight = view.tensor.data.clone()
     if layer.__dict__.get("_merge_suspended"):
         return weight

@@ -157,6 +157,9 @@ class Room(nn.Module, BaseTunerLayer):
         """Make and initialise the parameters of a new adapter; raise before or after, what was made is dropped."""
         raise NotImplementedError(f"{type(self).__name__} does not say how an adapter is created")
 
+    def complete(self, name: str, config: Any) -> None:
+        """Make what is to keep its dtype, when the parameters have got the base layer's device and dtype."""
+
     def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The layer's output with the adapters `names`, at least one, in this order."""
         raise NotImplementedError(f"{type(self).__name__} derives from no law")
@@ -187,12 +190,13 @@ class Room(nn.Module, BaseTunerLayer):
         existed = adapter_name in self._all_available_adapter_names()
         try:
             self.create(adapter_name, config, **settings)
+            self._move_adapter_to_device_of_base_layer(adapter_name)
+            self.complete(adapter_name, config)
         except BaseException:
             for container in (getattr(self, name) for name in self.adapter_layer_names + self.other_param_names):
                 if not existed and adapter_name in container:
                     del container[adapter_name]
             raise
-        self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     # --- forward ---
@@ -245,6 +249,12 @@ class Room(nn.Module, BaseTunerLayer):
         """The base weight without the adapters merged into it, as the matrix (out, in...) that `weight_view` shows."""
         weight = law.bare_weight(self) if self.merged else None
         return weight_view(self.get_base_layer()).matrix(self.get_base_weight() if weight is None else weight)
+
+    def bare_bias(self) -> torch.Tensor | None:
+        """The base bias without the adapters merged into it."""
+        base = getattr(self.get_base_layer(), "bias", None)
+        bias = law.bare_weight(self, "bias") if self.merged and base is not None else None
+        return base if bias is None else bias
 
     def _merge_adapters(self) -> Iterable[str]:
         """The adapters this layer has parameters for."""
@@ -343,7 +353,10 @@ class AddRoom(Room):
             return self.low_rank(name) or (lambda: self.get_delta_weight(name))
 
         changes = {"weight": weight, "bias": lambda: lambda: self.bias_delta(name)}
-        return {label: changes[label]() for label in self.adds if label in self._merge_targets()}
+        labels = [label for label in self.adds if label in self._merge_targets()]
+        if not labels:
+            raise ValueError(f"Base layer has no bias, cannot merge bias adapter {name}")
+        return {label: changes[label]() for label in labels}
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
