@@ -30,6 +30,7 @@ _NAMES: dict[str, str] = {
     "oft": "OFTConfig OFTModel",
     "pvera": "PveraConfig PveraModel",
     "randlora": "RandLoraConfig RandLoraModel",
+    "road": "RoadConfig RoadModel",
     "tinylora": "TinyLoraConfig TinyLoraModel",
     "osf": "OSFConfig OSFModel",
     "poly": "PolyConfig PolyModel",
