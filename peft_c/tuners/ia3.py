@@ -111,6 +111,7 @@ class IA3Model(RoomModel):
     tuner_layer_cls = IA3Layer
     target_module_mapping = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
     rooms = {nn.Conv2d: Conv2d, nn.Conv3d: Conv3d, nn.Linear: Linear, "Conv1D": Linear}
+    unsupported = ValueError
 
     def _prepare_adapter_config(self, peft_config: IA3Config, model_config: dict) -> IA3Config:
         peft_config = super()._prepare_adapter_config(peft_config, model_config)

@@ -112,14 +112,29 @@ class ProjectionConfig(RoomConfig):
             )
 
 
-class ProjectionModel(SharedRoomModel):
+class SeededModel(SharedRoomModel):
+    """Has one seed, and one choice whether to save, for the projections of all adapters."""
+
+    title: ClassVar[str]
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        super()._check_new_adapter_config(config)
+        for known in self.peft_config.values():
+            if known.projection_prng_key != config.projection_prng_key:
+                raise ValueError(
+                    f"{self.title} PRNG initialisation key must be the same for all adapters. Got "
+                    f"{config.projection_prng_key=} but previous config had {known.projection_prng_key}."
+                )
+        self._check_equal("save_projection", f"{self.title} projection weights must be saved for all adapters or none")
+
+
+class ProjectionModel(SeededModel):
     """Shares the projections `projections` (A and B), sized by the largest layer of the first adapter.
 
     Further adapters use those of the first one if they have its rank, and draw their own from the seed if they have a
     smaller one.
     """
 
-    title: ClassVar[str]
     projections: ClassVar[tuple[str, str]]
     ranked: ClassVar[str] = ""  # which of them tells the rank in messages, if not the first
 
@@ -185,16 +200,6 @@ class ProjectionModel(SharedRoomModel):
             drawn = zip(self.draw(config, rows, columns), (A, B), strict=True)
             A, B = (new.to(first.device, first.dtype) for new, first in drawn)
         return A, B
-
-    def _check_new_adapter_config(self, config: Any) -> None:
-        super()._check_new_adapter_config(config)
-        for known in self.peft_config.values():
-            if known.projection_prng_key != config.projection_prng_key:
-                raise ValueError(
-                    f"{self.title} PRNG initialisation key must be the same for all adapters. Got "
-                    f"{config.projection_prng_key=} but previous config had {known.projection_prng_key}."
-                )
-        self._check_equal("save_projection", f"{self.title} projection weights must be saved for all adapters or none")
 
 
 class SavedProjectionModel(ProjectionModel):
