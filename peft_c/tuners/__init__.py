@@ -8,11 +8,15 @@ from typing import Any
 
 # package: its public names. A new tuner adds one row.
 _NAMES: dict[str, str] = {
+    "adalora": "AdaLoraConfig AdaLoraModel",
+    "beft": "BeftConfig BeftModel",
     "boft": "BOFTConfig BOFTModel",
     "c3a": "C3AConfig C3AModel",
+    "deft": "DeftConfig DeftModel",
     "delora": "DeloraConfig DeloraModel",
     "fourierft": "FourierFTConfig FourierFTModel",
     "frod": "FrodConfig FrodModel",
+    "glora": "GloraConfig GloraModel",
     "gralora": "GraloraConfig GraloraModel",
     "hira": "HiraConfig HiraModel",
     "hra": "HRAConfig HRAModel",

@@ -43,9 +43,10 @@ class RoadConfig(RoomConfig):
 
 
 class RoadLayer(MapRoom):
-    """R W and R b for nn.Linear, where R maps each pair (y, z) to (c y - s z, s' y + c' z) with c = alpha cos(theta),
-    s = alpha sin(theta). In road_1 all four share alpha and theta, in road_2 each row has its own, in road_4 each entry
-    has.
+    """R W and R b for nn.Linear, where R maps each pair (y, z) of outputs to (c y - s z, s' y + c' z).
+
+    c = alpha cos(theta) and s = alpha sin(theta): in road_1 all four entries share alpha and theta, in road_2 those of
+    a row do, in road_4 none.
     """
 
     adapter_layer_names = ("road_theta", "road_alpha")

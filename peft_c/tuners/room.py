@@ -324,6 +324,10 @@ class AddRoom(Room):
         """What the adapter adds to the output for x, which has its parameters' dtype."""
         base = self.get_base_layer()
         factors = self.low_rank(name)
+        if factors is not None and isinstance(base, CONVOLUTIONS) and base.groups == 1:
+            channels = -len(base.kernel_size) - 1
+            inner = apply_weight(base, x, factors.A.view(-1, *base.weight.shape[1:]), None)
+            return F.linear(inner.movedim(channels, -1), factors.B).movedim(-1, channels) * factors.scale
         if factors is not None and not isinstance(base, (*CONVOLUTIONS, nn.Embedding)):
             return F.linear(F.linear(x, factors.A), factors.B) * factors.scale
         return apply_weight(base, x, self.get_delta_weight(name), None)
@@ -352,7 +356,11 @@ class AddRoom(Room):
         def weight() -> law.Change:
             return self.low_rank(name) or (lambda: self.get_delta_weight(name))
 
-        changes = {"weight": weight, "bias": lambda: lambda: self.bias_delta(name)}
+        def bias() -> law.Change:  # known before the weight is changed, on which it may depend
+            delta = self.bias_delta(name)
+            return lambda: delta
+
+        changes = {"weight": weight, "bias": bias}
         labels = [label for label in self.adds if label in self._merge_targets()]
         if not labels:
             raise ValueError(f"Base layer has no bias, cannot merge bias adapter {name}")

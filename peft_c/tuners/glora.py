@@ -1,0 +1,140 @@
+"""GLoRA: weight and bias are scaled and shifted by supports of various forms (https://arxiv.org/abs/2306.07967)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..utils.constants import TRANSFORMERS_MODELS_TO_GLORA_TARGET_MODULES_MAPPING
+from .room import AddRoom, RoomConfig, RoomModel, option, register, shared
+
+FORMS = {
+    "config_A_B": ("constant", "lora", "none", "vector"),
+    "config_C": ("lora", "none", "vector"),
+    "config_D_E": ("constant", "none", "vector"),
+}
+
+
+@dataclass
+class GloraConfig(RoomConfig):
+    """Options of GLoRA.
+
+    Raises:
+        ValueError: an unknown form in `config_A_B`, `config_C` or `config_D_E`.
+    """
+
+    method = "glora"
+
+    r: int = option(8, "Rank of the supports of form 'lora'.")
+    target_modules: list[str] | str | None = shared("target_modules")
+    bias: str = shared("bias")
+    modules_to_save: list[str] | None = shared("modules_to_save")
+    config_A_B: Literal["lora", "vector", "constant", "none"] = option(
+        "lora", "Form of A and B, which scale and shift the weight: low-rank, one number an output, one number, none."
+    )
+    config_C: Literal["lora", "vector", "none"] = option("lora", "Form of C: W C is added to the bias.")
+    config_D_E: Literal["vector", "constant", "none"] = option(
+        "constant", "Form of D and E, which scale and shift the bias."
+    )
+    init_weights: bool = shared("init_weights")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, forms in FORMS.items():
+            if getattr(self, name) not in forms:
+                raise ValueError(
+                    f"Invalid {name} value: {getattr(self, name)!r}. Valid values are: {', '.join(forms)}."
+                )
+
+
+class GloraPath(nn.Module):
+    """A support of the given shape: low-rank Xd Xu, a column X, one number X, or a buffer of zeros."""
+
+    def __init__(self, form: str, shape: tuple[int, ...], r: int, init_weights: bool) -> None:
+        super().__init__()
+        self.form = form
+        if form == "none":
+            self.register_buffer("zeros", torch.zeros(shape))
+        elif form == "lora":
+            self.Xd, self.Xu = nn.Parameter(torch.zeros(shape[0], r)), nn.Parameter(torch.zeros(r, shape[1]))
+            for factor in (self.Xu,) if init_weights else (self.Xu, self.Xd):
+                nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        else:
+            column = (shape[0], *(1 for _ in shape[1:]))
+            self.X = nn.Parameter(torch.zeros(1 if form == "constant" else column))
+            if not init_weights and form == "constant":
+                nn.init.normal_(self.X, mean=0.0, std=0.02)
+            elif not init_weights:
+                nn.init.kaiming_uniform_(self.X if self.X.ndim > 1 else self.X.unsqueeze(0), a=math.sqrt(5))
+
+    def forward(self) -> torch.Tensor:
+        """The support, as a tensor that broadcasts to its shape."""
+        if self.form == "lora":
+            return self.Xd @ self.Xu
+        return self.zeros if self.form == "none" else self.X
+
+
+class GloraLayer(AddRoom):
+    """W + W * A + B and b + b * D + E + W C for nn.Linear, with A and B (out, in), C (in, 1), D and E (out,)."""
+
+    adapter_layer_names = ("glora_A", "glora_B", "glora_C", "glora_D", "glora_E")
+    other_param_names = ("r",)
+    containers = dict.fromkeys(adapter_layer_names, nn.ModuleDict)
+    adds = ("weight", "bias")
+
+    def create(self, name: str, config: GloraConfig) -> None:
+        self.r[name] = config.r
+        out, biased = self.out_features, self.get_base_layer().bias is not None
+        forms = (config.config_A_B, config.config_C if biased else "none", config.config_D_E if biased else "none")
+        shapes = ((out, self.in_features), (self.in_features, 1), (out,))
+        for letter, kind in zip("ABCDE", (0, 0, 1, 2, 2), strict=True):
+            path = GloraPath(forms[kind], shapes[kind], config.r, config.init_weights)
+            getattr(self, f"glora_{letter}")[name] = path
+
+    def support(self, letter: str, name: str) -> torch.Tensor:
+        """A, B, C, D or E in the weight's dtype."""
+        return getattr(self, f"glora_{letter}")[name]().to(self.get_base_layer().weight.dtype)
+
+    def adapter_dtype(self, name: str) -> torch.dtype:
+        return self.get_base_layer().weight.dtype
+
+    def delta(self, name: str) -> torch.Tensor:
+        return self.bare_weight() * self.support("A", name) + self.support("B", name)
+
+    def bias_delta(self, name: str) -> torch.Tensor:
+        bias, C, D, E = self.bare_bias(), *(self.support(letter, name) for letter in "CDE")
+        return bias * D + E + (self.bare_weight() @ C).squeeze(-1)
+
+    def term_beside(self, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        form, bias = self.glora_A[name].form, self.get_base_layer().bias
+        term = output.new_zeros(()) if bias is None else self.bias_delta(name)
+        if form == "lora":
+            return term + F.linear(x, self.delta(name))
+        if form != "none":
+            A, B = (self.support(letter, name).flatten() for letter in "AB")
+            term = term + (output if bias is None else output - bias) * A + x.sum(-1, keepdim=True) * B
+        return term
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+
+GloraLinear = GloraLayer
+
+
+class GloraModel(RoomModel):
+    """Injects GLoRA."""
+
+    prefix = "glora_"
+    tuner_layer_cls = GloraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_GLORA_TARGET_MODULES_MAPPING
+    rooms = {nn.Linear: GloraLayer}
+    unsupported = ValueError
+
+
+register("glora", GloraConfig, GloraModel)
