@@ -85,6 +85,21 @@ def _check_lora_target_modules_mamba(peft_config: PeftConfig, model: nn.Module, 
         )
 
 
+UNTYING_EXAMPLE = """
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(model_id, tie_word_embeddings=False)
+model.get_output_embeddings().weight.data = model.get_input_embeddings().weight.data.clone()
+untied_model_dir = "path/to/untied/model"
+model.save_pretrained(untied_model_dir)
+
+# Now use the original model but in untied format
+model = AutoModelForCausalLM.from_pretrained(untied_model_dir)
+```
+"""
+
+
 class BaseTuner(nn.Module, ABC):
     """A model with adapters: it puts tuner layers in place of the modules that a config targets, and runs the model.
 
@@ -409,9 +424,8 @@ class BaseTuner(nn.Module, ABC):
         if tied_target_modules:
             warnings.warn(
                 f"Model with `tie_word_embeddings=True` and the {tied_target_modules=} are part of the adapter. "
-                "This can lead to complications: untie the embeddings before merging, for example by loading the "
-                "model with `tie_word_embeddings=False`, copying the embeddings' weight to the output layer, and "
-                "saving it."
+                "This can lead to complications. Untie the embeddings before merging, for example like this:"
+                + UNTYING_EXAMPLE
             )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
