@@ -34,6 +34,7 @@ _NAMES: dict[str, str] = {
     "mixed": "MixedModel",
     "oft": "OFTConfig OFTModel",
     "peanut": "PeanutConfig PeanutModel",
+    "psoft": "PsoftConfig PsoftModel",
     "pvera": "PveraConfig PveraModel",
     "randlora": "RandLoraConfig RandLoraModel",
     "road": "RoadConfig RoadModel",
