@@ -42,6 +42,7 @@ _NAMES: dict[str, str] = {
     "osf": "OSFConfig OSFModel",
     "poly": "PolyConfig PolyModel",
     "shira": "ShiraConfig ShiraModel",
+    "supertuning": "SupertuningConfig SupertuningModel",
     "trainable_tokens": "TrainableTokensConfig TrainableTokensModel",
     "waveft": "WaveFTConfig WaveFTModel",
     "unilora": "UniLoraConfig UniLoraModel",

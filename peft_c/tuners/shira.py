@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..utils.constants import TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING
-from .room import AddRoom, RoomConfig, RoomModel, option, register, shared
+from .room import RoomConfig, RoomModel, option, register, shared
+from .sparse_room import SparseRoom, _warn_once_about_module_hooks  # noqa: F401
 from .tuner_layer import _get_in_out_features
 
 # safetensors on Windows fails to write integers
@@ -36,7 +35,7 @@ def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, *
 class ShiraConfig(RoomConfig):
     """Options of SHiRA.
 
-    The attribute `mask_fn(base_layer, r, **kwargs)`, which may be set, returns the mask of the trained elements: a
+    The attribute `mask_fn(base_layer, r)`, which may be set, returns the mask of the trained elements: a
     tensor like the weight, of r * (in + out) ones and else zeros. It is not saved; the elements' indices are.
     """
 
@@ -62,17 +61,10 @@ class ShiraConfig(RoomConfig):
             )
 
 
-@functools.cache
-def _warn_once_about_module_hooks() -> None:
-    warnings.warn(
-        "One of the base layers adapted with ShiRA has forward or backward hooks. They are called, for which the "
-        "output is computed in a slower way; if possible set them on the adapted layer instead."
-    )
-
-
-class ShiraLayer(AddRoom):
+class ShiraLayer(SparseRoom):
     """W + S, where S has `shira_weight` (nnz) times the scale at `shira_indices` (2, nnz: rows, columns)."""
 
+    method = "ShiRA"
     adapter_layer_names = ("shira_weight",)
     other_param_names = ("r", "scaling", "shira_indices")
 
@@ -89,7 +81,7 @@ class ShiraLayer(AddRoom):
         self.r[name], self.scaling[name] = r, 1.0
         if config.mask_fn is not None:
             options = {"random_seed": config.random_seed} if config.mask_type == "random" else {}
-            mask = config.mask_fn(base, r, bias=getattr(base, "bias", None) is not None, **options)
+            mask = config.mask_fn(base, r, **options)
             indices = torch.stack(torch.where(mask == 1.0)).to(torch.int)
             if indices.shape[1] != size:
                 raise ValueError(
@@ -100,48 +92,14 @@ class ShiraLayer(AddRoom):
         self.shira_weight[name] = nn.Parameter(torch.zeros(size) if config.init_weights else torch.randn(size))
 
     def elements(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows, columns and values of S, each (nnz)."""
         values = self.shira_weight[name] * self.scaling[name]
         self.shira_indices[name] = self.shira_indices[name].to(values.device)
         return *self.shira_indices[name], values
-
-    def add_to(self, weight: torch.Tensor, name: str) -> torch.Tensor:
-        rows, columns, values = self.elements(name)
-        return weight.index_put((rows, columns), values.to(weight.dtype), accumulate=True)
-
-    def delta(self, name: str) -> torch.Tensor:
-        return self.add_to(self.shira_weight[name].new_zeros(self.out_features, self.in_features), name)
-
-    def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        rows, columns, values = self.elements(name)
-        if self.is_cheap(name, x):
-            result = values.new_zeros(*x.shape[:-1], self.out_features)
-            return result.index_add(-1, rows, x[..., columns] * values)
-        return F.linear(x, self.delta(name))
-
-    def is_cheap(self, name: str, x: torch.Tensor) -> bool:
-        """Whether S x by elements takes less than a weight with S in it."""
-        return x.numel() // x.shape[-1] * self.shira_weight[name].numel() <= self.in_features * self.out_features // 8
-
-    def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        base = self.base_layer
-        hooked = any((base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks))
-        if hooked:
-            _warn_once_about_module_hooks()
-        backend = self.quantization_backend
-        readable = base is self.get_base_layer() and (backend is None or backend.supports_merge)
-        if hooked or not readable or all(self.is_cheap(name, x) for name in names):
-            return super().adapt(names, x, *args, **kwargs)
-        weight = functools.reduce(self.add_to, names, self.get_base_weight())
-        return F.linear(x, weight, base.bias)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the factor of the adapter's weights; unknown names are ignored."""
         if adapter in self.scaling:
             self.scaling[adapter] = scale
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False
 
 
 class Linear(ShiraLayer):
