@@ -10,7 +10,7 @@ from torch import nn
 
 from ..utils.constants import TRANSFORMERS_MODELS_TO_PVERA_TARGET_MODULES_MAPPING
 from .law import LowRank
-from .room import option, register, shared
+from .room import option, register
 from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, wide
 
 
@@ -21,15 +21,8 @@ class PveraConfig(ProjectionConfig):
     method = "pvera"
 
     r: int = option(256, "Rank; larger than for LoRA, as only 2 r + out_features numbers a layer are trained.")
-    target_modules: list[str] | str | None = shared("target_modules")
     pvera_dropout: float = option(0.0, "Probability of dropping an input feature of the adapter in training.")
     d_initial: float = option(0.1, "Initial value of lambda_d; smaller ones such as 1e-7 may train better.")
-    fan_in_fan_out: bool = shared("fan_in_fan_out")
-    bias: str = shared("bias")
-    modules_to_save: list[str] | None = shared("modules_to_save")
-    init_weights: bool = shared("init_weights")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
     sample_at_inference: bool = option(False, "Whether to sample in eval mode, too; if not, the mean is used.")
     generator_seed: int | None = option(None, "Seed of the sampling; None: torch's global generator.")
 
@@ -41,6 +34,7 @@ class PveraLayer(SharedRoom):
     adapter_layer_names = ("pvera_lambda_b", "pvera_lambda_d")
     other_param_names = ("pvera_A", "pvera_B", "pvera_dropout", "r", "sample_at_inference", "pvera_generator")
     own, dropout = "pvera_lambda_d", "pvera_dropout"
+    convertible = False
 
     def create(self, name: str, config: PveraConfig, shared: dict[str, nn.Module]) -> None:
         if config.r <= 0:
@@ -79,9 +73,6 @@ class PveraLayer(SharedRoom):
         else:
             noise = torch.randn(mean.shape, dtype=mean.dtype, generator=generator).to(mean.device)
         return b * F.linear(mean + noise * torch.exp(0.5 * log_variance), B)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False
 
 
 class Linear(PveraLayer):

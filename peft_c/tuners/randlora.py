@@ -12,7 +12,7 @@ from torch import nn
 
 from ..utils.constants import TRANSFORMERS_MODELS_TO_RANDLORA_TARGET_MODULES_MAPPING
 from .law import LowRank
-from .room import option, register, shared
+from .room import option, register
 from .shared_room import ProjectionConfig, ProjectionModel, SharedRoom, wide
 
 
@@ -23,17 +23,10 @@ class RandLoraConfig(ProjectionConfig):
     method = "randlora"
 
     r: int = option(32, "Rank of each random matrix; a smaller one means more of them and more to train.")
-    target_modules: list[str] | str | None = shared("target_modules")
     sparse: bool = option(False, "Whether the random matrices are ternary, with a third of the entries not zero.")
     very_sparse: bool = option(False, "The same with 1 / sqrt(smallest dimension) of the entries not zero.")
     randlora_dropout: float = option(0.0, "Probability of dropping an input feature of the adapter in training.")
-    fan_in_fan_out: bool = shared("fan_in_fan_out")
     randlora_alpha: int = option(640, "The delta is scaled by randlora_alpha / r; 20 times r is usual.")
-    bias: str = shared("bias")
-    modules_to_save: list[str] | None = shared("modules_to_save")
-    init_weights: bool = shared("init_weights")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: str | None = shared("layers_pattern")
 
 
 class UniqueBaseGrad(torch.autograd.Function):
@@ -121,7 +114,8 @@ class RandLoraModel(ProjectionModel):
     title = "RandLora"
     projections = ("randlora_A", "randlora_B")
 
-    def needed(self, out_features: int, in_features: int) -> tuple[int, int]:
+    @staticmethod
+    def needed(out_features: int, in_features: int) -> tuple[int, int]:
         return max(out_features, in_features), min(out_features, in_features)
 
     def draw(self, config: RandLoraConfig, out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ._buffer_dict import BufferDict
-from .room import AddRoom, RoomConfig, RoomModel, option
+from .room import AddRoom, RoomConfig, RoomModel, option, shared
 from .targets import _maybe_include_all_linear_layers, outer_modules
 from .tuner_layer import BaseTunerLayer, _get_in_out_features
 
@@ -26,14 +26,27 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if half else tensor
 
 
+@dataclass
+class SharedRoomConfig(RoomConfig):
+    """Options that all these methods have."""
+
+    target_modules: list[str] | str | None = shared("target_modules")
+    fan_in_fan_out: bool = shared("fan_in_fan_out")
+    bias: str = shared("bias")
+    modules_to_save: list[str] | None = shared("modules_to_save")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
+
+
 class SharedRoom(AddRoom):
     """A layer that refers to what `SharedRoomModel.shared` gives.
 
     own: the container that has an entry for exactly the adapters of this layer. dropout: the name of the ModuleDict
-    with the dropout in front of each adapter.
+    with the dropout in front of each adapter. convertible: whether adapters can be converted to LoRA.
     """
 
     own: ClassVar[str]
+    convertible: ClassVar[bool] = True
     dropout: ClassVar[str]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -50,6 +63,9 @@ class SharedRoom(AddRoom):
         """Make the dropout of an adapter."""
         getattr(self, self.dropout)[name] = nn.Dropout(p) if p > 0 else nn.Identity()
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return self.convertible
+
     def _merge_adapters(self) -> list[str]:
         return list(getattr(self, self.own).keys())
 
@@ -62,9 +78,14 @@ class SharedRoom(AddRoom):
 
 
 class SharedRoomModel(RoomModel):
-    """Injects rooms that share weights."""
+    """Injects rooms that share weights.
+
+    equal: option -> message of the error `unequal` if adapters have different values of it.
+    """
 
     uses_shared_state = True
+    equal: ClassVar[dict[str, str]] = {}
+    unequal: ClassVar[type[Exception]] = ValueError
 
     def shared(self, name: str, config: Any) -> dict[str, nn.Module]:
         """The containers that layers share, by attribute, with an entry for the adapter."""
@@ -83,20 +104,22 @@ class SharedRoomModel(RoomModel):
                 if self.room_for(base) is not None:
                     yield name, base
 
-    def _check_equal(self, field: str, message: str) -> None:
-        """ValueError if the adapters' configs have different values in `field`."""
-        values = {getattr(known, field) for known in self.peft_config.values()}
-        if len(values) > 1:
-            raise ValueError(f"{message}, but got multiple different values: {sorted(values)}")
+    def _check_new_adapter_config(self, config: Any) -> None:
+        super()._check_new_adapter_config(config)
+        for field, message in self.equal.items():
+            values = {getattr(known, field) for known in self.peft_config.values()}
+            if len(values) > 1:
+                raise self.unequal(f"{message}, but got multiple different values: {sorted(values)}")
 
 
 # ------------------------------------------------------------------------------------------------ random projections
 
 
 @dataclass
-class ProjectionConfig(RoomConfig):
+class ProjectionConfig(SharedRoomConfig):
     """Options of methods with projections that are random and frozen."""
 
+    init_weights: bool = shared("init_weights")
     projection_prng_key: int = option(0, "Seed of the projections.")
     save_projection: bool = option(
         True, "Whether to save the projections; if not, they are drawn again from the seed when loading."
@@ -112,10 +135,30 @@ class ProjectionConfig(RoomConfig):
             )
 
 
+def check_projections(names: str, saved: bool, present: bool, required: bool = True) -> None:
+    """Compare what a config says about projections with what a checkpoint has: ValueError if they are `required` and
+    missing, else a warning."""
+    if saved and present:
+        return
+    if saved and required:
+        raise ValueError(
+            f"Specified to load {names} from state dictionary however they were not present! If the checkpoint was "
+            "saved with `save_projection=False`, set `peft_config.save_projection` to `False`."
+        )
+    again = "they are made again from the config's seed, which may not be accurate on all system configurations."
+    if present:
+        again = (
+            "they are present in state dictionary! Consider using them to ensure checkpoint loading is correct on all "
+            "platforms using `peft_config.save_projection = True`"
+        )
+    warnings.warn(f"Specified to {'' if saved else 'not '}load {names} from state dictionary however {again}")
+
+
 class SeededModel(SharedRoomModel):
     """Has one seed, and one choice whether to save, for the projections of all adapters."""
 
     title: ClassVar[str]
+    equal = {"save_projection": "Projection weights must be saved for all adapters or none"}
 
     def _check_new_adapter_config(self, config: Any) -> None:
         super()._check_new_adapter_config(config)
@@ -125,7 +168,6 @@ class SeededModel(SharedRoomModel):
                     f"{self.title} PRNG initialisation key must be the same for all adapters. Got "
                     f"{config.projection_prng_key=} but previous config had {known.projection_prng_key}."
                 )
-        self._check_equal("save_projection", f"{self.title} projection weights must be saved for all adapters or none")
 
 
 class ProjectionModel(SeededModel):
@@ -142,11 +184,13 @@ class ProjectionModel(SeededModel):
         """A and B for layers of up to this size, from the config's seed."""
         raise NotImplementedError
 
-    def sizes(self, A: torch.Tensor, B: torch.Tensor) -> tuple[int, int, int]:
+    @staticmethod
+    def sizes(A: torch.Tensor, B: torch.Tensor) -> tuple[int, int, int]:
         """(rank, largest out_features, largest in_features) that A and B serve."""
         return B.shape[-1], B.shape[0], A.shape[-1]
 
-    def needed(self, out_features: int, in_features: int) -> tuple[int, int]:
+    @staticmethod
+    def needed(out_features: int, in_features: int) -> tuple[int, int]:
         """What a layer of this size needs of the last two `sizes`."""
         return out_features, in_features
 
@@ -201,6 +245,26 @@ class ProjectionModel(SeededModel):
             A, B = (new.to(first.device, first.dtype) for new, first in drawn)
         return A, B
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """As usual, and makes room for saved projections of another size if they serve all layers of the adapter: the
+        first adapter may have been another one when they were saved."""
+        result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        saved = [result.get(f"base_model.{name}.{adapter_name}") for name in cls.projections]
+        if any(tensor is None for tensor in saved):
+            return result
+        r, rows, columns = cls.sizes(*saved)
+        layers = (layer for layer in model.modules() if isinstance(layer, cls.tuner_layer_cls))
+        needs = [cls.needed(x.out_features, x.in_features) for x in layers if adapter_name in x._merge_adapters()]
+        if r == config.r and all(out <= rows and in_ <= columns for out, in_ in needs):
+            for name, tensor in zip(cls.projections, saved, strict=True):
+                container = getattr(model, name)
+                if container[adapter_name].shape != tensor.shape:
+                    container[adapter_name] = torch.empty_like(tensor).to(container[adapter_name])
+        return result
+
 
 class SavedProjectionModel(ProjectionModel):
     """Saves the projections once, under the model's name of them."""
@@ -227,20 +291,7 @@ class SavedProjectionModel(ProjectionModel):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        names, key = " and ".join(cls.projections), f"base_model.{cls.projections[0]}"
-        if config.save_projection:
-            if f"{key}.{adapter_name}" not in result:
-                raise ValueError(f"Specified to load {names} from state dictionary however they were not present!")
-        elif key in result:
-            warnings.warn(
-                f"Specified to not load {names} from state dictionary however they are present in state dictionary! "
-                "Consider using them to ensure checkpoint loading is correct on all platforms using "
-                "`peft_config.save_projection = True`"
-            )
-        else:
-            warnings.warn(
-                f"Specified to not load {names} from state dictionary. This means we will be relying on PRNG "
-                "initialisation to restore these projections using `config.projection_prng_key`, which may not be "
-                "accurate on all system configurations."
-            )
+        key = f"base_model.{cls.projections[0]}"
+        key = f"{key}.{adapter_name}" if config.save_projection else key
+        check_projections(" and ".join(cls.projections), config.save_projection, key in result)
         return result

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..utils.constants import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from .law import LowRank
-from .room import option, register, shared
+from .room import option, register
 from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, wide
 
 
@@ -21,15 +21,8 @@ class VeraConfig(ProjectionConfig):
     method = "vera"
 
     r: int = option(256, "Rank; larger than for LoRA, as only r + out_features numbers a layer are trained.")
-    target_modules: list[str] | str | None = shared("target_modules")
     vera_dropout: float = option(0.0, "Probability of dropping an input feature of the adapter in training.")
     d_initial: float = option(0.1, "Initial value of lambda_d; smaller ones such as 1e-7 may train better.")
-    fan_in_fan_out: bool = shared("fan_in_fan_out")
-    bias: str = shared("bias")
-    modules_to_save: list[str] | None = shared("modules_to_save")
-    init_weights: bool = shared("init_weights")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
 
 
 class VeraLayer(SharedRoom):
