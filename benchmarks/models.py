@@ -5,11 +5,20 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import os
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+# The package beside this folder is the one that is measured, here and in the processes started from here.
+ROOT = str(Path(__file__).resolve().parent.parent)
+if sys.path[0] != ROOT:
+    sys.path.insert(0, ROOT)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
 
 PACKAGES = [name for name in ("peft_c", "peft") if find_spec(name)]
 DTYPES = {
