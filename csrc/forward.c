@@ -5,18 +5,10 @@
 #include <string.h>
 
 enum {
-    STACK_WORK = 8192,      /* bytes of kernel workspace on the stack; more comes from the heap */
-    PARALLEL_FLOPS = 200000 /* below (a few microseconds): keep the GIL, one thread */
+    STACK_WORK = 8192 /* bytes of kernel workspace on the stack; more comes from the heap */
 };
 
 /* ---------------------------------------------------------------------------------------------------- kernel calls */
-
-/* One call of the forward kernel. x (m, k), y (m, n), t NULL data or (m, R); count factors. */
-typedef struct {
-    pk_mat y, x, t;
-    pk_lowrank factors[GATE_MAX_TERMS];
-    int count;
-} product;
 
 static int kernel_error(int rc) {
     if (rc == PK_EPARALLEL) {
@@ -28,11 +20,10 @@ static int kernel_error(int rc) {
 }
 
 static bool is_large(const pk_mat *x, const pk_mat *y, int64_t rank) {
-    return 2.0 * (double)x->rows * (double)rank * (double)(x->cols + y->cols) > (double)PARALLEL_FLOPS;
+    return 2.0 * (double)x->rows * (double)rank * (double)(x->cols + y->cols) > (double)FORWARD_PARALLEL_FLOPS;
 }
 
-/* 0, or -1 with an exception. */
-static int product_run(const module_state *state, const product *p) {
+int forward_run(const module_state *state, const forward_product *p) {
     const size_t size = pk_lowrank_apply_work(&p->y, &p->x, p->factors, p->count);
     const pk_mat *t = p->t.data != NULL ? &p->t : NULL;
     char stack[STACK_WORK];
@@ -105,6 +96,10 @@ static bool factor_of(const module_state *state, PyObject *down, PyObject *up, d
     return matrix_of(state, down, &out->down) && matrix_of(state, up, &out->up) && out->down.rows == out->up.cols;
 }
 
+bool forward_factor(const module_state *state, const gate_term *term, pk_lowrank *out) {
+    return factor_of(state, term->down, term->up, term->scale, out);
+}
+
 /* ----------------------------------------------------------------------------------------------------- the forward */
 
 static bool wants_grad(const module_state *state, PyObject *tensor) {
@@ -115,7 +110,7 @@ static bool wants_grad(const module_state *state, PyObject *tensor) {
     return yes;
 }
 
-static bool plan_wants_graph(const module_state *state, const gate_plan *plan, PyObject *x) {
+bool forward_wants_graph(const module_state *state, const gate_plan *plan, PyObject *x) {
     if (!state->torch.aoti_torch_grad_mode_is_enabled()) return false;
     if (wants_grad(state, x)) return true;
     for (int i = 0; i < plan->count; i++) {
@@ -188,7 +183,7 @@ static bool output_is_ours(const module_state *state, const gate_plan *plan, PyO
 /* out += terms, no graph. 1 done, 0 a tensor has no view (nothing written), -1 with an exception. */
 static int add_raw(const module_state *state, const gate_plan *plan, PyObject *x, PyObject *out) {
     PyObject *copy = NULL;
-    product p;
+    forward_product p;
     int rc = 0;
     p.count = plan->count;
     p.t.data = NULL;
@@ -196,10 +191,10 @@ static int add_raw(const module_state *state, const gate_plan *plan, PyObject *x
     for (int i = 0; i < p.count; i++) {
         const gate_term *term = &plan->terms[i];
         const pk_lowrank *f = &p.factors[i];
-        if (!factor_of(state, term->down, term->up, term->scale, &p.factors[i])) goto done;
+        if (!forward_factor(state, term, &p.factors[i])) goto done;
         if (f->down.cols != p.x.cols || f->up.rows != p.y.cols) goto done;
     }
-    rc = product_run(state, &p) < 0 ? -1 : 1;
+    rc = forward_run(state, &p) < 0 ? -1 : 1;
 done:
     Py_XDECREF(copy);
     return rc;
@@ -216,7 +211,7 @@ static PyObject *add_terms(module_state *state, const gate_plan *plan, PyObject 
         goto done;
     }
     ours = output_is_ours(state, plan, x, y, &vy);
-    if (plan_drops(plan) || plan_wants_graph(state, plan, x)) {
+    if (plan_drops(plan) || forward_wants_graph(state, plan, x)) {
         result = finish(state, plan, x, y, ours ? FINISH_IN_PLACE : FINISH_COPY);
         goto done;
     }
@@ -334,7 +329,7 @@ static PyObject *forward_apply(PyObject *module, PyObject *args) {
     const module_state *state = state_of(module);
     PyObject *y, *x, *t, *scales, *factors, *copy = NULL, *result = NULL;
     TensorView view;
-    product p;
+    forward_product p;
     int rc;
     if (!PyArg_ParseTuple(args, "OOOO!O!:lowrank_apply", &y, &x, &t, &PyTuple_Type, &scales, &PyTuple_Type, &factors))
         return NULL;
@@ -347,7 +342,7 @@ static PyObject *forward_apply(PyObject *module, PyObject *args) {
                         "lowrank_apply: y, t and the factors must be strided CPU matrices, A (r, k), B (n, r)");
         goto done;
     }
-    if (product_run(state, &p) < 0) goto done;
+    if (forward_run(state, &p) < 0) goto done;
     result = Py_None;
     Py_INCREF(result);
 done:

@@ -26,6 +26,25 @@
 
 #include "gate.h"
 
+/* The number of flops from which a kernel runs without the GIL, in torch's threads. */
+enum { FORWARD_PARALLEL_FLOPS = 200000 };
+
+/* One call of the forward kernel: y (m, n) += terms of x (m, k); t: NULL data, or (m, R). */
+typedef struct {
+    pk_mat y, x, t;
+    pk_lowrank factors[GATE_MAX_TERMS];
+    int count;
+} forward_product;
+
+/* Runs it; 0, or -1 with an exception. */
+int forward_run(const module_state *state, const forward_product *product);
+
+/* The term's weights as a factor; false when they have no plain 2-d view or do not fit each other. */
+bool forward_factor(const module_state *state, const gate_term *term, pk_lowrank *out);
+
+/* Would autograd have to see what is computed from x with these terms now? */
+bool forward_wants_graph(const module_state *state, const gate_plan *plan, PyObject *x);
+
 extern PyMethodDef forward_methods[]; /* lowrank_forward, lowrank_apply, lowrank_backward */
 
 #endif

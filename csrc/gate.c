@@ -179,8 +179,9 @@ static PyObject *part_find(const module_state *state, PyObject *dict, PyObject *
     return adapters;
 }
 
+/* Plans the adapter `only`, or the active ones when it is NULL. */
 static gate_reason plan_layer(const module_state *state, PyObject *layer, PyObject *dict, PyObject *names,
-                              gate_plan *plan) {
+                              PyObject *only, gate_plan *plan) {
     PyObject *modules = look(dict, state->names._modules), *active = NULL;
     layer_parts parts;
     gate_reason reason;
@@ -192,6 +193,7 @@ static gate_reason plan_layer(const module_state *state, PyObject *layer, PyObje
     parts.variant = part_find(state, dict, modules, names, 4);
     if (parts.down == NULL || parts.up == NULL || parts.scaling == NULL) return GATE_ODD;
     plan->cast = look(dict, state->names.cast_input_dtype_enabled) != Py_False;
+    if (only != NULL) return plan_adapters(state, &parts, only, plan);
     active = attribute(dict, layer, state->names._active_adapter);
     reason = active != NULL ? plan_adapters(state, &parts, active, plan) : GATE_ODD;
     Py_XDECREF(active);
@@ -233,7 +235,7 @@ static bool is_true(PyObject *value) {
     return yes == 1;
 }
 
-gate_reason gate_layer(const module_state *state, PyObject *layer, gate_plan *plan) {
+gate_reason gate_adapter(const module_state *state, PyObject *layer, PyObject *only, gate_plan *plan) {
     PyObject *dict = instance_dict(layer), *names = NULL, *merged = NULL, *disabled = NULL;
     gate_reason reason = GATE_NOT_LOWRANK;
     plan->base = NULL;
@@ -251,7 +253,7 @@ gate_reason gate_layer(const module_state *state, PyObject *layer, gate_plan *pl
     } else if (is_true(merged)) {
         reason = GATE_MERGED;
     } else {
-        reason = plan_layer(state, layer, dict, names, plan);
+        reason = plan_layer(state, layer, dict, names, only, plan);
     }
 done:
     if (names == NULL) PyErr_Clear();

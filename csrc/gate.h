@@ -67,9 +67,12 @@ typedef struct {
     gate_term terms[GATE_MAX_TERMS];
 } gate_plan;
 
-/* Fills `plan` from the live layer. GATE_OK; GATE_MERGED, GATE_DISABLED, GATE_NO_ADAPTER: call the base alone;
+/* Fills `plan` from the live layer: with its active adapters, or with the one called `only`. GATE_OK; GATE_MERGED, GATE_DISABLED, GATE_NO_ADAPTER: call the base alone;
  * anything else: the composed path. Never leaves an exception. The caller calls gate_release in every case. */
-gate_reason gate_layer(const module_state *state, PyObject *layer, gate_plan *plan);
+gate_reason gate_adapter(const module_state *state, PyObject *layer, PyObject *only, gate_plan *plan);
+static inline gate_reason gate_layer(const module_state *state, PyObject *layer, gate_plan *plan) {
+    return gate_adapter(state, layer, NULL, plan);
+}
 
 /* What surrounds the call: switch, autocast, modes, functorch, tracing, forward AD, global hooks. */
 gate_reason gate_ambient(const module_state *state);

@@ -18,7 +18,7 @@ LEVELS = {
     **dict.fromkeys(("state",), 2),
     **dict.fromkeys(("view", "gate"), 3),
     **dict.fromkeys(("law", "merge", "forward"), 4),
-    **dict.fromkeys(("layer", "walk"), 5),
+    **dict.fromkeys(("layer", "walk", "mixed"), 5),
     **dict.fromkeys(("module",), 6),
 }
 OTHERS = 5  # units that are not in the table: helpers of layer and walk

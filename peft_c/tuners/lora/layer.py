@@ -371,6 +371,9 @@ class LoraLayer(BaseTunerLayer):
                 rows_of.setdefault(name, []).append(row)
         if rows_of and (type(self.base_layer).forward is not nn.Linear.forward or self.base_layer._forward_hooks):
             result = result.clone()  # somebody else may hold what this layer returned
+        if getattr(self, "_lowrank_names", None) and not is_compiling():
+            if _C.lowrank_mixed(self, x, result, list(adapter_names)):
+                return result
         for name, rows in rows_of.items():
             dtype = self._input_dtype(name)
             part = x[rows] if dtype is None else x[rows].to(dtype)

@@ -1,0 +1,14 @@
+/* mixed.h: a batch whose rows use different adapters, and the names of the adapters of its rows.
+ *
+ *   lowrank_mixed(layer, x, y, names) -> bool
+ *       y[i] += scaling * B(A(x[i])) of the adapter names[i], in place, for every row i of the first dimension whose adapter the
+ *       layer has; other rows ("__base__") stay as they are. Rows beside each other with one adapter are one kernel call.
+ *       False: nothing was written, take the composed path (the gate says no, autograd is needed, dropout is active). */
+#ifndef PEFT_C_MIXED_H
+#define PEFT_C_MIXED_H
+
+#include "forward.h"
+
+extern PyMethodDef mixed_methods[]; /* lowrank_mixed */
+
+#endif
