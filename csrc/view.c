@@ -1,5 +1,4 @@
-/* view.c: torch tensors through the DLPack exchange table, numpy arrays through their struct, others through
- * __dlpack__. */
+/* view.c: torch tensors through the DLPack exchange table, numpy arrays by their struct, others through __dlpack__. */
 #include "view.h"
 
 #include <numpy/ndarraytypes.h>
