@@ -88,10 +88,7 @@ class OrthLayer(nn.Module):
         self.size, self.orth, self.eps = r, config.psoft_orth, config.cayley_neumann_eps
         self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
         self.register_buffer("places", torch.triu_indices(r, r, 1), persistent=False)
-        weight = torch.zeros(r * (r - 1) // 2) if self.orth else torch.eye(r)
-        if not config.init_weights:
-            weight = weight + torch.randn(weight.shape) * 0.1
-        self.weight = nn.Parameter(weight)
+        self.weight = nn.Parameter(torch.zeros(r * (r - 1) // 2) if self.orth else torch.eye(r))
         self.vector_b = nn.Parameter(torch.ones(r)) if config.psoft_mag_b else None
         self.vector_a = nn.Parameter(torch.ones(r)) if config.psoft_mag_a else None
 
@@ -159,6 +156,9 @@ class PsoftLayer(AddRoom):
         self.psoft_R[name] = OrthLayer(config, r)
 
     def complete(self, name: str, config: PsoftConfig) -> None:
+        R = self.psoft_R[name].weight.data
+        if not config.init_weights and not R.is_meta:  # drawn in the base weight's dtype, as PEFT does
+            R.copy_(torch.randn_like(R) * 0.1 + R)
         with gather_params_ctx(self.get_base_layer().weight), torch.no_grad():
             left, values, right = self.principal(name, self.bare_weight().float())
         values = values / self.scaling[name]
