@@ -9,6 +9,7 @@ from typing import Any
 # package: its public names. A new tuner adds one row.
 _NAMES: dict[str, str] = {
     "adalora": "AdaLoraConfig AdaLoraModel",
+    "adamss": "AdamssConfig AdamssModel",
     "beft": "BeftConfig BeftModel",
     "boft": "BOFTConfig BOFTModel",
     "c3a": "C3AConfig C3AModel",
@@ -48,6 +49,7 @@ _NAMES: dict[str, str] = {
     "unilora": "UniLoraConfig UniLoraModel",
     "vblora": "VBLoRAConfig VBLoRAModel",
     "vera": "VeraConfig VeraModel",
+    "xlora": "XLoraConfig XLoraModel",
 }
 _HOME = {name: package for package, names in _NAMES.items() for name in names.split()}
 

@@ -1,0 +1,170 @@
+"""TinyLoRA: a small vector mixes random matrices between a weight's singular vectors (https://arxiv.org/abs/2602.04118)."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..utils.constants import TRANSFORMERS_MODELS_TO_TINYLORA_TARGET_MODULES_MAPPING
+from ._buffer_dict import BufferDict
+from .law import LowRank
+from .room import option, register, weight_view
+from .shared_room import SharedRoom, SharedRoomConfig, SharedRoomModel, check_projections, wide
+
+
+@dataclass
+class TinyLoraConfig(SharedRoomConfig):
+    """Options of TinyLoRA."""
+
+    method = "tinylora"
+
+    r: int = option(2, "Number of singular vectors of each layer's weight.")
+    u: int = option(64, "Number of trained values of each group of layers.")
+    weight_tying: float = option(0.0, "From 0.0, each layer has values of its own, to 1.0, all layers share them.")
+    projection_seed: int = option(42, "Seed of the random matrices; a layer's number is added to it.")
+    save_projection: bool = option(
+        True, "Whether to save the random matrices; if not, they are drawn again from the seed when loading."
+    )
+    init_v_bound: float = option(0.02, "Bound of the uniform distribution of the initial values.")
+    tinylora_dropout: float = option(0.0, "Probability of dropping an input feature of the adapter in training.")
+    init_weights: bool | str = option(True, "True: start with zeros (no change); 'uniform' or False: uniform values.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.save_projection:
+            warnings.warn(
+                "Specified to not save projection tensors P within the state dictionary. They will be restored from "
+                "`config.projection_seed`. Consider setting `config.save_projection` to `True` to guarantee restoring "
+                "the checkpoint correctly on all system configurations."
+            )
+        for name in ("r", "u"):
+            if getattr(self, name) <= 0:
+                raise ValueError(
+                    f"`{name}` should be a positive integer value but the value passed is {getattr(self, name)}"
+                )
+        if not 0 <= self.weight_tying <= 1:
+            raise ValueError(
+                f"`weight_tying` should be a float between 0.0 and 1.0 but the value passed is {self.weight_tying}"
+            )
+
+
+class TinyLoraLayer(SharedRoom):
+    """B R A with R = sum_i v[i] P[i]: A (r, in) and B (out, r) are the first singular vectors, each times the root of
+    the singular value, P (u, r, r) is random, v (u,) is trained and shared by the layers of a group."""
+
+    adapter_layer_names = ("tinylora_v",)
+    other_param_names = ("tinylora_A", "tinylora_B", "tinylora_P", "tinylora_dropout", "r", "u", "_tinylora_v_key")
+    containers = dict.fromkeys(other_param_names[:3], partial(BufferDict, persistent=True))
+    own, dropout = "tinylora_A", "tinylora_dropout"
+
+    def create(self, name: str, config: TinyLoraConfig, shared: dict[str, nn.Module], group: str, index: int) -> None:
+        self.share(shared)
+        self._tinylora_v_key[name] = group
+        self.add_dropout(name, config.tinylora_dropout)
+        base = self.get_base_layer()
+        weight = weight_view(base).matrix(base.weight.data)
+        U, S, V = torch.linalg.svd(weight.float(), full_matrices=False)
+        r = min(config.r, len(S))
+        U, S, V = (part.to(weight.dtype) for part in (U[:, :r], S[:r], V[:r]))
+        self.r[name], self.u[name] = r, config.u
+        self.tinylora_A[name] = (S.sqrt()[:, None] * V).contiguous()
+        self.tinylora_B[name] = (U * S.sqrt()).contiguous()
+        generator = torch.Generator().manual_seed(config.projection_seed + index)
+        self.tinylora_P.persistent = config.save_projection
+        self.tinylora_P[name] = torch.normal(0.0, 1 / r**0.5, size=(config.u, r, r), generator=generator)
+
+    def low_rank(self, name: str) -> LowRank:
+        v = wide(self.tinylora_v[name][self._tinylora_v_key[name]])
+        A, B, P = (getattr(self, part)[name].to(v.device, v.dtype) for part in self.other_param_names[:3])
+        return LowRank(A, B @ torch.einsum("i,ijk->jk", v, P), 1.0)
+
+    def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        A, B, _ = self.low_rank(name)
+        dropout = self.tinylora_dropout[name]
+        if isinstance(self.get_base_layer(), nn.Embedding):
+            return dropout(F.embedding(x, B)) @ A
+        return F.linear(F.linear(dropout(x).to(A.dtype), A), B)
+
+
+class Linear(TinyLoraLayer):
+    """TinyLoRA for nn.Linear and Conv1D."""
+
+
+class Embedding(TinyLoraLayer):
+    """TinyLoRA for nn.Embedding."""
+
+
+class TinyLoraModel(SharedRoomModel):
+    """Injects TinyLoRA."""
+
+    prefix = "tinylora_"
+    tuner_layer_cls = TinyLoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_TINYLORA_TARGET_MODULES_MAPPING
+    rooms = {nn.Linear: Linear, "Conv1D": Linear, nn.Embedding: Embedding}
+    equal = {"save_projection": "TinyLoRA projection tensors must be saved for all adapters or none"}
+    unequal = TypeError
+
+    def _pre_injection_hook(self, model: nn.Module, config: TinyLoraConfig, adapter_name: str) -> None:
+        self.tinylora_v = nn.ModuleDict()
+        self._target_key_to_idx: dict[str, dict[str, int]] = {}
+
+    def settings_of(self, name: str, config: TinyLoraConfig, key: str, base: nn.Module) -> dict[str, Any]:
+        if key not in self._target_key_to_idx.get(name, ()):
+            self._target_key_to_idx[name] = {target: i for i, (target, _) in enumerate(self.targets(config))}
+        index, count = self._target_key_to_idx[name][key], len(self._target_key_to_idx[name])
+        groups = max(1, round(count * (1 - config.weight_tying)))
+        group = str(min(index // max(1, count // groups), groups - 1))
+        if name not in self.tinylora_v:
+            self.tinylora_v[name] = nn.ParameterDict()
+        if group not in self.tinylora_v[name]:
+            v = torch.zeros(config.u, dtype=base.weight.dtype)
+            if config.init_weights is not True:
+                nn.init.uniform_(v, -config.init_v_bound, config.init_v_bound)
+            self.tinylora_v[name][group] = nn.Parameter(v)
+        return {"shared": {"tinylora_v": self.tinylora_v}, "group": group, "index": index}
+
+    def _init_tinylora_v(self, config: TinyLoraConfig, adapter_name: str) -> None:
+        """Give the values of an adapter uniform random ones."""
+        for v in self.tinylora_v[adapter_name].values() if adapter_name in self.tinylora_v else ():
+            nn.init.uniform_(v, -config.init_v_bound, config.init_v_bound)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter, see `BaseTuner.delete_adapter`."""
+        super().delete_adapter(adapter_name)
+        self._target_key_to_idx.pop(adapter_name, None)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: TinyLoraConfig, adapter_name: str, state_dict: dict, unwanted_adapter_names: Any
+    ) -> dict[str, torch.Tensor]:
+        values = f"base_model.tinylora_v.{adapter_name}."
+        selected = {}
+        for key, tensor in state_dict.items():
+            if key.startswith(values):
+                selected["base_model.tinylora_v." + key.removeprefix(values)] = tensor
+            elif ".tinylora_P." in key:
+                if config.save_projection and adapter_name in key:
+                    selected[key] = tensor
+            elif cls.prefix in key and ".tinylora_v." not in key:
+                selected[key] = tensor
+        return selected | cls._get_learnable_bias_state_dict(model, state_dict, config)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: TinyLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        values = [key for key in state_dict if ".tinylora_v." in key]
+        values = {key.replace(".tinylora_v.", f".tinylora_v.{adapter_name}."): state_dict.pop(key) for key in values}
+        result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        present = any(".tinylora_P." in key for key in result)
+        check_projections("tinylora_P", config.save_projection, present, required=False)
+        return {**result, **values}
+
+
+register("tinylora", TinyLoraConfig, TinyLoraModel)
