@@ -103,6 +103,9 @@ class GloraLayer(AddRoom):
     def adapter_dtype(self, name: str) -> torch.dtype:
         return self.get_base_layer().weight.dtype
 
+    def dense(self, name: str) -> bool:
+        return self.glora_A[name].form == "lora"
+
     def delta(self, name: str) -> torch.Tensor:
         return self.bare_weight() * self.support("A", name) + self.support("B", name)
 

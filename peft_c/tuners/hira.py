@@ -76,6 +76,9 @@ class HiraLayer(AddRoom):
         A, B = self.hira_A[name], self.hira_B[name]
         return (wide(B).flatten(1) @ wide(A).flatten(1)).to(A.dtype)
 
+    def dense(self, name: str) -> bool:
+        return not self.training or isinstance(self.hira_dropout[name], nn.Identity)
+
     def delta(self, name: str) -> torch.Tensor:
         return self.bare_weight() * self.product(name)
 
@@ -102,6 +105,9 @@ class Embedding(HiraLayer):
     def product(self, name: str) -> torch.Tensor:
         A, B = self.hira_embedding_A[name], self.hira_embedding_B[name]
         return (wide(A).T @ wide(B).T).to(A.dtype)
+
+    def dense(self, name: str) -> bool:
+        return False
 
     def term_beside(self, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         rows = F.embedding(x, self.hira_embedding_A[name].T, padding_idx=self.get_base_layer().padding_idx)

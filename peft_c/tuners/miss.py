@@ -66,6 +66,9 @@ class MissLayer(AddRoom):
             nn.init.kaiming_uniform_(block, a=math.sqrt(5))
         self.miss_block[name] = nn.Parameter(block)
 
+    def dense(self, name: str) -> bool:
+        return self.miss_fn[name] == "bat"
+
     def block(self, name: str) -> torch.Tensor:
         """D (r, out)."""
         block = self.miss_block[name]
@@ -90,7 +93,8 @@ class MissLayer(AddRoom):
         if self.miss_fn[name] == "bat":
             return super().term(name, x)
         r = self.miss_r[name]
-        x = F.pad(self.miss_dropout[name](x), (0, -x.shape[-1] % r))
+        x = self.miss_dropout[name](x)
+        x = F.pad(x, (0, -x.shape[-1] % r)) if x.shape[-1] % r else x
         return x.unflatten(-1, (-1, r)).sum(-2) @ self.block(name)
 
     def scale_layer(self, scale: float) -> None:

@@ -74,7 +74,7 @@ class PsoftConfig(RoomConfig):
         ):
             value = getattr(self, name)
             if not given and value != defaults[name]:
-                warnings.warn(f"`{name}` is only used when `{needs}`: {name}={value} will be ignored.", UserWarning)
+                warnings.warn(f"`{name}` is only used when `{needs}`. {name}={value} will be ignored.", UserWarning)
 
 
 class OrthLayer(nn.Module):

@@ -73,9 +73,9 @@ class RoadLayer(MapRoom):
         shape = (self.out_features // (2 * half), *VARIANTS[self.variant[name]], half)
         theta, alpha = (values[name].view(shape).expand(-1, 2, 2, -1) for values in (self.road_theta, self.road_alpha))
         cosine, sine = alpha[:, 0] * theta[:, 0].cos(), alpha[:, 1] * theta[:, 1].sin()
-        pairs = y.unflatten(-1, (-1, 2, half))
-        first, second = pairs.unbind(-2)
-        return (pairs * cosine + torch.stack((-second, first), dim=-2) * sine).flatten(-3)
+        sine = torch.stack((-sine[:, 0], sine[:, 1]), dim=1)
+        exchanged = y.unflatten(-1, (-1, 2, half)).flip(-2).flatten(-3)
+        return torch.addcmul(y * cosine.flatten(), exchanged, sine.flatten())
 
     def after(self, name: str, y: torch.Tensor) -> torch.Tensor:
         return self.rotate(name, self._cast_input_dtype(y, self.road_theta[name].dtype))

@@ -316,6 +316,10 @@ class AddRoom(Room):
         """The delta of the bias, if `adds` names it."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it adds to the bias")
 
+    def dense(self, name: str) -> bool:
+        """Whether `term` would build the delta anyway: it is added to the weight then, for one product in all."""
+        return False
+
     def term_beside(self, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """`term`, for rooms that can make use of the base layer's output for x."""
         return self.term(name, x)
@@ -341,12 +345,30 @@ class AddRoom(Room):
         return (entry if isinstance(entry, torch.Tensor) else next(entry.parameters())).dtype
 
     def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        base = self.get_base_layer()
+        if not (args or kwargs) and self.base_layer is base and all(self.dense(name) for name in names):
+            return self.adapt_dense(names, x)
         output = result = self.base_layer(x, *args, **kwargs)
         for name in names:
             wanted = self.adapter_dtype(name)
             part = x if wanted is None else self._cast_input_dtype(x, wanted)
             result = result + self.term_beside(name, part, output)
         return result.to(output.dtype)
+
+    def adapt_dense(self, names: list[str], x: torch.Tensor) -> torch.Tensor:
+        """`adapt` by the weight with the deltas in it."""
+        weight, bias = self.get_base_weight(), getattr(self.get_base_layer(), "bias", None)
+        for name in names:
+            weight = weight + self.get_delta_weight(name)
+            if bias is not None and "bias" in self.adds:
+                bias = bias + self.bias_delta(name)
+        result = apply_weight(
+            self.get_base_layer(),
+            self._cast_input_dtype(x, weight.dtype),
+            weight,
+            self._cast_input_dtype(bias, weight.dtype),
+        )
+        return result.to(x.dtype)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What merging `adapter` adds to the base weight: a tensor of its shape."""
@@ -497,7 +519,9 @@ class RoomModel(BaseTuner):
                 f"`{'transformers.pytorch_utils.Conv1D' if kind == 'Conv1D' else f'torch.nn.{kind.__name__}'}`"
                 for kind in self.rooms
             )
-            raise self.unsupported(f"Target module {target} is not supported. Currently, only {known} are supported.")
+            raise self.unsupported(
+                f"Target module {target} is not supported. Currently, only the following modules are supported: {known}."
+            )
         if hasattr(config, "fan_in_fan_out") and config.fan_in_fan_out != is_transformers_conv1d(base):
             warnings.warn(
                 f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module is "

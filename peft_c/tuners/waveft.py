@@ -106,17 +106,27 @@ class WaveFTLayer(AddRoom):
 
     def delta(self, name: str) -> torch.Tensor:
         spectrum, (rows, columns, shape) = self.waveft_spectrum[name], self.entries(name)
-        delta = spectrum.new_zeros(shape).index_put((rows, columns), spectrum * self.waveft_scaling[name])
+        scaled, family = spectrum * self.waveft_scaling[name], self.waveft_wavelet_family[name]
+        size = (self.out_features, self.in_features)
+        if self.waveft_use_idwt[name] and len(spectrum) * wavelets.LENGTHS[family] ** 2 < size[0] * size[1]:
+            (i, left), (j, right) = (
+                wavelets.support(places, length, family, spectrum)
+                for places, length in zip((rows, columns), size, strict=True)
+            )
+            patches = left.unsqueeze(2) * right.unsqueeze(1) * scaled.view(-1, 1, 1)
+            places = i.unsqueeze(2) * size[1] + j.unsqueeze(1)
+            flat = spectrum.new_zeros(size[0] * size[1]).index_add(0, places.flatten(), patches.flatten())
+            return flat.view(size)
+        delta = spectrum.new_zeros(shape).index_put((rows, columns), scaled)
         if self.waveft_use_idwt[name]:
-            family = self.waveft_wavelet_family[name]
             delta = wavelets.synthesise(
                 wavelets.synthesise(delta, self.in_features, family).T, self.out_features, family
             ).T
         return delta
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        spectrum, flat = self.waveft_spectrum[name], x.flatten(0, -2)
-        if len(flat) * len(spectrum) > self.in_features * self.out_features:  # then the matrix is less work
+        spectrum, flat = self.waveft_spectrum[name], x.reshape(-1, x.shape[-1])
+        if 16 * len(spectrum) > self.in_features * self.out_features:  # then the matrix is less work
             return super().term(name, x)
         rows, columns, shape = self.entries(name)
         family, transform = self.waveft_wavelet_family[name], self.waveft_use_idwt[name]
@@ -124,7 +134,7 @@ class WaveFTLayer(AddRoom):
         parts = flat.T[columns] * (spectrum * self.waveft_scaling[name]).unsqueeze(1)
         result = parts.new_zeros(shape[0], len(flat)).index_add(0, rows, parts).T
         result = wavelets.synthesise(result, self.out_features, family) if transform else result
-        return result.unflatten(0, x.shape[:-1])
+        return result.reshape(*x.shape[:-1], -1)
 
 
 WaveFTLinear = WaveFTLayer

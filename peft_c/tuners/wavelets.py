@@ -91,6 +91,19 @@ def padded(size: int, family: str) -> int:
     return size + size % 2
 
 
+def support(places: torch.Tensor, size: int, family: str, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where, of `size` numbers, each of the coefficients at `places` goes, and how strongly: two (n, taps).
+
+    What goes beyond the ends is at 0 with strength 0.
+    """
+    bank, crop = _bank(family, like)
+    half = padded(size, family) // 2
+    taps = torch.arange(bank.shape[-1], device=places.device)
+    where = 2 * (places % half).unsqueeze(1) - crop + taps
+    inside = (where >= 0) & (where < size)
+    return where * inside, bank[places // half, 0] * inside
+
+
 def synthesise(coefficients: torch.Tensor, size: int, family: str) -> torch.Tensor:
     """Rows of `size` numbers from rows of coefficients: low frequencies, then high ones."""
     bank, crop = _bank(family, coefficients)
