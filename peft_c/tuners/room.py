@@ -520,7 +520,8 @@ class RoomModel(BaseTuner):
                 for kind in self.rooms
             )
             raise self.unsupported(
-                f"Target module {target} is not supported. Currently, only the following modules are supported: {known}."
+                f"Target module {target} is not supported. "
+                f"Currently, only the following modules are supported: {known}."
             )
         if hasattr(config, "fan_in_fan_out") and config.fan_in_fan_out != is_transformers_conv1d(base):
             warnings.warn(
