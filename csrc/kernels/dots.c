@@ -44,8 +44,8 @@ static void dots_range(int64_t begin, int64_t end, void *ctx) {
     for (int64_t i = begin; i < end; i++) {
         const int64_t xi = i / d->a_blocks * X_BLOCK, aj = i % d->a_blocks * A_BLOCK;
         d->isa->dtype[d->x.dtype].dot[d->kind](mat_at(&d->x, xi, 0), d->x.rs, min64(X_BLOCK, d->x.rows - xi),
-                                               mat_at(&d->a, aj, 0), d->a.rs, min64(A_BLOCK, d->a.rows - aj), d->x.cols,
-                                               d->t + (xi * d->ldt + aj) * acc_size(d->wide), d->ldt);
+                                               mat_at(&d->a, aj, 0), d->a.rs, min64(A_BLOCK, d->a.rows - aj),
+                                               d->x.cols, d->t + (xi * d->ldt + aj) * acc_size(d->wide), d->ldt);
     }
 }
 

@@ -18,7 +18,9 @@ static inline float f32_of(uint32_t u) {
     return v;
 }
 
-static inline float bf16_to_f32(uint16_t h) { return f32_of((uint32_t)h << 16); }
+static inline float bf16_to_f32(uint16_t h) {
+    return f32_of((uint32_t)h << 16);
+}
 
 static inline uint16_t f32_to_bf16(float v) {
     uint32_t u = f32_bits(v);
@@ -55,6 +57,18 @@ static inline float f64_to_f32_odd(double v) {
     return f32_of(u | 1u);
 }
 
+/* the difference of the bits, saturated to a byte */
+static inline int8_t step_byte(int64_t d) {
+    return (int8_t)(d > 127 ? 127 : d < -128 ? -128 : d);
+}
+
+static inline int8_t step64(const void *a, const void *b) {
+    uint64_t x, y;
+    memcpy(&x, a, 8);
+    memcpy(&y, b, 8);
+    return step_byte((int64_t)(x - y));
+}
+
 static inline double scalar_load(pk_dtype dtype, const void *p) {
     switch (dtype) {
     case PK_F64: {
@@ -81,9 +95,12 @@ static inline void scalar_store(pk_dtype dtype, void *p, double v) {
     const float f = (float)v;
     const uint16_t h = dtype == PK_BF16 ? f32_to_bf16(f64_to_f32_odd(v))
                                         : (dtype == PK_F16 ? f32_to_f16(f64_to_f32_odd(v)) : (uint16_t)0);
-    if (dtype == PK_F64) memcpy(p, &v, 8);
-    else if (dtype == PK_F32) memcpy(p, &f, 4);
-    else memcpy(p, &h, 2);
+    if (dtype == PK_F64)
+        memcpy(p, &v, 8);
+    else if (dtype == PK_F32)
+        memcpy(p, &f, 4);
+    else
+        memcpy(p, &h, 2);
 }
 
 #endif

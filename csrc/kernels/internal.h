@@ -10,14 +10,36 @@
 #define INLINE inline __attribute__((always_inline))
 
 enum {
-    MR = 6,           /* rows of the micro-tile */
-    NR_MAX = 64,      /* widest panel of any ISA, and what layouts are padded to */
-    UNIT_COLS = 512,  /* a unit: at most UNIT_COLS columns and UNIT_SIZE elements (padded) of a weight */
+    MR = 6,          /* rows of the micro-tile */
+    NR_MAX = 64,     /* widest panel of any ISA, and what layouts are padded to */
+    UNIT_COLS = 512, /* a unit: at most UNIT_COLS columns and UNIT_SIZE elements (padded) of a weight */
     UNIT_SIZE = MR * UNIT_COLS,
-    DEPTH = 128       /* longest panel kept on a stack */
+    STEPS_LD = UNIT_COLS + 64,
+    DEPTH = 128 /* longest panel kept on a stack */
 };
 
+/* codes of a record: see record.h */
+enum { SKIP = 0, RAW = -128, GAP_MAX = 255 };
+
 typedef enum { OP_ADD, OP_SUB, OP_MUL, OP_DIV, OP_SET } row_op;
+
+/* A tile of a weight and its delta(i, j) = sum_p row[p * ldrow + i] panel[p * nr + j] (with pairs: see pk_isa.pairs),
+ * i < mr, j < nr */
+typedef struct {
+    int64_t depth, ldrow, ldw;
+    const void *row, *panel;
+    void *w;
+    float scale; /* of pairs */
+    int mr;
+} pk_tile;
+
+/* What a merge leaves behind for the record. A step: old bits - what unmerge gets, saturated to -128 .. 127. */
+typedef struct {
+    void *old; /* the bits before, rows ldold elements apart */
+    int64_t ldold;
+    int8_t *steps; /* rows STEPS_LD apart */
+    int bad;       /* inf or NaN met: steps are not enough */
+} pk_trace;
 
 /* Kernels of one dtype S; n elements, contiguous unless strides are given. */
 typedef struct {
@@ -25,13 +47,12 @@ typedef struct {
     void (*pack)(const void *src, int64_t sp, int64_t sj, int64_t np, int64_t nj, void *dst, int64_t ld, double scale);
     /* out = round(w op d); out may be w. OP_SET ignores w. */
     void (*apply)(row_op op, const void *w, const void *d, void *out, int64_t n);
-    /* w(i, j) = round(w op sum_p row[p * ldrow + i] panel[p * nr + j]), i < mr, j < nr; op is OP_ADD or OP_SUB */
-    void (*fused)(row_op op, int64_t depth, const void *row, int64_t ldrow, const void *panel, void *w, int64_t ldw,
-                  int mr);
-    /* out = round(w op d), back = round(out inverse-op d); writes to idx the places where back is not w's bits (or NaN)
-     * and returns how many; *bad |= 1 if out has inf or NaN. op is OP_ADD or OP_MUL; out, back, w do not overlap.
-     * idx needs 32 places to spare. */
-    int64_t (*record)(row_op op, const void *w, const void *d, void *out, void *back, int64_t n, uint16_t *idx, int *bad);
+    /* w(i, j) = round(w op delta(i, j)), delta as T says, of acc ([0]) or of pairs of bf16 ([1], NULL if the ISA has none);
+     * op is OP_ADD, OP_SUB or OP_SET. With a trace op is OP_ADD. */
+    void (*fused[2])(row_op op, const pk_tile *t, pk_trace *trace);
+    /* out = round(w op d), and the steps back. *bad |= 1 if out has inf or NaN; there the step is RAW. op is OP_ADD or
+     * OP_MUL; out, w do not overlap. steps has room for n rounded up to 64. */
+    void (*record)(row_op op, const void *w, const void *d, void *out, int64_t n, int8_t *steps, int *bad);
     /* t[i * ldt + j] = sum_k x[i * ldx + k] a[j * lda + k], i < m, j < r; a is S ([0]) or acc ([1]), t is acc */
     void (*dot[2])(const void *x, int64_t ldx, int64_t m, const void *a, int64_t lda, int64_t r, int64_t k, void *t,
                    int64_t ldt);
@@ -51,6 +72,10 @@ typedef struct {
                   float scale, int mr);
     /* 32 lanes of a running hash, n bytes (a tail is padded with zeros to 128) */
     void (*hash)(uint32_t *state, const void *p, int64_t n);
+    /* appends the code (record.h) of a row of n steps, whose first place is base. *last:
+     * the last place of the code. old: the old bits, elements of size. May write 32 bytes too many. */
+    unsigned char *(*code)(unsigned char *to, int64_t *last, const int8_t *steps, const char *old, int64_t size,
+                           int64_t n, int64_t base);
     pk_row_kernels dtype[PK_NDTYPES];
 } pk_isa;
 
@@ -67,10 +92,18 @@ extern const pk_isa pk_isa_neon;
 #endif
 
 /* matrix.c */
-static inline int64_t round_up(int64_t v, int64_t step) { return (v + step - 1) / step * step; }
-static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-static inline int64_t acc_size(int wide) { return wide ? 8 : 4; }
+static inline int64_t round_up(int64_t v, int64_t step) {
+    return (v + step - 1) / step * step;
+}
+static inline int64_t min64(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+static inline int64_t max64(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+static inline int64_t acc_size(int wide) {
+    return wide ? 8 : 4;
+}
 static inline char *mat_at(const pk_mat *a, int64_t i, int64_t j) {
     return (char *)a->data + (i * a->rs + j * a->cs) * pk_dtype_size(a->dtype);
 }
@@ -80,8 +113,8 @@ static inline pk_mat mat_transposed(pk_mat a) {
 }
 int mat_valid(const pk_mat *a); /* known dtype, sizes >= 0, data unless empty */
 /* dst[p * ld + j] = scale * a(p0 + p, j0 + j) as acc, p < np, j < nj */
-void mat_pack(const pk_isa *isa, const pk_mat *a, int64_t p0, int64_t j0, int64_t np, int64_t nj, void *dst, int64_t ld,
-              double scale, int wide);
+void mat_pack(const pk_isa *isa, const pk_mat *a, int64_t p0, int64_t j0, int64_t np, int64_t nj, void *dst,
+              int64_t ld, double scale, int wide);
 /* a(p0 + p, j0 + j) = scale * src[p * ld + j], acc -> dtype */
 void mat_unpack(const pk_isa *isa, const pk_mat *a, int64_t p0, int64_t j0, int64_t np, int64_t nj, const void *src,
                 int64_t ld, double scale, int wide);
@@ -108,7 +141,9 @@ static inline void *work_take(work_area *a, int64_t bytes) {
     if (a->used > a->peak) a->peak = a->used;
     return p;
 }
-static inline size_t work_total(const work_area *a) { return a->peak ? a->peak + 64 : 0; }
+static inline size_t work_total(const work_area *a) {
+    return a->peak ? a->peak + 64 : 0;
+}
 
 /* merge.c: y op= sum_i scale_i up_i down_i, op OP_ADD or OP_SET, plain */
 size_t product_work(const pk_mat *y, const pk_lowrank *f, int nf);

@@ -15,29 +15,59 @@ typedef __m256d vd;
 #define ISA_TABLE pk_isa_avx2
 #define ISA_NAME "avx2"
 #define ISA_MATH 1
+#define WORDS_STEPS
 
-static INLINE vf vf_load(const float *p) { return _mm256_loadu_ps(p); }
-static INLINE void vf_store(float *p, vf v) { _mm256_storeu_ps(p, v); }
-static INLINE vf vf_set1(float x) { return _mm256_set1_ps(x); }
-static INLINE vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
-static INLINE vf vf_add(vf a, vf b) { return _mm256_add_ps(a, b); }
-static INLINE vf vf_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
-static INLINE vf vf_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
-static INLINE vf vf_div(vf a, vf b) { return _mm256_div_ps(a, b); }
+static INLINE vf vf_load(const float *p) {
+    return _mm256_loadu_ps(p);
+}
+static INLINE void vf_store(float *p, vf v) {
+    _mm256_storeu_ps(p, v);
+}
+static INLINE vf vf_set1(float x) {
+    return _mm256_set1_ps(x);
+}
+static INLINE vf vf_fma(vf a, vf b, vf c) {
+    return _mm256_fmadd_ps(a, b, c);
+}
+static INLINE vf vf_add(vf a, vf b) {
+    return _mm256_add_ps(a, b);
+}
+static INLINE vf vf_sub(vf a, vf b) {
+    return _mm256_sub_ps(a, b);
+}
+static INLINE vf vf_mul(vf a, vf b) {
+    return _mm256_mul_ps(a, b);
+}
+static INLINE vf vf_div(vf a, vf b) {
+    return _mm256_div_ps(a, b);
+}
 static INLINE float vf_sum(vf a) {
     __m128 q = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     q = _mm_add_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
 }
-static INLINE uint32_t vf_differ(vf a, vf b, const int nan) {
-    const __m256i same = _mm256_cmpeq_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b));
-    const __m256 number = nan ? _mm256_cmp_ps(b, b, _CMP_ORD_Q) : _mm256_castsi256_ps(same);
-    const __m256 ok = _mm256_and_ps(_mm256_castsi256_ps(same), number);
-    return 0xffu & ~(uint32_t)_mm256_movemask_ps(ok);
+static INLINE __m128i halves(const void *p, int i) {
+    return _mm_loadu_si128((const __m128i *)p + i);
 }
-static INLINE uint16_t *vf_index(uint32_t mask, int64_t base, uint16_t *at) {
-    for (; mask; mask &= mask - 1) *at++ = (uint16_t)(base + __builtin_ctz(mask));
-    return at;
+static INLINE void steps16(const uint16_t *a, const uint16_t *b, int8_t *to) {
+    const __m128i d = _mm_sub_epi16(halves(a, 0), halves(b, 0));
+    _mm_storel_epi64((__m128i *)(void *)to, _mm_packs_epi16(d, d));
+}
+static INLINE void steps32(const float *a, const float *b, int8_t *to) {
+    const __m128i low = _mm_sub_epi32(halves(a, 0), halves(b, 0)), high = _mm_sub_epi32(halves(a, 1), halves(b, 1));
+    const __m128i d = _mm_packs_epi32(low, high);
+    _mm_storel_epi64((__m128i *)(void *)to, _mm_packs_epi16(d, d));
+}
+static INLINE void vd_steps(const double *a, const double *b, int8_t *to) {
+    for (int i = 0; i < VDN; i++) to[i] = step64(a + i, b + i);
+}
+static INLINE uint64_t mask64(const int8_t *p) {
+    uint64_t mask = 0;
+    for (int i = 0; i < 2; i++) {
+        const __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)p + i);
+        mask |= (uint64_t)(uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_setzero_si256())) << 32 * i;
+    }
+    return ~mask;
 }
 static INLINE vf vf_put_f32(float *p, vf v) {
     _mm256_storeu_ps(p, v);
@@ -83,25 +113,34 @@ static INLINE void vf_transpose(vf *b) {
     memcpy(b, t, sizeof t);
 }
 
-static INLINE vd vd_load(const double *p) { return _mm256_loadu_pd(p); }
-static INLINE void vd_store(double *p, vd v) { _mm256_storeu_pd(p, v); }
-static INLINE vd vd_set1(double x) { return _mm256_set1_pd(x); }
-static INLINE vd vd_fma(vd a, vd b, vd c) { return _mm256_fmadd_pd(a, b, c); }
-static INLINE vd vd_add(vd a, vd b) { return _mm256_add_pd(a, b); }
-static INLINE vd vd_sub(vd a, vd b) { return _mm256_sub_pd(a, b); }
-static INLINE vd vd_mul(vd a, vd b) { return _mm256_mul_pd(a, b); }
-static INLINE vd vd_div(vd a, vd b) { return _mm256_div_pd(a, b); }
+static INLINE vd vd_load(const double *p) {
+    return _mm256_loadu_pd(p);
+}
+static INLINE void vd_store(double *p, vd v) {
+    _mm256_storeu_pd(p, v);
+}
+static INLINE vd vd_set1(double x) {
+    return _mm256_set1_pd(x);
+}
+static INLINE vd vd_fma(vd a, vd b, vd c) {
+    return _mm256_fmadd_pd(a, b, c);
+}
+static INLINE vd vd_add(vd a, vd b) {
+    return _mm256_add_pd(a, b);
+}
+static INLINE vd vd_sub(vd a, vd b) {
+    return _mm256_sub_pd(a, b);
+}
+static INLINE vd vd_mul(vd a, vd b) {
+    return _mm256_mul_pd(a, b);
+}
+static INLINE vd vd_div(vd a, vd b) {
+    return _mm256_div_pd(a, b);
+}
 static INLINE double vd_sum(vd a) {
     const __m128d q = _mm_add_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1));
     return _mm_cvtsd_f64(_mm_add_sd(q, _mm_unpackhi_pd(q, q)));
 }
-static INLINE uint32_t vd_differ(vd a, vd b, const int nan) {
-    const __m256i same = _mm256_cmpeq_epi64(_mm256_castpd_si256(a), _mm256_castpd_si256(b));
-    const __m256d number = nan ? _mm256_cmp_pd(b, b, _CMP_ORD_Q) : _mm256_castsi256_pd(same);
-    const __m256d ok = _mm256_and_pd(_mm256_castsi256_pd(same), number);
-    return 0xfu & ~(uint32_t)_mm256_movemask_pd(ok);
-}
-static INLINE uint16_t *vd_index(uint32_t mask, int64_t base, uint16_t *at) { return vf_index(mask, base, at); }
 static INLINE vd vd_put_f64(double *p, vd v) {
     _mm256_storeu_pd(p, v);
     return v;

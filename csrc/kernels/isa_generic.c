@@ -3,8 +3,8 @@
  * The vector words that an ISA file defines, for vf (VFN floats; vd the same for doubles):
  *   load, store, set1, fma, add, sub, mul, div    what they say, unaligned
  *   sum        of all lanes, in a fixed order
- *   differ     bit mask of the lanes where b has other bits than a, or (if nan) is NaN
- *   index      appends base + lane for each bit of the mask, returns the new end (may write VFN places)
+ *   steps16, steps32, vd_steps    a - b of the stored bits of VFN, VFN, VDN elements, saturated to a byte; mask64: bit i is
+ *              set where p[i] is not 0 (all of these have a plain body in isa.inc; WORDS_STEPS: the ISA has its own)
  *   transpose  VFN vectors of VFN lanes, in place
  *   load_bf16, load_f16, put_f32, put_bf16, put_f16    conversions; put rounds, stores, returns what was stored */
 #include "dtype.h"
@@ -25,22 +25,29 @@ static INLINE vf vf_load(const float *p) {
     memcpy(&v, p, sizeof v);
     return v;
 }
-static INLINE void vf_store(float *p, vf v) { memcpy(p, &v, sizeof v); }
-static INLINE vf vf_set1(float x) { return (vf){x, x, x, x}; }
-static INLINE vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
-static INLINE vf vf_add(vf a, vf b) { return a + b; }
-static INLINE vf vf_sub(vf a, vf b) { return a - b; }
-static INLINE vf vf_mul(vf a, vf b) { return a * b; }
-static INLINE vf vf_div(vf a, vf b) { return a / b; }
-static INLINE float vf_sum(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
-static INLINE uint32_t vf_differ(vf a, vf b, const int nan) {
-    uint32_t mask = 0;
-    for (int i = 0; i < VFN; i++) mask |= (uint32_t)(f32_bits(a[i]) != f32_bits(b[i]) || (nan && b[i] != b[i])) << i;
-    return mask;
+static INLINE void vf_store(float *p, vf v) {
+    memcpy(p, &v, sizeof v);
 }
-static INLINE uint16_t *vf_index(uint32_t mask, int64_t base, uint16_t *at) {
-    for (; mask; mask &= mask - 1) *at++ = (uint16_t)(base + __builtin_ctz(mask));
-    return at;
+static INLINE vf vf_set1(float x) {
+    return (vf){x, x, x, x};
+}
+static INLINE vf vf_fma(vf a, vf b, vf c) {
+    return a * b + c;
+}
+static INLINE vf vf_add(vf a, vf b) {
+    return a + b;
+}
+static INLINE vf vf_sub(vf a, vf b) {
+    return a - b;
+}
+static INLINE vf vf_mul(vf a, vf b) {
+    return a * b;
+}
+static INLINE vf vf_div(vf a, vf b) {
+    return a / b;
+}
+static INLINE float vf_sum(vf a) {
+    return (a[0] + a[2]) + (a[1] + a[3]);
 }
 static INLINE vf vf_put_f32(float *p, vf v) {
     vf_store(p, v);
@@ -71,23 +78,30 @@ static INLINE vd vd_load(const double *p) {
     memcpy(&v, p, sizeof v);
     return v;
 }
-static INLINE void vd_store(double *p, vd v) { memcpy(p, &v, sizeof v); }
-static INLINE vd vd_set1(double x) { return (vd){x, x}; }
-static INLINE vd vd_fma(vd a, vd b, vd c) { return a * b + c; }
-static INLINE vd vd_add(vd a, vd b) { return a + b; }
-static INLINE vd vd_sub(vd a, vd b) { return a - b; }
-static INLINE vd vd_mul(vd a, vd b) { return a * b; }
-static INLINE vd vd_div(vd a, vd b) { return a / b; }
-static INLINE double vd_sum(vd a) { return a[0] + a[1]; }
-static INLINE uint32_t vd_differ(vd a, vd b, const int nan) {
-    uint32_t mask = 0;
-    for (int i = 0; i < VDN; i++) {
-        const double x = a[i], y = b[i];
-        mask |= (uint32_t)(memcmp(&x, &y, 8) != 0 || (nan && y != y)) << i;
-    }
-    return mask;
+static INLINE void vd_store(double *p, vd v) {
+    memcpy(p, &v, sizeof v);
 }
-static INLINE uint16_t *vd_index(uint32_t mask, int64_t base, uint16_t *at) { return vf_index(mask, base, at); }
+static INLINE vd vd_set1(double x) {
+    return (vd){x, x};
+}
+static INLINE vd vd_fma(vd a, vd b, vd c) {
+    return a * b + c;
+}
+static INLINE vd vd_add(vd a, vd b) {
+    return a + b;
+}
+static INLINE vd vd_sub(vd a, vd b) {
+    return a - b;
+}
+static INLINE vd vd_mul(vd a, vd b) {
+    return a * b;
+}
+static INLINE vd vd_div(vd a, vd b) {
+    return a / b;
+}
+static INLINE double vd_sum(vd a) {
+    return a[0] + a[1];
+}
 static INLINE vd vd_put_f64(double *p, vd v) {
     vd_store(p, v);
     return v;

@@ -15,30 +15,40 @@ typedef float64x2_t vd;
 #define ISA_NAME "neon"
 #define ISA_MATH 1
 
-static INLINE vf vf_load(const float *p) { return vld1q_f32(p); }
-static INLINE void vf_store(float *p, vf v) { vst1q_f32(p, v); }
-static INLINE vf vf_set1(float x) { return vdupq_n_f32(x); }
-static INLINE vf vf_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
-static INLINE vf vf_add(vf a, vf b) { return vaddq_f32(a, b); }
-static INLINE vf vf_sub(vf a, vf b) { return vsubq_f32(a, b); }
-static INLINE vf vf_mul(vf a, vf b) { return vmulq_f32(a, b); }
-static INLINE vf vf_div(vf a, vf b) { return vdivq_f32(a, b); }
-static INLINE float vf_sum(vf a) { return vaddvq_f32(a); }
-static INLINE uint32_t vf_differ(vf a, vf b, const int nan) {
-    const uint32x4_t weight = {1, 2, 4, 8};
-    const uint32x4_t same = vandq_u32(vceqq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)),
-                                      nan ? vceqq_f32(b, b) : vdupq_n_u32(~0u));
-    return vaddvq_u32(vbicq_u32(weight, same));
+static INLINE vf vf_load(const float *p) {
+    return vld1q_f32(p);
 }
-static INLINE uint16_t *vf_index(uint32_t mask, int64_t base, uint16_t *at) {
-    for (; mask; mask &= mask - 1) *at++ = (uint16_t)(base + __builtin_ctz(mask));
-    return at;
+static INLINE void vf_store(float *p, vf v) {
+    vst1q_f32(p, v);
+}
+static INLINE vf vf_set1(float x) {
+    return vdupq_n_f32(x);
+}
+static INLINE vf vf_fma(vf a, vf b, vf c) {
+    return vfmaq_f32(c, a, b);
+}
+static INLINE vf vf_add(vf a, vf b) {
+    return vaddq_f32(a, b);
+}
+static INLINE vf vf_sub(vf a, vf b) {
+    return vsubq_f32(a, b);
+}
+static INLINE vf vf_mul(vf a, vf b) {
+    return vmulq_f32(a, b);
+}
+static INLINE vf vf_div(vf a, vf b) {
+    return vdivq_f32(a, b);
+}
+static INLINE float vf_sum(vf a) {
+    return vaddvq_f32(a);
 }
 static INLINE vf vf_put_f32(float *p, vf v) {
     vst1q_f32(p, v);
     return v;
 }
-static INLINE vf vf_load_bf16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+static INLINE vf vf_load_bf16(const uint16_t *p) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
+}
 static INLINE vf vf_put_bf16(uint16_t *p, vf v) {
     const uint32x4_t u = vreinterpretq_u32_f32(v), high = vshrq_n_u32(u, 16);
     const uint32x4_t even = vandq_u32(high, vdupq_n_u32(1));
@@ -47,7 +57,9 @@ static INLINE vf vf_put_bf16(uint16_t *p, vf v) {
     vst1_u16(p, h);
     return vreinterpretq_f32_u32(vshll_n_u16(h, 16));
 }
-static INLINE vf vf_load_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+static INLINE vf vf_load_f16(const uint16_t *p) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+}
 static INLINE vf vf_put_f16(uint16_t *p, vf v) {
     const float16x4_t h = vcvt_f16_f32(v);
     vst1_u16(p, vreinterpret_u16_f16(h));
@@ -61,22 +73,33 @@ static INLINE void vf_transpose(vf *b) {
     b[3] = vcombine_f32(vget_high_f32(p.val[1]), vget_high_f32(q.val[1]));
 }
 
-static INLINE vd vd_load(const double *p) { return vld1q_f64(p); }
-static INLINE void vd_store(double *p, vd v) { vst1q_f64(p, v); }
-static INLINE vd vd_set1(double x) { return vdupq_n_f64(x); }
-static INLINE vd vd_fma(vd a, vd b, vd c) { return vfmaq_f64(c, a, b); }
-static INLINE vd vd_add(vd a, vd b) { return vaddq_f64(a, b); }
-static INLINE vd vd_sub(vd a, vd b) { return vsubq_f64(a, b); }
-static INLINE vd vd_mul(vd a, vd b) { return vmulq_f64(a, b); }
-static INLINE vd vd_div(vd a, vd b) { return vdivq_f64(a, b); }
-static INLINE double vd_sum(vd a) { return vaddvq_f64(a); }
-static INLINE uint32_t vd_differ(vd a, vd b, const int nan) {
-    const uint64x2_t weight = {1, 2};
-    const uint64x2_t same = vandq_u64(vceqq_u64(vreinterpretq_u64_f64(a), vreinterpretq_u64_f64(b)),
-                                      nan ? vceqq_f64(b, b) : vdupq_n_u64(~(uint64_t)0));
-    return (uint32_t)vaddvq_u64(vbicq_u64(weight, same));
+static INLINE vd vd_load(const double *p) {
+    return vld1q_f64(p);
 }
-static INLINE uint16_t *vd_index(uint32_t mask, int64_t base, uint16_t *at) { return vf_index(mask, base, at); }
+static INLINE void vd_store(double *p, vd v) {
+    vst1q_f64(p, v);
+}
+static INLINE vd vd_set1(double x) {
+    return vdupq_n_f64(x);
+}
+static INLINE vd vd_fma(vd a, vd b, vd c) {
+    return vfmaq_f64(c, a, b);
+}
+static INLINE vd vd_add(vd a, vd b) {
+    return vaddq_f64(a, b);
+}
+static INLINE vd vd_sub(vd a, vd b) {
+    return vsubq_f64(a, b);
+}
+static INLINE vd vd_mul(vd a, vd b) {
+    return vmulq_f64(a, b);
+}
+static INLINE vd vd_div(vd a, vd b) {
+    return vdivq_f64(a, b);
+}
+static INLINE double vd_sum(vd a) {
+    return vaddvq_f64(a);
+}
 static INLINE vd vd_put_f64(double *p, vd v) {
     vst1q_f64(p, v);
     return v;

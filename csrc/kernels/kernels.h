@@ -44,8 +44,8 @@ typedef int32_t (*pk_parallel_fn)(int64_t begin, int64_t end, int64_t grain, pk_
 
 typedef enum {
     PK_OK = 0,
-    PK_NONFINITE = 1, /* PK_CHECK: a result is inf or NaN; the weight has its old bits again */
-    PK_CHANGED = 2,   /* unmerge, switch: done, but some of the weight was written by others since: there (and only
+    PK_NONFINITE = 1,   /* PK_CHECK: a result is inf or NaN; the weight has its old bits again */
+    PK_CHANGED = 2,     /* unmerge, switch: done, but some of the weight was written by others since: there (and only
                          there) the delta was subtracted plainly */
     PK_FULL_RECORD = 3, /* the record's capacity was not enough; the weight has its old bits again */
     PK_EINVAL = -1,     /* shapes do not fit, unknown dtype, NULL data with elements: nothing was touched */

@@ -61,14 +61,16 @@ static void scale_t(const expand_job *e, const void *t) {
         for (const int64_t stop = p + e->parts[q].down.rows; p < stop; p++)
             for (int64_t i = 0; i < m; i++) {
                 const int64_t from = i * e->rank + p, to = p * m + i;
-                if (e->wide) ((double *)(void *)e->t_scaled)[to] = s * ((const double *)t)[from];
-                else ((float *)(void *)e->t_scaled)[to] = (float)s * ((const float *)t)[from];
+                if (e->wide)
+                    ((double *)(void *)e->t_scaled)[to] = s * ((const double *)t)[from];
+                else
+                    ((float *)(void *)e->t_scaled)[to] = (float)s * ((const float *)t)[from];
             }
     }
 }
 
-static int expand(const pk_mat *y, const pk_lowrank *parts, int nparts, int64_t rank, const void *t, int wide, row_op op,
-                  work_area *area, pk_parallel_fn par) {
+static int expand(const pk_mat *y, const pk_lowrank *parts, int nparts, int64_t rank, const void *t, int wide,
+                  row_op op, work_area *area, pk_parallel_fn par) {
     const size_t mark = area->used;
     const int64_t size = acc_size(wide);
     int rc = PK_OK;
@@ -84,7 +86,8 @@ static int expand(const pk_mat *y, const pk_lowrank *parts, int nparts, int64_t 
         char *const work = work_take(area, (int64_t)product_work(y, parts, nparts));
         int64_t at = 0;
         for (int i = 0; area->base && i < nparts; at += parts[i++].down.rows) {
-            const pk_mat up = {(char *)(uintptr_t)t + at * size, y->rows, parts[i].down.rows, rank, 1, wide ? PK_F64 : PK_F32};
+            const pk_mat up = {
+                (char *)(uintptr_t)t + at * size, y->rows, parts[i].down.rows, rank, 1, wide ? PK_F64 : PK_F32};
             f[i] = (pk_lowrank){parts[i].down, up, parts[i].scale};
         }
         if (area->base) rc = product_run(y, f, nparts, op, work, par);
@@ -122,7 +125,8 @@ static int forward(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int nf
         rc = dots_run(x, &f[i].down, area->base ? acc + at * size : NULL, rank, wide, area, par);
         if (area->base) parts[i] = (pk_lowrank){mat_transposed(f[i].up), f[i].up, f[i].scale};
     }
-    if (rc == PK_OK && area->base && t && t->data) mat_unpack(pk_isa_now(), t, 0, 0, y->rows, rank, acc, rank, 1.0, wide);
+    if (rc == PK_OK && area->base && t && t->data)
+        mat_unpack(pk_isa_now(), t, 0, 0, y->rows, rank, acc, rank, 1.0, wide);
     if (rc != PK_OK || rank == 0) return rc;
     return expand(y, area->base ? parts : f, nf, rank, acc, wide, OP_ADD, area, par);
 }
@@ -174,8 +178,8 @@ static void outer_range(int64_t begin, int64_t end, void *ctx) {
                 const int64_t np = min64(DEPTH, m - p);
                 mat_pack(o->isa, &o->x, p, j * nr, np, n, panel, nr, 1.0, o->wide);
                 for (int64_t i = 0; i < rows; i += MR)
-                    o->isa->tile[o->wide](np, o->u + (p * o->ldu + r0 + i) * size, o->ldu, panel, d + i * nr * size, nr,
-                                          (int)min64(MR, rows - i), 1);
+                    o->isa->tile[o->wide](np, o->u + (p * o->ldu + r0 + i) * size, o->ldu, panel, d + i * nr * size,
+                                          nr, (int)min64(MR, rows - i), 1);
             }
             mat_unpack(o->isa, &o->out, r0, j * nr, rows, n, d, nr, o->scale, o->wide);
         }
@@ -206,8 +210,10 @@ static int backward(const pk_backward *q, work_area *area, pk_parallel_fn par) {
     if (rc == PK_OK && q->db.data) {
         const pk_mat dbt = mat_transposed(q->db);
         char *const t = work_take(area, bytes);
-        if (q->t.data && area->base) mat_pack(pk_isa_now(), &q->t, 0, 0, m, r, t, r, 1.0, wide);
-        else if (!q->t.data) rc = dots_run(&q->x, a, t, r, wide, area, par);
+        if (q->t.data && area->base)
+            mat_pack(pk_isa_now(), &q->t, 0, 0, m, r, t, r, 1.0, wide);
+        else if (!q->t.data)
+            rc = dots_run(&q->x, a, t, r, wide, area, par);
         if (rc == PK_OK && area->base) rc = outer(&dbt, t, r, &q->g, q->factor.scale, wide, par);
     }
     return rc;

@@ -6,9 +6,12 @@
 
 int64_t pk_dtype_size(pk_dtype dtype) {
     switch (dtype) {
-    case PK_F64: return 8;
-    case PK_F32: return 4;
-    default: return 2;
+    case PK_F64:
+        return 8;
+    case PK_F32:
+        return 4;
+    default:
+        return 2;
     }
 }
 
@@ -18,16 +21,18 @@ int mat_valid(const pk_mat *a) {
 }
 
 static void acc_set(void *dst, int64_t i, double v, int wide) {
-    if (wide) ((double *)dst)[i] = v;
-    else ((float *)dst)[i] = (float)v;
+    if (wide)
+        ((double *)dst)[i] = v;
+    else
+        ((float *)dst)[i] = (float)v;
 }
 
 static double acc_get(const void *src, int64_t i, int wide) {
     return wide ? ((const double *)src)[i] : (double)((const float *)src)[i];
 }
 
-void mat_pack(const pk_isa *isa, const pk_mat *a, int64_t p0, int64_t j0, int64_t np, int64_t nj, void *dst, int64_t ld,
-              double scale, int wide) {
+void mat_pack(const pk_isa *isa, const pk_mat *a, int64_t p0, int64_t j0, int64_t np, int64_t nj, void *dst,
+              int64_t ld, double scale, int wide) {
     if (np <= 0 || nj <= 0) return;
     if (wide == (a->dtype == PK_F64)) {
         isa->dtype[a->dtype].pack(mat_at(a, p0, j0), a->rs, a->cs, np, nj, dst, ld, scale);

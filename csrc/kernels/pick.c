@@ -17,7 +17,10 @@ static int has_avx512(void) {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-static int has_avx512bf16(void) { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+static int has_avx512bf16(void) {
+    return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+           __builtin_cpu_supports("avx512vbmi2");
+}
 #endif
 
 /* the i-th available ISA, best first */
@@ -44,7 +47,9 @@ const pk_isa *pk_isa_now(void) {
     return isa;
 }
 
-static int can(const pk_isa *isa, int math) { return math == MATH_PAIRS ? isa->pairs != NULL : isa->math == math; }
+static int can(const pk_isa *isa, int math) {
+    return math == MATH_PAIRS ? isa->pairs != NULL : isa->math == math;
+}
 
 const pk_isa *pk_isa_with_math(int math) {
     const pk_isa *isa = pk_isa_now();
@@ -57,7 +62,9 @@ const char *pk_isa_list(int i) {
     return isa ? isa->name : NULL;
 }
 
-const char *pk_isa_name(void) { return pk_isa_now()->name; }
+const char *pk_isa_name(void) {
+    return pk_isa_now()->name;
+}
 
 int pk_isa_select(const char *name) {
     const pk_isa *isa;

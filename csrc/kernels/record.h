@@ -11,7 +11,7 @@ enum { CODE_SLACK = UNIT_COLS * 10 + 64 }; /* the longest code of a row */
 enum { UNIT_EMPTY = 0, UNIT_CODED = 1, UNIT_COPIED = 2 };
 
 typedef struct {
-    uint32_t hash; /* of the merged bits */
+    uint32_t hash;      /* of the merged bits */
     uint32_t mode_size; /* mode | size in bytes << 2 */
     uint64_t offset;    /* in the arena */
 } unit_entry;
@@ -34,13 +34,10 @@ void hash_add(const pk_isa *isa, unit_hash *h, const void *p, int64_t n);
 uint32_t hash_end(const unit_hash *h);
 
 typedef struct {
-    unsigned char *to, *limit; /* code so far; a row that ends beyond limit (by CODE_SLACK at most) sets full */
+    unsigned char *to, *limit; /* code so far; a row that ends beyond limit (by CODE_SLACK at most) makes it full */
     int64_t last;
     int full;
 } unit_code;
-/* appends the n places idx (+ base) of a row: old bits from old, what unmerge gets from back */
-void code_row(unit_code *c, const void *old, const void *back, const uint16_t *idx, int64_t n, int64_t base,
-              int64_t size);
 /* calls on every place: bits at row + col of the unit (cols wide) in dst, whose rows are ld bytes apart */
 void code_undo(const unsigned char *code, int64_t bytes, char *dst, int64_t ld, int64_t cols, int64_t rows,
                int64_t size);

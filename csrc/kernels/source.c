@@ -18,7 +18,9 @@ static pk_mat across(const engine_job *job, const pk_lowrank *f) {
 }
 
 /* always goes into up, so that both directions of the walk give the same bits */
-static double scale_of(const delta_source *s, const pk_lowrank *f) { return f->scale * s->d->alpha; }
+static double scale_of(const delta_source *s, const pk_lowrank *f) {
+    return f->scale * s->d->alpha;
+}
 
 /* to[p * ld + j] = a(2 p, j0 + j) | a(2 p + 1, j0 + j) << 16, a bf16 */
 static void pack_pairs(const pk_mat *a, int64_t j0, int64_t nj, char *to, int64_t ld) {
@@ -31,7 +33,9 @@ static void pack_pairs(const pk_mat *a, int64_t j0, int64_t nj, char *to, int64_
     }
 }
 
-static int64_t depth_of(const delta_source *s, const pk_mat *a) { return s->pairs ? (a->rows + 1) / 2 : a->rows; }
+static int64_t depth_of(const delta_source *s, const pk_mat *a) {
+    return s->pairs ? (a->rows + 1) / 2 : a->rows;
+}
 
 static void pack_panels(int64_t begin, int64_t end, void *ctx) {
     const pack_job *const p = ctx;
@@ -45,8 +49,10 @@ static void pack_panels(int64_t begin, int64_t end, void *ctx) {
             const pk_lowrank *const f = &p->s->d->factors[i];
             const pk_mat a = along(job, f);
             const double scale = job->transposed ? scale_of(p->s, f) : 1.0;
-            if (p->s->pairs) pack_pairs(&a, j * nr, n, to, nr);
-            else mat_pack(job->isa, &a, 0, j * nr, a.rows, n, to, nr, scale, job->wide);
+            if (p->s->pairs)
+                pack_pairs(&a, j * nr, n, to, nr);
+            else
+                mat_pack(job->isa, &a, 0, j * nr, a.rows, n, to, nr, scale, job->wide);
             to += depth_of(p->s, &a) * nr * size;
         }
     }
@@ -63,8 +69,10 @@ static void pack_groups(int64_t begin, int64_t end, void *ctx) {
             const pk_lowrank *const f = &p->s->d->factors[i];
             const pk_mat b = across(job, f);
             const double scale = job->transposed ? 1.0 : scale_of(p->s, f);
-            if (p->s->pairs) pack_pairs(&b, g * ROW_GROUP, n, to, ROW_GROUP);
-            else mat_pack(job->isa, &b, 0, g * ROW_GROUP, b.rows, n, to, ROW_GROUP, scale, job->wide);
+            if (p->s->pairs)
+                pack_pairs(&b, g * ROW_GROUP, n, to, ROW_GROUP);
+            else
+                mat_pack(job->isa, &b, 0, g * ROW_GROUP, b.rows, n, to, ROW_GROUP, scale, job->wide);
             to += depth_of(p->s, &b) * ROW_GROUP * size;
         }
     }

@@ -14,30 +14,54 @@ typedef __m512d vd;
 #define VDN 8
 #define NV 4
 #define DOT_M 6
+#define WORDS_STEPS
 
-static INLINE vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
-static INLINE void vf_store(float *p, vf v) { _mm512_storeu_ps(p, v); }
-static INLINE vf vf_set1(float x) { return _mm512_set1_ps(x); }
-static INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
-static INLINE vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
-static INLINE vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
-static INLINE vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
-static INLINE vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
+static INLINE vf vf_load(const float *p) {
+    return _mm512_loadu_ps(p);
+}
+static INLINE void vf_store(float *p, vf v) {
+    _mm512_storeu_ps(p, v);
+}
+static INLINE vf vf_set1(float x) {
+    return _mm512_set1_ps(x);
+}
+static INLINE vf vf_fma(vf a, vf b, vf c) {
+    return _mm512_fmadd_ps(a, b, c);
+}
+static INLINE vf vf_add(vf a, vf b) {
+    return _mm512_add_ps(a, b);
+}
+static INLINE vf vf_sub(vf a, vf b) {
+    return _mm512_sub_ps(a, b);
+}
+static INLINE vf vf_mul(vf a, vf b) {
+    return _mm512_mul_ps(a, b);
+}
+static INLINE vf vf_div(vf a, vf b) {
+    return _mm512_div_ps(a, b);
+}
 static INLINE float vf_sum(vf a) {
     const __m256 s = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
     __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
     q = _mm_add_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
 }
-static INLINE uint32_t vf_differ(vf a, vf b, const int nan) {
-    return (uint32_t)(_mm512_cmpneq_epi32_mask(_mm512_castps_si512(a), _mm512_castps_si512(b)) |
-                      (nan ? _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q) : 0));
+static INLINE void steps16(const uint16_t *a, const uint16_t *b, int8_t *to) {
+    const __m256i x = _mm256_loadu_si256((const __m256i *)(const void *)a);
+    const __m256i y = _mm256_loadu_si256((const __m256i *)(const void *)b);
+    _mm_storeu_si128((__m128i *)(void *)to, _mm256_cvtsepi16_epi8(_mm256_sub_epi16(x, y)));
 }
-static INLINE uint16_t *vf_index(uint32_t mask, int64_t base, uint16_t *at) {
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i i = _mm512_maskz_compress_epi32((__mmask16)mask, _mm512_add_epi32(lane, _mm512_set1_epi32((int)base)));
-    _mm256_storeu_si256((__m256i *)(void *)at, _mm512_cvtepi32_epi16(i));
-    return at + __builtin_popcount(mask);
+static INLINE void steps32(const float *a, const float *b, int8_t *to) {
+    const __m512i d = _mm512_sub_epi32(_mm512_loadu_si512(a), _mm512_loadu_si512(b));
+    _mm_storeu_si128((__m128i *)(void *)to, _mm512_cvtsepi32_epi8(d));
+}
+static INLINE void vd_steps(const double *a, const double *b, int8_t *to) {
+    const __m512i d = _mm512_sub_epi64(_mm512_loadu_si512(a), _mm512_loadu_si512(b));
+    _mm_storel_epi64((__m128i *)(void *)to, _mm512_cvtsepi64_epi8(d));
+}
+static INLINE uint64_t mask64(const int8_t *p) {
+    const __m512i v = _mm512_loadu_si512(p);
+    return _mm512_test_epi8_mask(v, v);
 }
 static INLINE vf vf_put_f32(float *p, vf v) {
     _mm512_storeu_ps(p, v);
@@ -65,7 +89,9 @@ static INLINE vf vf_put_bf16(uint16_t *p, vf v) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
 #else
-static INLINE vf vf_put_bf16(uint16_t *p, vf v) { return vf_put_bf16_by_hand(p, v); }
+static INLINE vf vf_put_bf16(uint16_t *p, vf v) {
+    return vf_put_bf16_by_hand(p, v);
+}
 #endif
 static INLINE vf vf_load_f16(const uint16_t *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
@@ -98,24 +124,35 @@ static INLINE void vf_transpose(vf *b) {
     }
 }
 
-static INLINE vd vd_load(const double *p) { return _mm512_loadu_pd(p); }
-static INLINE void vd_store(double *p, vd v) { _mm512_storeu_pd(p, v); }
-static INLINE vd vd_set1(double x) { return _mm512_set1_pd(x); }
-static INLINE vd vd_fma(vd a, vd b, vd c) { return _mm512_fmadd_pd(a, b, c); }
-static INLINE vd vd_add(vd a, vd b) { return _mm512_add_pd(a, b); }
-static INLINE vd vd_sub(vd a, vd b) { return _mm512_sub_pd(a, b); }
-static INLINE vd vd_mul(vd a, vd b) { return _mm512_mul_pd(a, b); }
-static INLINE vd vd_div(vd a, vd b) { return _mm512_div_pd(a, b); }
+static INLINE vd vd_load(const double *p) {
+    return _mm512_loadu_pd(p);
+}
+static INLINE void vd_store(double *p, vd v) {
+    _mm512_storeu_pd(p, v);
+}
+static INLINE vd vd_set1(double x) {
+    return _mm512_set1_pd(x);
+}
+static INLINE vd vd_fma(vd a, vd b, vd c) {
+    return _mm512_fmadd_pd(a, b, c);
+}
+static INLINE vd vd_add(vd a, vd b) {
+    return _mm512_add_pd(a, b);
+}
+static INLINE vd vd_sub(vd a, vd b) {
+    return _mm512_sub_pd(a, b);
+}
+static INLINE vd vd_mul(vd a, vd b) {
+    return _mm512_mul_pd(a, b);
+}
+static INLINE vd vd_div(vd a, vd b) {
+    return _mm512_div_pd(a, b);
+}
 static INLINE double vd_sum(vd a) {
     const __m256d s = _mm256_add_pd(_mm512_castpd512_pd256(a), _mm512_extractf64x4_pd(a, 1));
     const __m128d q = _mm_add_pd(_mm256_castpd256_pd128(s), _mm256_extractf128_pd(s, 1));
     return _mm_cvtsd_f64(_mm_add_sd(q, _mm_unpackhi_pd(q, q)));
 }
-static INLINE uint32_t vd_differ(vd a, vd b, const int nan) {
-    return (uint32_t)(_mm512_cmpneq_epi64_mask(_mm512_castpd_si512(a), _mm512_castpd_si512(b)) |
-                      (nan ? _mm512_cmp_pd_mask(b, b, _CMP_UNORD_Q) : 0));
-}
-static INLINE uint16_t *vd_index(uint32_t mask, int64_t base, uint16_t *at) { return vf_index(mask, base, at); }
 static INLINE vd vd_put_f64(double *p, vd v) {
     _mm512_storeu_pd(p, v);
     return v;
