@@ -158,7 +158,7 @@ class PsoftLayer(AddRoom):
     def complete(self, name: str, config: PsoftConfig) -> None:
         R = self.psoft_R[name].weight.data
         if not config.init_weights and not R.is_meta:  # drawn in the base weight's dtype, as PEFT does
-            R.copy_(torch.randn_like(R) * 0.1 + R)
+            R.add_(torch.empty_like(R).normal_(0.0, 0.1))
         with gather_params_ctx(self.get_base_layer().weight), torch.no_grad():
             left, values, right = self.principal(name, self.bare_weight().float())
         values = values / self.scaling[name]

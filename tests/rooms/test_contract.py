@@ -42,7 +42,7 @@ CASES = {
     "randlora": {"r": 4, "randlora_alpha": 1, "init_weights": False},
     "road": {"group_size": 2, "init_weights": False},
     "shira": {"r": 2, "init_weights": False},
-    "tinylora": {"r": 2, "u": 16, "init_weights": False},
+    "tinylora": {"r": 2, "u": 16, "init_weights": "uniform"},
     "unilora": {"r": 4, "theta_d_length": 101, "init_weights": False},
     "vblora": {"r": 4, "vector_length": 4, "num_vectors": 10, "init_weights": False},
     "vera": {"r": 4, "init_weights": False},
