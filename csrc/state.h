@@ -42,7 +42,7 @@
     X(tracing_state, "torch", "_C._get_tracing_state") \
     X(increment_version, "torch", "_C._increment_version") \
     X(forward_ad, "torch.autograd.forward_ad", "__dict__") \
-    X(functional, "torch.nn.functional", "__dict__")                  \
+    X(functional, "torch.nn.functional", "__dict__") \
     X(module_globals, "torch.nn.modules.module", "__dict__")
 
 /* X(field): a heap type made by a unit's init function, as state->types.field */

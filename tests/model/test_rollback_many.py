@@ -8,10 +8,10 @@ import peft_c
 
 
 def state(model):
-    return {
-        name: (sorted(vars(module)), {key: sorted(value) for key, value in vars(module).items() if type(value) is dict})
-        for name, module in model.named_modules()
-    }
+    def dicts(module):
+        return {key: sorted(value) for key, value in vars(module).items() if type(value) is dict}
+
+    return {name: (sorted(vars(module)), dicts(module)) for name, module in model.named_modules()}
 
 
 def test_failed_injection_beside_many_adapters(monkeypatch):
