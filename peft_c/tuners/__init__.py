@@ -42,6 +42,7 @@ _NAMES: dict[str, str] = {
     "tinylora": "TinyLoraConfig TinyLoraModel",
     "osf": "OSFConfig OSFModel",
     "poly": "PolyConfig PolyModel",
+    "shadow": "ShadowConfig ShadowModel",
     "shira": "ShiraConfig ShiraModel",
     "supertuning": "SupertuningConfig SupertuningModel",
     "trainable_tokens": "TrainableTokensConfig TrainableTokensModel",

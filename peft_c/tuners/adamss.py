@@ -18,8 +18,8 @@ from .room import AddRoom, RoomConfig, RoomModel, option, register, shared
 
 @dataclass
 class AdamssConfig(RoomConfig):
-    """Options of AdaMSS; those of adaptive subspace allocation (ASA) have an effect with `use_asa` only. ValueError for
-    values out of range, ImportError without scikit-learn, which clusters."""
+    """Options of AdaMSS; those of adaptive subspace allocation (ASA) have an effect with `use_asa` only. Raises
+    ValueError for values out of range, ImportError without scikit-learn, which clusters."""
 
     method = "adamss"
 
@@ -155,6 +155,14 @@ class AdamssLayer(AddRoom):
         A, B = self.factors(name)
         bias = A[:, self.in_features] if A.shape[1] > self.in_features else None
         return F.linear(F.linear(x, A[:, : self.in_features], bias), B)
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+        """Take subspaces of other sizes, too: clusters may come out differently where the file was written."""
+        for name, factor in self.named_parameters():
+            saved = state_dict.get(prefix + name)
+            if name.startswith("adamss_") and saved is not None and saved.shape != factor.shape:
+                factor.data = factor.data.new_empty(saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     # --- adaptive subspace allocation ---
 

@@ -151,6 +151,7 @@ class Room(nn.Module, BaseTunerLayer):
     containers: ClassVar[dict[str, type]] = {}
     exclusive: ClassVar[bool] = False  # whether only one adapter at a time can act or be merged
     adapter_kwargs: ClassVar[tuple[str, ...]] = ()  # keyword arguments of forward for `adapt`, not for the base layer
+    input_name: ClassVar[str] = "input"  # the base layer's name for its first argument
     _merge_suspended = False  # see law.suspend
 
     def create(self, name: str, config: Any, **settings: Any) -> None:
@@ -201,11 +202,12 @@ class Room(nn.Module, BaseTunerLayer):
 
     # --- forward ---
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The output with the active adapters; `adapter_names`: one adapter a row of the batch instead.
 
         With disabled adapters the output is the base layer's, merged or not. Other arguments go to the base layer.
         """
+        x = kwargs.pop(self.input_name) if x is None else x
         rows = kwargs.pop("adapter_names", None)
         own_kwargs = {key: kwargs.pop(key) for key in self.adapter_kwargs if key in kwargs}
         if self.disable_adapters:
