@@ -67,8 +67,7 @@ class FrodLayer(SharedRoom):
         self.add_dropout(name, config.frod_dropout)
         weight = weight_view(base).matrix(base.weight.detach())
         U, scales = self._calculate_frod_u_and_lambda(self.frod_V[name].to(weight.dtype), weight)
-        scales = scales.to(weight.device, weight.dtype)
-        values = torch.zeros(self.frod_s_indices[name].shape[1], device=weight.device, dtype=weight.dtype)
+        scales, values = scales.to(weight), weight.new_zeros(self.frod_s_indices[name].shape[1])
         if not config.init_weights:
             nn.init.normal_(values, std=0.1)
             scales = scales + torch.randn_like(scales) * 0.1

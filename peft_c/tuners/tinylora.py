@@ -115,7 +115,7 @@ class TinyLoraModel(SharedRoomModel):
         self._target_key_to_idx: dict[str, dict[str, int]] = {}
 
     def settings_of(self, name: str, config: TinyLoraConfig, key: str, base: nn.Module) -> dict[str, Any]:
-        if key not in self._target_key_to_idx.get(name, ()):
+        if name not in self.tinylora_v or key not in self._target_key_to_idx[name]:
             self._target_key_to_idx[name] = {target: i for i, (target, _) in enumerate(self.targets(config))}
         index, count = self._target_key_to_idx[name][key], len(self._target_key_to_idx[name])
         groups = max(1, round(count * (1 - config.weight_tying)))
@@ -133,11 +133,6 @@ class TinyLoraModel(SharedRoomModel):
         """Give the values of an adapter uniform random ones."""
         for v in self.tinylora_v[adapter_name].values() if adapter_name in self.tinylora_v else ():
             nn.init.uniform_(v, -config.init_v_bound, config.init_v_bound)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Removes an adapter, see `BaseTuner.delete_adapter`."""
-        super().delete_adapter(adapter_name)
-        self._target_key_to_idx.pop(adapter_name, None)
 
     @classmethod
     def _get_adapter_state_dict(
