@@ -182,7 +182,7 @@ class FrodModel(SeededModel):
     tuner_layer_cls = FrodLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_FROD_TARGET_MODULES_MAPPING
     rooms = {nn.Linear: Linear, "Conv1D": Linear}
-    title = "FRoD"
+    title, key = "FRoD", "FRoD projection initialization key"
     equal = SeededModel.equal | {
         "runtime_offload_base_weight": "FRoD runtime base-weight offloading must be enabled for all adapters or none"
     }

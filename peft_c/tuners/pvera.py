@@ -87,7 +87,7 @@ class PveraModel(SavedProjectionModel):
     target_module_mapping = TRANSFORMERS_MODELS_TO_PVERA_TARGET_MODULES_MAPPING
     rooms = {nn.Linear: Linear, "Conv1D": Linear}
     unsupported = ValueError
-    title = "PVeRA"
+    title, key = "PVeRA", "PVeRA PRNG initialisation key"
     projections = ("pvera_A", "pvera_B")
     ranked = "pvera_B"
 

@@ -111,7 +111,7 @@ class RandLoraModel(ProjectionModel):
     target_module_mapping = TRANSFORMERS_MODELS_TO_RANDLORA_TARGET_MODULES_MAPPING
     rooms = {nn.Linear: Linear, "Conv1D": Linear}
     unsupported = ValueError
-    title = "RandLora"
+    title, key = "RandLora", "RandLora PRNG initialisation key"
     projections = ("randlora_A", "randlora_B")
 
     @staticmethod

@@ -80,10 +80,11 @@ class SharedRoom(AddRoom):
 class SharedRoomModel(RoomModel):
     """Injects rooms that share weights.
 
-    equal: option -> message of the error `unequal` if adapters have different values of it.
+    equal: option -> message of the error `unequal` if adapters have different values of it, with `{title}` in it.
     """
 
     uses_shared_state = True
+    title: ClassVar[str] = ""  # the method's name in messages
     equal: ClassVar[dict[str, str]] = {}
     unequal: ClassVar[type[Exception]] = ValueError
 
@@ -109,6 +110,7 @@ class SharedRoomModel(RoomModel):
         for field, message in self.equal.items():
             values = {getattr(known, field) for known in self.peft_config.values()}
             if len(values) > 1:
+                message = message.format(title=self.title)
                 raise self.unequal(f"{message}, but got multiple different values: {sorted(values)}")
 
 
@@ -157,15 +159,15 @@ def check_projections(names: str, saved: bool, present: bool, required: bool = T
 class SeededModel(SharedRoomModel):
     """Has one seed, and one choice whether to save, for the projections of all adapters."""
 
-    title: ClassVar[str]
-    equal = {"save_projection": "Projection weights must be saved for all adapters or none"}
+    key: ClassVar[str]  # what messages call the seed
+    equal = {"save_projection": "{title} projection weights must be saved for all adapters or none"}
 
     def _check_new_adapter_config(self, config: Any) -> None:
         super()._check_new_adapter_config(config)
         for known in self.peft_config.values():
             if known.projection_prng_key != config.projection_prng_key:
                 raise ValueError(
-                    f"{self.title} PRNG initialisation key must be the same for all adapters. Got "
+                    f"{self.key} must be the same for all adapters. Got "
                     f"{config.projection_prng_key=} but previous config had {known.projection_prng_key}."
                 )
 

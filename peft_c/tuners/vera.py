@@ -70,7 +70,7 @@ class VeraModel(SavedProjectionModel):
     tuner_layer_cls = VeraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
     rooms = {nn.Linear: Linear, "Conv1D": Linear}
-    title = "VeRA"
+    title, key = "VeRA", "Vera PRNG initialisation key"
     projections = ("vera_A", "vera_B")
 
     def draw(self, config: VeraConfig, out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
