@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,8 +20,7 @@ from .room import AddRoom, RoomConfig, RoomModel, option, register, shared
 
 @dataclass
 class AdamssConfig(RoomConfig):
-    """Options of AdaMSS; those of adaptive subspace allocation (ASA) have an effect with `use_asa` only. Raises
-    ValueError for values out of range, ImportError without scikit-learn, which clusters."""
+    """Options of AdaMSS; those of adaptive subspace allocation (ASA) have an effect with `use_asa` only."""
 
     method = "adamss"
 
@@ -56,10 +57,8 @@ class AdamssConfig(RoomConfig):
                 kind = "number" if name == "asa_schedule_exponent" else "integer"
                 raise ValueError(f"`{name}` must be a positive {kind} when `use_asa=True`, got {getattr(self, name)}.")
         if self.use_asa and self.init_warmup >= self.final_warmup:
-            raise ValueError(
-                "`init_warmup` must be smaller than `final_warmup` when `use_asa=True`, got "
-                f"init_warmup={self.init_warmup} and final_warmup={self.final_warmup}."
-            )
+            given = f"init_warmup={self.init_warmup}, final_warmup={self.final_warmup}"
+            raise ValueError(f"`init_warmup` must be smaller than `final_warmup` when `use_asa=True`, got {given}.")
         if importlib.util.find_spec("sklearn") is None:
             raise ImportError("scikit-learn is required for AdaMSS. Please install it with: pip install scikit-learn")
 
@@ -89,18 +88,12 @@ class AdamssLayer(AddRoom):
 
     adapter_layer_names = ("adamss_A", "adamss_B")
     statistics = ("exp_avg_ipt_A", "exp_avg_ipt_B", "exp_avg_unc_A", "exp_avg_unc_B")
-    other_param_names = (
-        "num_subspaces",
-        "train_subspace_index",
-        "seg_result",
-        "scatter_index",
-        *statistics,
-        "adamss_newB",
-    )
+    subspaces = ("num_subspaces", "train_subspace_index", "seg_result", "scatter_index")
+    other_param_names = (*subspaces, *statistics, "adamss_newB")
     containers = {
         "adamss_A": nn.ModuleDict,
         "adamss_B": nn.ModuleDict,
-        "adamss_newB": lambda: BufferDict(persistent=True),
+        "adamss_newB": partial(BufferDict, persistent=True),
     }
     adds = ("weight", "bias")
 
@@ -130,8 +123,7 @@ class AdamssLayer(AddRoom):
         gram, rank = U @ U.T, min(len(U), config.subspace_rank)
         if config.use_dynamic_rank:
             values = torch.svd_lowrank(gram, q=len(gram), niter=2)[1]
-            rank = min(int((values > config.svd_threshold * values[0]).sum()), rank)
-        rank = max(rank, 1)
+            rank = max(min(int((values > config.svd_threshold * values[0]).sum()), rank), 1)
         directions = torch.svd_lowrank(gram, q=min(len(gram), rank), niter=2)[0][:, :rank]
         A = torch.linalg.qr(U.T @ directions).Q.T.contiguous()
         start = torch.zeros if config.init_weights == "orthogonal" else torch.randn
@@ -156,22 +148,12 @@ class AdamssLayer(AddRoom):
         bias = A[:, self.in_features] if A.shape[1] > self.in_features else None
         return F.linear(F.linear(x, A[:, : self.in_features], bias), B)
 
-    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
-        """Take subspaces of other sizes, too: clusters may come out differently where the file was written."""
-        for name, factor in self.named_parameters():
-            saved = state_dict.get(prefix + name)
-            if name.startswith("adamss_") and saved is not None and saved.shape != factor.shape:
-                factor.data = factor.data.new_empty(saved.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     # --- adaptive subspace allocation ---
 
     def _statistics(self, name: str) -> list[tuple[nn.ParameterList, list[Any], list[Any]]]:
         """Factors, averaged importance and averaged uncertainty of all subspaces, for A and B."""
-        return [
-            (self.adamss_A[name], self.exp_avg_ipt_A[name], self.exp_avg_unc_A[name]),
-            (self.adamss_B[name], self.exp_avg_ipt_B[name], self.exp_avg_unc_B[name]),
-        ]
+        names = (("adamss_A", "exp_avg_ipt_A", "exp_avg_unc_A"), ("adamss_B", "exp_avg_ipt_B", "exp_avg_unc_B"))
+        return [tuple(getattr(self, container)[name] for container in group) for group in names]
 
     def reset_importance(self, adapter_name: str) -> None:
         """Forget the importance of all subspaces."""
@@ -232,6 +214,17 @@ class AdamssModel(RoomModel):
                 self._keep_best([scored for layer in layers for scored in layer.subspace_scores(name)], target)
                 for layer in layers:
                     layer.reset_importance(name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model: Any, config: Any, adapter_name: str, state_dict: Any) -> Any:
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        factors = [(name, p) for name, p in model.named_parameters() if ".adamss_" in name and name in state_dict]
+        others = [(name, p) for name, p in factors if p.shape != state_dict[name].shape]
+        for name, parameter in others:
+            parameter.data = parameter.data.new_empty(state_dict[name].shape)
+        if others:
+            warnings.warn(f"The base weight has other subspaces than the one that {others[0][0]} was trained for.")
+        return state_dict
 
     @staticmethod
     def _keep_best(scored: list[tuple[torch.Tensor, list[nn.Parameter]]], count: int) -> None:
