@@ -335,7 +335,8 @@ class AddRoom(Room):
             inner = apply_weight(base, x, factors.A.view(-1, *base.weight.shape[1:]), None)
             return F.linear(inner.movedim(channels, -1), factors.B).movedim(-1, channels) * factors.scale
         if factors is not None and not isinstance(base, (*CONVOLUTIONS, nn.Embedding)):
-            return F.linear(F.linear(x, factors.A), factors.B) * factors.scale
+            result = F.linear(F.linear(x, factors.A), factors.B)
+            return result if isinstance(factors.scale, float) and factors.scale == 1.0 else result * factors.scale
         return apply_weight(base, x, self.get_delta_weight(name), None)
 
     def adapter_dtype(self, name: str) -> torch.dtype | None:

@@ -57,7 +57,7 @@ class SparseRoom(AddRoom):
     def is_cheap(self, name: str, x: torch.Tensor) -> bool:
         """Whether S x by elements takes less than a weight with S in it."""
         count = getattr(self, self.adapter_layer_names[0])[name].numel()
-        return x.numel() // x.shape[-1] * count <= self.in_features * self.out_features // 8
+        return x.numel() // x.shape[-1] * count <= self.in_features * self.out_features // 32
 
     def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base = self.base_layer

@@ -101,6 +101,10 @@ class SupertuningLayer(SparseRoom):
         indices = self.supertuning_indices[name].to(torch.int64)
         return indices // self.in_features, indices % self.in_features, self.supertuning_values[name]
 
+    def add_to(self, weight: torch.Tensor, name: str) -> torch.Tensor:
+        indices, values = self.supertuning_indices[name].to(torch.int64), self.supertuning_values[name]
+        return weight.reshape(-1).scatter_add(0, indices, values.to(weight.dtype)).view(weight.shape)
+
     def lora(self, name: str) -> LowRank | None:
         """The adapter's LoRA, if it has one."""
         r = self.supertuning_rank[name]
