@@ -246,7 +246,8 @@ static int merge_unit(engine_job *job, const unit_place *u, block from, unit_buf
     return 1;
 }
 
-/* One group of rows, merged in place with a trace: codes it, keeps the old bits in b->first. 1 if inf or NaN came up. */
+/* One group of rows, merged in place with a trace: codes it, keeps the old bits in b->first. 1 if the
+ * unit is one for merge_unit. */
 static int trace_rows(const engine_job *job, const unit_place *u, int64_t i, unit_code *code, unit_buffers *b) {
     const pk_row_kernels *const kernels = &job->isa->dtype[job->w.dtype];
     const int64_t size = pk_dtype_size(job->w.dtype), acc = acc_size(job->wide), bytes = u->cols * size;
@@ -265,7 +266,7 @@ static int trace_rows(const engine_job *job, const unit_place *u, int64_t i, uni
     return trace.bad;
 }
 
-/* Merges a unit in place and records it; 0: it has its old bits again. */
+/* Merges a unit in place and records it; 0: it has its old bits again, for want of room (status) or as trace_rows says. */
 static int merge_in_place(engine_job *job, const unit_place *u, unit_buffers *b) {
     const int64_t bytes = u->cols * pk_dtype_size(job->w.dtype);
     const block w = weight_block(job, u, NULL), old = {b->first, bytes};

@@ -38,7 +38,7 @@ typedef struct {
     void *old; /* the bits before, rows ldold elements apart */
     int64_t ldold;
     int8_t *steps; /* rows STEPS_LD apart */
-    int bad;       /* inf or NaN met: steps are not enough */
+    int bad;       /* inf, NaN or another oddity met: w and steps are not to be used */
 } pk_trace;
 
 /* Kernels of one dtype S; n elements, contiguous unless strides are given. */

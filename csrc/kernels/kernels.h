@@ -11,7 +11,7 @@
  *   element, any size including zero. A matrix that is written must not overlap itself or another operand.
  * - the same bits for every number of threads, every alignment and every stride; row i of a forward does not depend on
  *   the other rows. The ISAs with fused multiply-add (avx2, avx512, avx512bf16, neon) agree in the bits of merge, unmerge
- *   and switch, too, with one exception: avx512bf16 sums bf16 factors of one scale and rank >= 12 into a bf16 weight by
+ *   and switch, too, with one exception: avx512bf16 sums bf16 factors of one scale and rank >= 4 into a bf16 weight by
  *   the CPU's bf16 dot products. Generic differs in the last bits of the delta. A record knows how its delta was summed,
  *   and unmerge does it the same way if any ISA of the machine can.
  * - workspace: `work` needs no alignment and no initial content. A size of 0 means that NULL will do.

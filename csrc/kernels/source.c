@@ -79,7 +79,7 @@ static void pack_groups(int64_t begin, int64_t end, void *ctx) {
 }
 
 int source_math(const pk_isa *isa, const pk_mat *w, const pk_delta *d) {
-    enum { PAIRS_FROM = 12 }; /* below that rank the fused f32 micro-kernel is as fast */
+    enum { PAIRS_FROM = 4 }; /* below that rank the fused f32 micro-kernel is as fast */
     if (d->law != PK_LOWRANK) return MATH_PLAIN;
     int64_t rank = 0;
     int pairs = isa->pairs && w->dtype == PK_BF16;

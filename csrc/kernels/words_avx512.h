@@ -81,12 +81,20 @@ static INLINE vf vf_put_bf16_by_hand(uint16_t *p, vf v) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(r, 16));
 }
 #ifdef WORDS_BF16
-static INLINE vf vf_put_bf16(uint16_t *p, vf v) {
-    /* the instruction takes subnormals for zero: leave those to the integer unit */
-    if (__builtin_expect(_mm512_fpclass_ps_mask(v, 0x20), 0)) return vf_put_bf16_by_hand(p, v);
+/* the instruction takes subnormals for zero: those are left to the integer unit */
+static INLINE uint32_t vf_odd_bf16(uint32_t mask, vf v) {
+    return _kor_mask16((__mmask16)mask, _mm512_fpclass_ps_mask(v, 0x20));
+}
+static INLINE uint32_t vf_wild_bf16(uint32_t mask, vf v) {
+    return _kor_mask16((__mmask16)mask, _mm512_fpclass_ps_mask(v, 0x20 | 0x99));
+}
+static INLINE vf vf_quick_bf16(uint16_t *p, vf v) {
     const __m256i h = (__m256i)_mm512_cvtneps_pbh(v);
     _mm256_storeu_si256((__m256i *)(void *)p, h);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+static INLINE vf vf_put_bf16(uint16_t *p, vf v) {
+    return __builtin_expect(vf_odd_bf16(0, v) != 0, 0) ? vf_put_bf16_by_hand(p, v) : vf_quick_bf16(p, v);
 }
 #else
 static INLINE vf vf_put_bf16(uint16_t *p, vf v) {
