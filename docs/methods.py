@@ -23,9 +23,8 @@ def rooms_of(model: type) -> dict[str, type]:
 
 
 def law_of(rooms: dict[str, type]) -> str:
-    laws = {
-        "adds" if issubclass(room, AddRoom) else "maps" if issubclass(room, MapRoom) else "own" for room in rooms.values()
-    }
+    names = ((AddRoom, "adds"), (MapRoom, "maps"), (object, "own"))
+    laws = {next(name for law, name in names if issubclass(room, law)) for room in rooms.values()}
     return ", ".join(sorted(laws)) or "own"
 
 
@@ -62,8 +61,9 @@ def main() -> None:
         table.append(f"| [{name}](#{name}) | `{config.__name__}` | {law_of(rooms)} | {layers} |")
         sections.append(section(name, config, model))
     head = (
-        "# Methods\n\nMade by `python docs/methods.py` from the methods' configs and docstrings. *adds*: the adapted weight is "
-        "the base weight plus\na delta; *maps*: it is a function of the base weight; *own*: the method has rules of its own.\n"
+        "# Methods\n\nMade by `python docs/methods.py` from the methods' configs and docstrings. *adds*: the\n"
+        "adapted weight is the base weight plus a delta; *maps*: it is a function of the base weight; *own*: the method\n"
+        "has its own rules.\n"
     )
     (HERE / "methods.md").write_text("\n".join([head, *table, "", *sections]), encoding="utf-8")
 

@@ -43,6 +43,7 @@ def lowrank_forward(
 def lowrank_apply(
     y: Tensor, x: Tensor, t: Tensor | None, scales: tuple[float, ...], factors: tuple[Tensor, ...]
 ) -> None: ...
+def lowrank_mixed(layer: Any, x: Tensor, y: Tensor, names: list[str]) -> bool: ...
 def lowrank_backward(
     g: Tensor,
     x: Tensor | None,
@@ -69,6 +70,16 @@ def merge_subtract(
     owner: Tensor,
     /,
 ) -> bool | None: ...
+def merge_switch(
+    weight: Tensor,
+    old: Sequence[tuple[Tensor, Tensor, float]] | Tensor,
+    old_record: tuple[bytes, ...] | None,
+    new: Sequence[tuple[Tensor, Tensor, float]] | Tensor,
+    check: bool,
+    record: bool,
+    owner: Tensor,
+    /,
+) -> tuple[bool, tuple[bytes, ...] | None, bool] | None: ...
 
 # walk: over the live module tree; what acts on a list of layers acts on all or none
 def find(model: nn.Module, /, *classes: type | tuple[type, ...]) -> tuple[list[Any], ...]: ...
@@ -76,4 +87,3 @@ def set_adapter(layers: Iterable[Any], names: str | Iterable[str], inference_mod
 def enable_adapters(layers: Iterable[Any], enabled: bool, /) -> None: ...
 def set_requires_grad(layers: Iterable[Any], names: str | Iterable[str], requires_grad: bool, /) -> None: ...
 def flags(layer: Any, skip: Collection[str] | Mapping[str, Any], /) -> list[tuple[Tensor, bool]]: ...
-def lowrank_mixed(layer: Any, x: Tensor, y: Tensor, names: list[str]) -> bool: ...

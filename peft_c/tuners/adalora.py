@@ -67,6 +67,7 @@ class AdaLoraLayer(AddRoom, LoraLayer):
     """W + B diag(E) A * alpha / ranknum with A (r, in), E (r, 1), B (out, r); for convolutions `in` counts the
     kernel's elements, too. `ranknum` is the initial rank, also of adapters whose rank has shrunk."""
 
+    converts_to_lora = False
     adapter_layer_names = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "ranknum")
     containers = {"lora_dropout": nn.ModuleDict, "ranknum": nn.ParameterDict}
@@ -108,9 +109,6 @@ class AdaLoraLayer(AddRoom, LoraLayer):
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return super().term(name, self.lora_dropout[name](x))
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False
 
 
 class SVDLinear(AdaLoraLayer):

@@ -26,6 +26,7 @@ class BeftConfig(RoomConfig):
 class BeftLayer(AddRoom):
     """b + `beft_bias` (1, out) for nn.Linear."""
 
+    converts_to_lora = False
     adapter_layer_names = ("beft_bias",)
     adds = ("bias",)
 
@@ -46,9 +47,6 @@ class BeftLayer(AddRoom):
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return self.bias_delta(name)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False
 
 
 Linear = BeftLayer

@@ -57,6 +57,7 @@ class DeftLayer(AddRoom):
     R starts as M^T W / s, so that nothing changes; in PaRa mode there is no R.
     """
 
+    converts_to_lora = False
     adapter_layer_names = ("deft_P", "deft_R")
     other_param_names = (
         "deft_r",

@@ -53,7 +53,7 @@ class FrodLayer(SharedRoom):
     )  # fmt: skip
     containers = {"frod_U": BufferDict}
     own, dropout = "frod_lambda_l", "frod_dropout"
-    convertible = False
+    converts_to_lora = False
 
     def share(self, containers: dict[str, nn.Module]) -> None:
         self.__dict__.update(containers)  # not as submodules: they are in the state dict once

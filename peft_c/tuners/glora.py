@@ -82,6 +82,7 @@ class GloraPath(nn.Module):
 class GloraLayer(AddRoom):
     """W + W * A + B and b + b * D + E + W C for nn.Linear, with A and B (out, in), C (in, 1), D and E (out,)."""
 
+    converts_to_lora = False
     adapter_layer_names = ("glora_A", "glora_B", "glora_C", "glora_D", "glora_E")
     other_param_names = ("r",)
     containers = dict.fromkeys(adapter_layer_names, nn.ModuleDict)
@@ -122,9 +123,6 @@ class GloraLayer(AddRoom):
             A, B = (self.support(letter, name).flatten() for letter in "AB")
             term = term + (output if bias is None else output - bias) * A + x.sum(-1, keepdim=True) * B
         return term
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False
 
 
 GloraLinear = GloraLayer

@@ -40,6 +40,7 @@ class HiraConfig(RoomConfig):
 class HiraLayer(AddRoom):
     """HiRA for linear layers, Conv1D and convolutions: W * (B A), A (r, in, *kernel), B (out, r, *1)."""
 
+    converts_to_lora = False
     adapter_layer_names = ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")
     other_param_names = ("r", "hira_dropout")
     containers = {"hira_dropout": nn.ModuleDict}
@@ -84,9 +85,6 @@ class HiraLayer(AddRoom):
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return super().term(name, self.hira_dropout[name](x))
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False
 
 
 Linear = Conv1d = Conv2d = Conv3d = HiraLayer

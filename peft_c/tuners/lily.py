@@ -49,6 +49,7 @@ class LilyLayer(AddRoom):
     p is the mean of softmax(router h) over all tokens: it depends on the input, so there is no weight to merge into.
     """
 
+    converts_to_lora = False
     adapter_layer_names = ("lily_A", "lily_B", "lily_router")
     other_param_names = ("r", "scaling", "stride_A", "num_B")
     containers = dict.fromkeys(adapter_layer_names, nn.ModuleDict)
@@ -76,9 +77,6 @@ class LilyLayer(AddRoom):
         shares = self.lily_router[name](hidden).softmax(-1).flatten(0, -2).mean(0)
         mixed = torch.tensordot(shares, self.lily_B[name].weight.unflatten(0, (len(shares), -1)), dims=1)
         return hidden @ mixed * self.scaling[name]
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False
 
 
 Linear = LilyLayer

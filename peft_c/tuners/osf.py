@@ -71,6 +71,7 @@ class OSFLayer(AddRoom):
     square, and the same for V. So only the one that is not square is stored.
     """
 
+    converts_to_lora = False
     adapter_layer_names = ("osf_svd_params",)
     other_param_names = (
         "_osf_U_low_init",

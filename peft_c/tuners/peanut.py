@@ -71,6 +71,7 @@ class PeanutLayer(AddRoom):
     depth was given, the innermost first.
     """
 
+    converts_to_lora = False
     adapter_layer_names = ("peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders")
     other_param_names = ("r", "depth", "scaling", "act_fn", "res_num")
     containers = dict.fromkeys(adapter_layer_names, nn.ModuleDict)
@@ -101,9 +102,6 @@ class PeanutLayer(AddRoom):
         for decoder in self.peanut_decoders[name]:
             hidden = f(decoder(hidden)) + given.pop()
         return LowRank(hidden.T, self.peanut_B[name].weight, self.scaling[name])
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False
 
 
 Linear = PeanutLayer

@@ -34,7 +34,7 @@ class PveraLayer(SharedRoom):
     adapter_layer_names = ("pvera_lambda_b", "pvera_lambda_d")
     other_param_names = ("pvera_A", "pvera_B", "pvera_dropout", "r", "sample_at_inference", "pvera_generator")
     own, dropout = "pvera_lambda_d", "pvera_dropout"
-    convertible = False
+    converts_to_lora = False
 
     def create(self, name: str, config: PveraConfig, shared: dict[str, nn.Module]) -> None:
         if config.r <= 0:

@@ -304,6 +304,8 @@ class AddRoom(Room):
     `adds` names what the adapters add to: "weight", "bias" or both.
     """
 
+    converts_to_lora: ClassVar[bool] = True  # whether PEFT converts the method's adapters to LoRA
+
     adds: ClassVar[tuple[str, ...]] = ("weight",)
 
     def delta(self, name: str) -> torch.Tensor:
@@ -392,7 +394,7 @@ class AddRoom(Room):
         return {label: changes[label]() for label in labels}
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        return self.converts_to_lora
 
 
 class MapRoom(Room):

@@ -42,11 +42,10 @@ class SharedRoom(AddRoom):
     """A layer that refers to what `SharedRoomModel.shared` gives.
 
     own: the container that has an entry for exactly the adapters of this layer. dropout: the name of the ModuleDict
-    with the dropout in front of each adapter. convertible: whether adapters can be converted to LoRA.
+    with the dropout in front of each adapter.
     """
 
     own: ClassVar[str]
-    convertible: ClassVar[bool] = True
     dropout: ClassVar[str]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -62,9 +61,6 @@ class SharedRoom(AddRoom):
     def add_dropout(self, name: str, p: float) -> None:
         """Make the dropout of an adapter."""
         getattr(self, self.dropout)[name] = nn.Dropout(p) if p > 0 else nn.Identity()
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return self.convertible
 
     def _merge_adapters(self) -> list[str]:
         return list(getattr(self, self.own).keys())

@@ -26,6 +26,7 @@ class SparseRoom(AddRoom):
     For few inputs S x is computed by its elements; for many, S is added to a copy of the weight.
     """
 
+    converts_to_lora = False
     method: ClassVar[str]  # for warnings
 
     def elements(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -74,6 +75,3 @@ class SparseRoom(AddRoom):
             rest = self.rest(name, self._cast_input_dtype(x, self.adapter_dtype(name)))
             result = result if rest is None else result + rest.to(result.dtype)
         return result
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False
