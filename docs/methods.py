@@ -60,11 +60,11 @@ def main() -> None:
         layers = ", ".join(rooms) or "see below"
         table.append(f"| [{name}](#{name}) | `{config.__name__}` | {law_of(rooms)} | {layers} |")
         sections.append(section(name, config, model))
-    head = (
-        "# Methods\n\nMade by `python docs/methods.py` from the methods' configs and docstrings. *adds*: the\n"
-        "adapted weight is the base weight plus a delta; *maps*: it is a function of the base weight; *own*: the method\n"
-        "has its own rules.\n"
-    )
+    head = """# Methods
+
+Made by `python docs/methods.py` from the methods' configs and docstrings. *adds*: the adapted weight is the base weight
+plus a delta; *maps*: it is a function of the base weight; *own*: the method has its own rules.
+"""
     (HERE / "methods.md").write_text("\n".join([head, *table, "", *sections]), encoding="utf-8")
 
 
