@@ -62,7 +62,7 @@ def main() -> None:
         sections.append(section(name, config, model))
     head = """# Methods
 
-Made by `python docs/methods.py` from the methods' configs and docstrings. *adds*: the adapted weight is the base weight
+Made by `python docs/methods.py` from the configs and docstrings. *adds*: the adapted weight is the base weight
 plus a delta; *maps*: it is a function of the base weight; *own*: the method has its own rules.
 """
     (HERE / "methods.md").write_text("\n".join([head, *table, "", *sections]), encoding="utf-8")

@@ -18,8 +18,12 @@ static uint64_t next(void) {
     return seed ^= seed << 17;
 }
 
-static int64_t below(int64_t n) { return (int64_t)(next() % (uint64_t)n); }
-static double uniform(void) { return (double)(next() >> 11) * 0x1p-52 - 1.0; }
+static int64_t below(int64_t n) {
+    return (int64_t)(next() % (uint64_t)n);
+}
+static double uniform(void) {
+    return (double)(next() >> 11) * 0x1p-52 - 1.0;
+}
 
 static void expect(int ok, const char *what, int dtype) {
     if (ok) return;
@@ -36,7 +40,9 @@ static pk_mat make(int64_t rows, int64_t cols, pk_dtype dtype, double size) {
     return m;
 }
 
-static size_t bytes(const pk_mat *m) { return (size_t)(m->rows * m->cols * pk_dtype_size(m->dtype)); }
+static size_t bytes(const pk_mat *m) {
+    return (size_t)(m->rows * m->cols * pk_dtype_size(m->dtype));
+}
 
 static pk_mat copy(const pk_mat *m) {
     pk_mat c = *m;
@@ -75,7 +81,8 @@ static void test_merge(const char *isa, pk_dtype dtype) {
     expect(pk_switch(&w, &d, &tight, &d, 0, &second, work, shim_parallel) == PK_OK, "switch", (int)dtype);
     expect(pk_unmerge(&w, &d, &second, work, shim_parallel) == PK_OK, "unmerge", (int)dtype);
     expect(memcmp(w.data, old.data, bytes(&w)) == 0, "unmerge is exact", (int)dtype);
-    void *const all[] = {f.down.data, f.up.data, w.data, reference.data, old.data, record.data, second.data, tight.data, work};
+    void *const all[] = {f.down.data, f.up.data,  w.data, reference.data, old.data, record.data,
+                         second.data, tight.data, work};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 

@@ -6,7 +6,9 @@
 
 static int threads = 2;
 
-void shim_threads(int n) { threads = n; }
+void shim_threads(int n) {
+    threads = n;
+}
 
 typedef struct {
     int64_t begin, end;
