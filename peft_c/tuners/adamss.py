@@ -57,8 +57,10 @@ class AdamssConfig(RoomConfig):
                 kind = "number" if name == "asa_schedule_exponent" else "integer"
                 raise ValueError(f"`{name}` must be a positive {kind} when `use_asa=True`, got {getattr(self, name)}.")
         if self.use_asa and self.init_warmup >= self.final_warmup:
-            given = f"init_warmup={self.init_warmup}, final_warmup={self.final_warmup}"
-            raise ValueError(f"`init_warmup` must be smaller than `final_warmup` when `use_asa=True`, got {given}.")
+            raise ValueError(
+                "`init_warmup` must be smaller than `final_warmup` when `use_asa=True` so that ASA has a non-empty "
+                f"pruning ramp, got init_warmup={self.init_warmup} and final_warmup={self.final_warmup}."
+            )
         if importlib.util.find_spec("sklearn") is None:
             raise ImportError("scikit-learn is required for AdaMSS. Please install it with: pip install scikit-learn")
 

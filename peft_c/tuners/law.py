@@ -269,9 +269,9 @@ def describe(layer: Any) -> str:
     return ".".join((*type(layer).__module__.split(".")[-2:-1], type(layer).__name__))
 
 
-def _broken(names: Iterable[str]) -> ValueError:
+def _broken(names: Iterable[str], what: str = "weights") -> ValueError:
     return ValueError(
-        f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken; nothing was merged."
+        f"NaNs detected in the merged {what}. The adapter {', '.join(names)} seems to be broken; nothing was merged."
     )
 
 
@@ -428,7 +428,7 @@ def _merge_replacement(layer: Any, step: Merge, targets: dict, plans: dict, safe
         tensor = _weight(targets[label], layer)
         merged = merged.detach().to(tensor.dtype)
         if safe_merge and not torch.isfinite(merged).all():
-            raise _broken(step.adapters)
+            raise _broken(step.adapters, "bias" if label == "bias" else "weights")
         undo = Difference.between(tensor, merged, None)
         step.saved.append(Saved(label, [], undo, _meta(tensor)))
         _write(targets[label], tensor, merged)

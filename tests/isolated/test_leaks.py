@@ -51,17 +51,17 @@ BODIES = {
     "add": "model.add_adapter('more', LoraConfig(r=2, target_modules=['0'])); model.delete_adapter('more')",
     "error": "\n    try: model.set_adapter('nope')\n    except ValueError: pass",
 }
-SLOW = {"add": 200, "mixed": 500, "training": 1000}
+SLOW = {"add": 200, "mixed": 500, "training": 1000, "disable": 2000, "merge": 2000, "safe_merge": 2000}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("name", BODIES)
 def test_nothing_is_lost(name):
-    rounds = SLOW.get(name, 2000)
+    rounds = SLOW.get(name, 10_000)
     code = SETUP.replace("{body}", "    " + BODIES[name]).replace("{warm}", str(rounds // 2))
     code = code.replace("{rounds}", str(rounds))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     objects, memory = map(int, done.stdout.split())
     assert objects < 100, f"{objects} more objects after {rounds} rounds"
-    assert memory < 2**20 + rounds * 64, f"{memory} more bytes after {rounds} rounds"
+    assert memory < 3 * 2**20, f"{memory} more bytes after {rounds} rounds"

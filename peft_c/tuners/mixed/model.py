@@ -48,15 +48,10 @@ class MixedModel(BaseTuner):
         super()._check_new_adapter_config(config)
 
     def _create_and_replace(self, config: PeftConfig, *args: Any, **kwargs: Any) -> None:
-        _tuner_of(config)._create_and_replace(self, config, *args, **kwargs)
-
-    @staticmethod
-    def _create_new_module(config: PeftConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        if kwargs.get("gptq_quantization_config") is not None:
-            raise ValueError(f"GPTQ quantization not supported for {config.peft_type.value} (yet).")
-        if kwargs.pop("loaded_in_8bit", False) | kwargs.pop("loaded_in_4bit", False):
-            raise ValueError(f"8bit and 4bit quantization not supported for {config.peft_type.value} (yet).")
-        return _tuner_of(config)._create_new_module(config, adapter_name, target, **kwargs)
+        tuner = _tuner_of(config)
+        acting = tuner.__new__(tuner)  # this model with the methods of that tuner: they share all attributes
+        acting.__dict__ = self.__dict__
+        acting._create_and_replace(config, *args, **kwargs)
 
     @staticmethod
     def _prepare_adapter_config(peft_config: PeftConfig, model_config: dict) -> PeftConfig:
