@@ -654,3 +654,36 @@ def resume(layer: Any) -> None:
         names = list(layer.merged_adapters)
         layer.merged_adapters.clear()
         layer.merge(adapter_names=names)
+
+
+# ----------------------------------------------------------------------------------------------- a layer's methods
+
+
+class Merging:
+    """The merging methods of a layer that declares `_base_view` (its weight as a matrix) and `_merge_changes`."""
+
+    def _base_view(self) -> BaseView:
+        """How the base weight reads as the matrix (out, in...) that adapters act on."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how its base weight reads as a matrix")
+
+    def _merge_targets(self) -> dict[str, BaseView]:
+        base = self.get_base_layer()
+        targets = {"weight": self._base_view()}
+        if getattr(base, "bias", None) is not None:
+            targets["bias"] = BaseView(base, "bias")
+        return targets
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters (default: the active ones) into the base weights, in place, in one pass where that can be.
+
+        safe_merge: ValueError if a merged weight is not finite. Nothing has changed when an error is raised.
+        """
+        merge(self, safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the base weights, which get their old bits back."""
+        unmerge(self)
+
+    def switch(self, adapter_names: list[str], safe_merge: bool = False) -> None:
+        """Merge these adapters in place of the ones that are merged: `unmerge` and `merge` in one pass."""
+        switch(self, adapter_names, safe_merge)

@@ -141,7 +141,7 @@ def apply_weight(base: nn.Module, x: torch.Tensor, weight: torch.Tensor, bias: t
     return F.linear(x, weight.T if is_transformers_conv1d(base) else weight, bias)
 
 
-class Room(nn.Module, BaseTunerLayer):
+class Room(law.Merging, nn.Module, BaseTunerLayer):
     """One base layer with the adapters of one method.
 
     `adapter_layer_names` are ParameterDicts and `other_param_names` dicts, unless `containers` says otherwise.
@@ -262,18 +262,11 @@ class Room(nn.Module, BaseTunerLayer):
         """The adapters this layer has parameters for."""
         return self._get_available_adapters()
 
-    def _merge_targets(self) -> dict[str, BaseView]:
-        base = self.get_base_layer()
-        targets = {"weight": weight_view(base)}
-        if getattr(base, "bias", None) is not None:
-            targets["bias"] = BaseView(base, "bias")
-        return targets
+    def _base_view(self) -> BaseView:
+        return weight_view(self.get_base_layer())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge adapters (default: the active ones) into the base weights, in place.
-
-        safe_merge: ValueError if a merged weight is not finite. Nothing has changed when an error is raised.
-        """
+        """See `law.Merging.merge`; an `exclusive` room merges one adapter, in place of the one that is merged."""
         if self.exclusive:
             adapter_names = check_adapters_to_merge(self, adapter_names)
             if len(adapter_names) > 1:
@@ -284,15 +277,7 @@ class Room(nn.Module, BaseTunerLayer):
             if adapter_names and self.merged:
                 warnings.warn(f"Already merged with {set(self.merged_adapters)}. Unmerging first.")
                 self.unmerge()
-        law.merge(self, safe_merge, adapter_names)
-
-    def unmerge(self) -> None:
-        """Take all merged adapters out of the base weights, which get their old bits back."""
-        law.unmerge(self)
-
-    def switch(self, adapter_names: list[str], safe_merge: bool = False) -> None:
-        """Merge `adapter_names` in place of the adapters that are merged, in one pass where that can be."""
-        law.switch(self, adapter_names, safe_merge)
+        super().merge(safe_merge, adapter_names)
 
     def __repr__(self) -> str:
         return f"{type(self).__module__.rpartition('.')[2]}.{super().__repr__()}"

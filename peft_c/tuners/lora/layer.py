@@ -390,7 +390,7 @@ class LoraLayer(BaseTunerLayer):
         return result
 
 
-class _LoraModule(nn.Module, LoraLayer):
+class _LoraModule(law.Merging, nn.Module, LoraLayer):
     """The layers below: forward, merge and delta of any layer type that declares `_base_view` and `_low_rank`."""
 
     _lowrank_names: tuple[str, ...] | None = None  # set: `_C.lowrank_forward` may compute this type's forward
@@ -444,13 +444,6 @@ class _LoraModule(nn.Module, LoraLayer):
         """A (r, k), B (n, r) and the scale of an adapter, for that matrix."""
         return law.LowRank(self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.scaling[adapter])
 
-    def _merge_targets(self) -> dict[str, BaseView]:
-        base = self.get_base_layer()
-        targets = {"weight": self._base_view()}
-        if getattr(base, "bias", None) is not None:
-            targets["bias"] = BaseView(base, "bias")
-        return targets
-
     def _merge_changes(self, adapter: str) -> dict[str, law.Change]:
         own_delta = getattr(type(self), "get_delta_weight", None) is not _LoraModule.get_delta_weight
         factors = None if own_delta else self._low_rank(adapter)
@@ -467,21 +460,6 @@ class _LoraModule(nn.Module, LoraLayer):
                 )
             changes["bias"] = lambda: self.lora_B[adapter].bias * self.scaling[adapter]
         return changes
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters (default: the active ones) to the base weights, in place, in one pass.
-
-        safe_merge: ValueError if a merged weight is not finite. Nothing has changed when an error is raised.
-        """
-        law.merge(self, safe_merge, adapter_names)
-
-    def unmerge(self) -> None:
-        """Take all merged adapters out of the base weights, which get their old bits back (see `law`)."""
-        law.unmerge(self)
-
-    def switch(self, adapter_names: list[str], safe_merge: bool = False) -> None:
-        """Merge these adapters in place of the ones that are merged: `unmerge` and `merge` in one pass."""
-        law.switch(self, adapter_names, safe_merge)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What merging `adapter` adds to the base weight: a tensor of its shape, in the adapter's dtype."""
