@@ -30,14 +30,16 @@ def trim():
 def once():
 {body}
 
-for _ in range({warm}):
-    once()
-trim()
-objects, memory = len(gc.get_objects()), resident()
-for _ in range({rounds}):
-    once()
-trim()
-print(len(gc.get_objects()) - objects, resident() - memory)
+# Caches and free lists grow at first and settle at some time; a leak is in every window, so the least growth counts.
+growth = []
+for _ in range(5):
+    trim()
+    objects, memory = len(gc.get_objects()), resident()
+    for _ in range({rounds}):
+        once()
+    trim()
+    growth.append((len(gc.get_objects()) - objects, resident() - memory))
+print(*map(min, zip(*growth)))
 """
 
 BODIES = {
@@ -58,10 +60,9 @@ SLOW = {"add": 200, "mixed": 500, "training": 1000, "disable": 2000, "merge": 20
 @pytest.mark.parametrize("name", BODIES)
 def test_nothing_is_lost(name):
     rounds = SLOW.get(name, 10_000)
-    code = SETUP.replace("{body}", "    " + BODIES[name]).replace("{warm}", str(rounds // 2))
-    code = code.replace("{rounds}", str(rounds))
+    code = SETUP.replace("{body}", "    " + BODIES[name]).replace("{rounds}", str(rounds // 5))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     objects, memory = map(int, done.stdout.split())
-    assert objects < 100, f"{objects} more objects after {rounds} rounds"
-    assert memory < 3 * 2**20, f"{memory} more bytes after {rounds} rounds"
+    assert objects < rounds // 50, f"{objects} more objects in {rounds // 5} rounds"
+    assert memory < 8 * rounds + 2**18, f"{memory} more bytes in {rounds // 5} rounds"

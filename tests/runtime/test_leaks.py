@@ -55,22 +55,23 @@ def settle():
 WATCHED = (layer, deep, x, leaf, A, B, y, g, t, dx, dA, dB, array, meta, layer.lora_A["default"].weight, layer.scaling,
            layer.base_layer, torch.Tensor, _C, None, NotImplemented)
 
-def measure(name, code, warm, rounds):
-    space = dict(globals())
-    exec("def once():\\n    " + code, space)
-    once = space["once"]
-    for _ in range(warm):
-        once()
+def growth(once, rounds):
     settle()
     blocks, memory, counts = sys.getallocatedblocks(), resident(), [sys.getrefcount(o) for o in WATCHED]
     for _ in range(rounds):
         once()
     settle()
     grown = [b - a for a, b in zip(counts, [sys.getrefcount(o) for o in WATCHED])]
-    print(name, max(map(abs, grown)), sys.getallocatedblocks() - blocks, resident() - memory)
+    return max(map(abs, grown)), sys.getallocatedblocks() - blocks, resident() - memory
 
-for name, (code, warm, rounds) in {bodies}.items():
-    measure(name, code, warm, rounds)
+# Caches and free lists grow at first and settle at some time; a leak is in every window, so the least growth counts.
+def measure(name, code, rounds):
+    space = dict(globals())
+    exec("def once():\\n    " + code, space)
+    print(name, *map(min, zip(*(growth(space["once"], rounds) for _ in range({windows})))))
+
+for name, (code, rounds) in {bodies}.items():
+    measure(name, code, rounds)
 """
 
 BODIES = {
@@ -87,17 +88,16 @@ BODIES = {
     "backward-refused": "_C.lowrank_backward(neg, x, t, (1.0,), (A, B), dx, (dA, dB)); fails(_C.lowrank_backward, 1)",
     "refused-by-torch": "fails(_C.describe, meta); _C.gate(layer, meta)",
 }
-ROUNDS = {
-    "forward-graph": (3000, 2000),  # autograd's own free lists take long to settle
-    "refused-by-torch": (100, 500),  # a C++ exception with its backtrace takes torch milliseconds
-}
-PLAN = {name: (body, *ROUNDS.get(name, (500, 10_000))) for name, body in BODIES.items()}
+WINDOWS = 5
+ROUNDS = {"refused-by-torch": 300}  # a C++ exception with its backtrace takes torch milliseconds
+PLAN = {name: (body, ROUNDS.get(name, 2000)) for name, body in BODIES.items()}
 
 
 @pytest.fixture(scope="module")
 def growth():
     """One process for all entry points: name -> references, blocks and bytes that remained."""
     code = SETUP.replace("{folder!r}", repr(str(Path(__file__).parent))).replace("{bodies}", repr(PLAN))
+    code = code.replace("{windows}", str(WINDOWS))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     return {name: tuple(map(int, rest)) for name, *rest in map(str.split, done.stdout.splitlines())}
@@ -106,8 +106,8 @@ def growth():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("name", BODIES)
 def test_nothing_is_lost(name, growth):
-    rounds, (references, blocks, memory) = PLAN[name][2], growth[name]
-    assert references < rounds // 100, f"{references} references in {rounds} rounds"
+    rounds, (references, blocks, memory) = PLAN[name][1], growth[name]
+    assert references < rounds // 20, f"{references} references in {rounds} rounds"
     if "PEFT_C_SANITIZED" not in os.environ:  # its allocator keeps what is freed
-        assert blocks < rounds // 4, f"{blocks} blocks in {rounds} rounds"
-        assert memory < 16 * rounds + (1 << 20), f"{memory} bytes in {rounds} rounds"
+        assert blocks < rounds // 10, f"{blocks} blocks in {rounds} rounds"
+        assert memory < 8 * rounds + (1 << 18), f"{memory} bytes in {rounds} rounds"
