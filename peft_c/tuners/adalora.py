@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING
 from ..utils.integrations import _skip_init_on_device, gather_params_ctx
 from ..utils.peft_types import PeftType
 from ..utils.trainable_modules import _freeze_adapter
@@ -128,9 +127,8 @@ class SVDConv2d(AdaLoraLayer):
 class AdaLoraModel(RoomModel, LoraModel):
     """Injects AdaLoRA. Call `update_and_allocate(step)` after each optimizer step. One adapter can be trained."""
 
-    target_module_mapping = TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING
+    prefix = "lora_"
     rooms = {nn.Linear: SVDLinear, "Conv1D": SVDLinear, nn.Conv2d: SVDConv2d}
-    tuner_layer_cls = AdaLoraLayer
     unsupported = ValueError
 
     def __init__(self, model: nn.Module, config: Any, adapter_name: str, **kwargs: Any) -> None:
@@ -248,4 +246,4 @@ class AdaLoraModel(RoomModel, LoraModel):
         raise TypeError(f"{type(self).__name__} does not support add_weighted_adapter method.")
 
 
-register("adalora", AdaLoraConfig, AdaLoraModel, prefix="lora_", mixed=True, parts=("bnb", "gptq"))
+register("adalora", AdaLoraConfig, AdaLoraModel, mixed=True, parts=("bnb", "gptq"))

@@ -12,28 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_ADAMSS_TARGET_MODULES_MAPPING
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import AddRoom, RoomConfig, RoomModel, option, register, shared
+from .room import AddRoom, LayersConfig, RoomModel, option, register
 
 
 @dataclass
-class AdamssConfig(RoomConfig):
+class AdamssConfig(LayersConfig):
     """Options of AdaMSS; those of adaptive subspace allocation (ASA) have an effect with `use_asa` only."""
-
-    method = "adamss"
 
     r: int = option(100, "Number of singular vectors of the weight that subspaces are made of.")
     num_subspaces: int = option(5, "Number of subspaces, that is of groups of the weight's rows.")
     subspace_rank: int = option(1, "Rank of each subspace.")
-    target_modules: list[str] | str | None = shared("target_modules")
     init_weights: Literal["orthogonal"] | None = option(
         "orthogonal", "'orthogonal': new adapters start as no change; None: at random, for tests."
     )
-    modules_to_save: list[str] | None = shared("modules_to_save")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
     use_asa: bool = option(False, "Whether the least important subspaces are frozen in training (ASA).")
     asa_target_subspaces: int = option(50, "Number of subspaces, of all layers, that are trained in the end.")
     init_warmup: int = option(50, "The step from which on subspaces are frozen.")
@@ -84,7 +77,7 @@ def groups(rows: torch.Tensor, count: int) -> list[torch.Tensor]:
     return [torch.where(labels == i)[0] for i in range(int(labels.max()) + 1)]
 
 
-class AdamssLayer(AddRoom):
+class Linear(AddRoom):
     """[W b] + P^T diag(B_1 A_1, B_2 A_2, ...) V: V (r, in + 1), `adamss_newB`, are right singular vectors of [W b] and
     P sorts rows by subspace; A_i (r_i, r), B_i (rows, r_i)."""
 
@@ -188,16 +181,12 @@ class AdamssLayer(AddRoom):
         return scored
 
 
-class Linear(AdamssLayer):
-    """AdaMSS for nn.Linear."""
+AdamssLayer = Linear
 
 
 class AdamssModel(RoomModel):
     """Injects AdaMSS. With `use_asa`, call `update_and_allocate(step)` in each training step."""
 
-    prefix = "adamss_"
-    tuner_layer_cls = AdamssLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_ADAMSS_TARGET_MODULES_MAPPING
     rooms = {nn.Linear: Linear}
 
     def update_and_allocate(self, global_step: int) -> None:
@@ -206,7 +195,7 @@ class AdamssModel(RoomModel):
             config = self.peft_config[name]
             if not (config.use_asa and config.init_warmup <= global_step <= config.final_warmup):
                 continue
-            layers = [m for m in self.model.modules() if isinstance(m, AdamssLayer) and name in m.exp_avg_ipt_A]
+            layers = [m for m in self.model.modules() if isinstance(m, Linear) and name in m.exp_avg_ipt_A]
             for layer in layers:
                 layer.update_importance(name, config.asa_importance_beta, config.asa_uncertainty_beta)
             if global_step % config.mask_interval == 0:
@@ -249,4 +238,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-register("adamss", AdamssConfig, AdamssModel, prefix="adamss_", parts=("asa_callback",))
+register("adamss", AdamssConfig, AdamssModel, parts=("asa_callback",))

@@ -8,22 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_BEFT_TARGET_MODULES_MAPPING
-from .room import AddRoom, RoomConfig, RoomModel, option, register, shared
+from .room import AddRoom, RoomModel, TargetConfig, option, register
 
 
 @dataclass
-class BeftConfig(RoomConfig):
+class BeftConfig(TargetConfig):
     """Options of BEFT."""
 
-    method = "beft"
-
-    target_modules: list[str] | str | None = shared("target_modules")
-    modules_to_save: list[str] | None = shared("modules_to_save")
     init_weights: bool = option(True, "True: start with zeros (no change); False: standard normal, for tests.")
 
 
-class BeftLayer(AddRoom):
+class Linear(AddRoom):
     """b + `beft_bias` (1, out) for nn.Linear."""
 
     converts_to_lora = False
@@ -49,16 +44,13 @@ class BeftLayer(AddRoom):
         return self.bias_delta(name)
 
 
-Linear = BeftLayer
+BeftLayer = Linear
 
 
 class BeftModel(RoomModel):
     """Injects BEFT."""
 
-    prefix = "beft_"
-    tuner_layer_cls = BeftLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_BEFT_TARGET_MODULES_MAPPING
-    rooms = {nn.Linear: BeftLayer}
+    rooms = {nn.Linear: Linear}
 
 
 register("beft", BeftConfig, BeftModel, mixed=True)

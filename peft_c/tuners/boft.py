@@ -9,30 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING
-from .room import MapRoom, RoomConfig, RoomModel, option, register, shared
+from .room import MapRoom, RoomModel, SelectiveConfig, option, register, shared
 
 
 @dataclass
-class BOFTConfig(RoomConfig):
+class BOFTConfig(SelectiveConfig):
     """Options of BOFT. ValueError unless exactly one of `boft_block_size` and `boft_block_num` is given."""
-
-    method = "boft"
 
     boft_block_size: int = option(4, "Size of the rotated blocks; has to divide the input size of all layers.")
     boft_block_num: int = option(0, "Number of blocks in a layer, in place of their size.")
     boft_n_butterfly_factor: int = option(
         1, "Number of rotations after each other, each mixing blocks twice as far apart; 1: as in OFT."
     )
-    target_modules: list[str] | str | None = shared("target_modules")
-    exclude_modules: list[str] | str | None = shared("exclude_modules")
     boft_dropout: float = option(0.0, "Probability of leaving a block unrotated in training.")
     fan_in_fan_out: bool = shared("fan_in_fan_out")
     bias: str = shared("bias")
-    modules_to_save: list[str] | None = shared("modules_to_save")
     init_weights: bool = shared("init_weights")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -163,9 +155,6 @@ class Conv2d(BOFTLayer):
 class BOFTModel(RoomModel):
     """Injects BOFT."""
 
-    prefix = "boft_"
-    tuner_layer_cls = BOFTLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING
     rooms = {nn.Linear: Linear, nn.Conv2d: Conv2d}
 
 

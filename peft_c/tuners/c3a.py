@@ -9,24 +9,17 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_C3A_TARGET_MODULES_MAPPING
-from .room import AddRoom, RoomConfig, RoomModel, option, pattern_value, register, shared
+from .room import AddRoom, LayersConfig, RoomModel, option, pattern_value, register, shared
 
 
 @dataclass
-class C3AConfig(RoomConfig):
+class C3AConfig(LayersConfig):
     """Options of C3A."""
-
-    method = "c3a"
 
     block_size: int = option(
         256, "Size of the circulant blocks; has to divide the input and output sizes of all adapted layers."
     )
-    target_modules: list[str] | str | None = shared("target_modules")
     bias: str = shared("bias")
-    modules_to_save: list[str] | None = shared("modules_to_save")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
     block_size_pattern: dict | None = option({}, "Module name or regular expression -> block size, where it differs.")
     init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] | None = option(
         "xavier_uniform", "Initialisation of the kernel; True: zeros (no change), False: 'xavier_uniform'."
@@ -40,7 +33,7 @@ def convolve(x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
     return torch.fft.fft(spectrum.sum(-2)).real.flatten(-2)
 
 
-class C3ALayer(AddRoom):
+class C3ALinear(AddRoom):
     """C3A for nn.Linear: kernel (out / b, in / b, b); W + circulant(kernel) / in."""
 
     adapter_layer_names = ("c3a_kernel",)
@@ -80,16 +73,12 @@ class C3ALayer(AddRoom):
         return convolve(x.float(), self.c3a_kernel[name].float()) / self.in_features
 
 
-class C3ALinear(C3ALayer):
-    """C3A for nn.Linear."""
+C3ALayer = C3ALinear
 
 
 class C3AModel(RoomModel):
     """Injects C3A."""
 
-    prefix = "c3a_"
-    tuner_layer_cls = C3ALayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_C3A_TARGET_MODULES_MAPPING
     rooms = {nn.Linear: C3ALinear}
 
     def settings(self, config: C3AConfig, key: str, base: nn.Module) -> dict[str, Any]:

@@ -10,24 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_DEFT_TARGET_MODULES_MAPPING
 from .law import LowRank
-from .room import AddRoom, RoomConfig, RoomModel, dropout, option, register, shared
+from .room import AddRoom, RoomModel, SelectiveConfig, dropout, option, register, shared
 
 
 @dataclass
-class DeftConfig(RoomConfig):
+class DeftConfig(SelectiveConfig):
     """Options of DEFT.
 
     Raises:
         ValueError: an unknown `decomposition_method`.
     """
 
-    method = "deft"
-
     r: int = option(8, "Dimension of the subspace; more than the layer's outputs counts as their number.")
-    target_modules: list[str] | str | None = shared("target_modules")
-    exclude_modules: list[str] | str | None = shared("exclude_modules")
     decomposition_method: Literal["relu", "qr"] = option(
         "relu", "Projector onto the subspace: 'relu': P relu(P)^T; 'qr': Q Q^T with P = Q R, which is orthogonal."
     )
@@ -37,10 +32,7 @@ class DeftConfig(RoomConfig):
     fan_in_fan_out: bool = shared("fan_in_fan_out")
     deft_dropout: float = option(0.0, "Dropout probability of the input of the injected term.")
     init_weights: bool = shared("init_weights")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
     bias: str = shared("bias")
-    modules_to_save: list[str] | None = shared("modules_to_save")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,7 +42,7 @@ class DeftConfig(RoomConfig):
             )
 
 
-class DeftLayer(AddRoom):
+class DeftLinear(AddRoom):
     """W + L (s R - M^T W) for nn.Linear and Conv1D: P (out, r), R (r, in).
 
     L = P and M = relu(P), or L = M = Q, the orthogonal factor of P.
@@ -128,16 +120,13 @@ class DeftLayer(AddRoom):
         warnings.warn("Unscaling operation for DEFT not supported! Keeping scale at 1.")
 
 
-DeftLinear = DeftLayer
+DeftLayer = DeftLinear
 
 
 class DeftModel(RoomModel):
     """Injects DEFT."""
 
-    prefix = "deft_"
-    tuner_layer_cls = DeftLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_DEFT_TARGET_MODULES_MAPPING
-    rooms = {nn.Linear: DeftLayer, "Conv1D": DeftLayer}
+    rooms = {nn.Linear: DeftLinear, "Conv1D": DeftLinear}
 
 
 register("deft", DeftConfig, DeftModel)

@@ -10,36 +10,28 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_DELORA_TARGET_MODULES_MAPPING
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import AddRoom, RoomConfig, RoomModel, dropout, option, pattern_value, register, shared
+from .room import AddRoom, RoomModel, SelectiveConfig, dropout, option, pattern_value, register, shared
 
 
 @dataclass
-class DeloraConfig(RoomConfig):
+class DeloraConfig(SelectiveConfig):
     """Options of DeLoRA.
 
     Raises:
         ValueError: `r` is not positive.
     """
 
-    method = "delora"
-
     r: int = option(8, "Rank of the delta.")
     delora_lambda: int = option(15, "Start value of the bound of the delta's Frobenius norm.")
     module_dropout: float = option(0.0, "Dropout probability of the adapter's input.")
-    target_modules: list[str] | str | None = shared("target_modules")
-    exclude_modules: list[str] | str | None = shared("exclude_modules")
     bias: Literal["none", "all", "delora_only"] = shared("bias")
     init_weights: bool = shared("init_weights")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
     rank_pattern: dict | None = shared("rank_pattern")
     lambda_pattern: dict | None = option(
         {}, "Module name or regular expression -> lambda, where it differs from `delora_lambda`."
     )
-    modules_to_save: list[str] | None = shared("modules_to_save")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,7 +39,7 @@ class DeloraConfig(RoomConfig):
             raise ValueError(f"`r` must be a positive integer; got {self.r}.")
 
 
-class DeloraLayer(AddRoom):
+class DeloraLinear(AddRoom):
     """DeLoRA for nn.Linear: B diag(lambda / r / (|A_i| |B_i|)) A diag(w), A (r, in), B (out, r), lambda (1,).
 
     w (in,) are the norms of the base weight's columns when the adapter was made; norms of A and B are at least 1e-4.
@@ -79,16 +71,13 @@ class DeloraLayer(AddRoom):
         return super().term(name, self.delora_dropout[name](x))
 
 
-DeloraLinear = DeloraLayer
+DeloraLayer = DeloraLinear
 
 
 class DeloraModel(RoomModel):
     """Injects DeLoRA."""
 
-    prefix = "delora_"
-    tuner_layer_cls = DeloraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_DELORA_TARGET_MODULES_MAPPING
-    rooms = {nn.Linear: DeloraLayer}
+    rooms = {nn.Linear: DeloraLinear}
 
     def settings(self, config: DeloraConfig, key: str, base: nn.Module) -> dict[str, Any]:
         return {

@@ -8,33 +8,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING
-from .room import AddRoom, RoomConfig, RoomModel, option, pattern_value, register, shared
+from .room import AddRoom, RoomModel, SelectiveConfig, option, pattern_value, register, shared
 
 
 @dataclass
-class FourierFTConfig(RoomConfig):
+class FourierFTConfig(SelectiveConfig):
     """Options of FourierFT."""
-
-    method = "fourierft"
 
     n_frequency: int = option(1000, "Number of trained frequencies of each layer, from 1 to in * out.")
     scaling: float = option(150.0, "Factor of the delta; the paper uses 100 to 300.")
     random_loc_seed: int | None = option(777, "Seed of the choice of frequencies.")
     fan_in_fan_out: bool = shared("fan_in_fan_out")
-    target_modules: list[str] | str | None = shared("target_modules")
-    exclude_modules: list[str] | str | None = shared("exclude_modules")
     bias: str = shared("bias")
-    modules_to_save: list[str] | None = shared("modules_to_save")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
     n_frequency_pattern: dict | None = option(
         {}, "Module name or regular expression -> n_frequency, where it differs."
     )
     init_weights: bool = option(False, "True: start with a spectrum of zeros (no change); False: standard normal.")
 
 
-class FourierFTLayer(AddRoom):
+class FourierFTLinear(AddRoom):
     """FourierFT for nn.Linear and Conv1D: spectrum (n_frequency,) at random places of (out, in)."""
 
     adapter_layer_names = ("fourierft_spectrum",)
@@ -65,16 +57,12 @@ class FourierFTLayer(AddRoom):
         return (torch.fft.ifft2(dense).real * self.fourierft_scaling[name]).to(spectrum.dtype)
 
 
-class FourierFTLinear(FourierFTLayer):
-    """FourierFT for nn.Linear and Conv1D."""
+FourierFTLayer = FourierFTLinear
 
 
 class FourierFTModel(RoomModel):
     """Injects FourierFT."""
 
-    prefix = "fourierft_"
-    tuner_layer_cls = FourierFTLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING
     rooms = {nn.Linear: FourierFTLinear, "Conv1D": FourierFTLinear}
 
     def settings(self, config: FourierFTConfig, key: str, base: nn.Module) -> dict[str, Any]:

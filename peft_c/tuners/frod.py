@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_FROD_TARGET_MODULES_MAPPING
 from . import law
 from ._buffer_dict import BufferDict
 from .room import option, register, weight_view
@@ -19,8 +18,6 @@ from .shared_room import ProjectionConfig, SeededModel, SharedRoom, check_projec
 @dataclass
 class FrodConfig(ProjectionConfig):
     """Options of FRoD."""
-
-    method = "frod"
 
     frod_dropout: float = option(0.0, "Probability of dropping an input feature of the adapter in training.")
     sparse_rate: float = option(0.01, "Part of the entries off the diagonal that are trained, from 0 to 1.")
@@ -178,9 +175,6 @@ def _places(size: int, rate: float, generator: torch.Generator) -> torch.Tensor:
 class FrodModel(SeededModel):
     """Injects FRoD."""
 
-    prefix = "frod_"
-    tuner_layer_cls = FrodLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_FROD_TARGET_MODULES_MAPPING
     rooms = {nn.Linear: Linear, "Conv1D": Linear}
     title, key = "FRoD", "FRoD projection initialization key"
     equal = SeededModel.equal | {

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_GLORA_TARGET_MODULES_MAPPING
-from .room import AddRoom, RoomConfig, RoomModel, option, register, shared
+from .room import AddRoom, RoomModel, TargetConfig, option, register, shared
 
 FORMS = {
     "config_A_B": ("constant", "lora", "none", "vector"),
@@ -21,19 +20,15 @@ FORMS = {
 
 
 @dataclass
-class GloraConfig(RoomConfig):
+class GloraConfig(TargetConfig):
     """Options of GLoRA.
 
     Raises:
         ValueError: an unknown form in `config_A_B`, `config_C` or `config_D_E`.
     """
 
-    method = "glora"
-
     r: int = option(8, "Rank of the supports of form 'lora'.")
-    target_modules: list[str] | str | None = shared("target_modules")
     bias: str = shared("bias")
-    modules_to_save: list[str] | None = shared("modules_to_save")
     config_A_B: Literal["lora", "vector", "constant", "none"] = option(
         "lora", "Form of A and B, which scale and shift the weight: low-rank, one number an output, one number, none."
     )
@@ -79,7 +74,7 @@ class GloraPath(nn.Module):
         return self.zeros if self.form == "none" else self.X
 
 
-class GloraLayer(AddRoom):
+class GloraLinear(AddRoom):
     """W + W * A + B and b + b * D + E + W C for nn.Linear, with A and B (out, in), C (in, 1), D and E (out,)."""
 
     converts_to_lora = False
@@ -125,16 +120,13 @@ class GloraLayer(AddRoom):
         return term
 
 
-GloraLinear = GloraLayer
+GloraLayer = GloraLinear
 
 
 class GloraModel(RoomModel):
     """Injects GLoRA."""
 
-    prefix = "glora_"
-    tuner_layer_cls = GloraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_GLORA_TARGET_MODULES_MAPPING
-    rooms = {nn.Linear: GloraLayer}
+    rooms = {nn.Linear: GloraLinear}
     unsupported = ValueError
 
 

@@ -8,32 +8,25 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_GRALORA_TARGET_MODULES_MAPPING
-from .room import AddRoom, RoomConfig, RoomModel, dropout, option, register, shared
+from .room import AddRoom, LayersConfig, RoomModel, dropout, option, register, shared
 
 
 @dataclass
-class GraloraConfig(RoomConfig):
+class GraloraConfig(LayersConfig):
     """Options of GraLoRA.
 
     Raises:
         ValueError: `gralora_k` is not positive or does not divide `r`.
     """
 
-    method = "gralora"
-
     r: int = option(32, "Rank of each of the k rows of factors; has to be a multiple of `gralora_k`.")
     hybrid_r: int = option(0, "Rank of a plain low-rank term beside the blocks; 0: none.")
-    target_modules: list[str] | str | None = shared("target_modules")
     alpha: int = option(64, "The delta is scaled by alpha / (r + hybrid_r).")
     gralora_dropout: float = option(0.0, "Dropout probability of the adapter's input.")
     gralora_k: int = option(2, "Number of blocks along each side of the weight; 2 up to rank 32, 4 from rank 64.")
     fan_in_fan_out: bool = shared("fan_in_fan_out")
     bias: str = shared("bias")
-    modules_to_save: list[str] | None = shared("modules_to_save")
     init_weights: bool = shared("init_weights")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: str | None = shared("layers_pattern")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,7 +38,7 @@ class GraloraConfig(RoomConfig):
             raise ValueError(f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}")
 
 
-class GraloraLayer(AddRoom):
+class Linear(AddRoom):
     """GraLoRA for nn.Linear and Conv1D: A (k, in / k, r), B (k, r, out / k).
 
     With s = r / k, the block from input part n to output part j is A[n][:, js:(j+1)s] B[j][ns:(n+1)s]; the plain term
@@ -107,16 +100,13 @@ class GraloraLayer(AddRoom):
         return term * self.scaling[name]
 
 
-Linear = GraloraLayer
+GraloraLayer = Linear
 
 
 class GraloraModel(RoomModel):
     """Injects GraLoRA."""
 
-    prefix = "gralora_"
-    tuner_layer_cls = GraloraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_GRALORA_TARGET_MODULES_MAPPING
-    rooms = {nn.Linear: GraloraLayer, "Conv1D": GraloraLayer}
+    rooms = {nn.Linear: Linear, "Conv1D": Linear}
 
 
 register("gralora", GraloraConfig, GraloraModel)

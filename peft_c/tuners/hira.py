@@ -10,30 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING
-from .room import CONVOLUTIONS, AddRoom, RoomConfig, RoomModel, dropout, option, pattern_value, register, shared
+from .room import AddRoom, RoomModel, SelectiveConfig, dropout, option, pattern_value, register, shared
 from .shared_room import wide
 
 
 @dataclass
-class HiraConfig(RoomConfig):
+class HiraConfig(SelectiveConfig):
     """Options of HiRA."""
 
-    method = "hira"
-
     r: int = option(32, "Rank of the matrix that the base weight is multiplied by.")
-    target_modules: list[str] | str | None = shared("target_modules")
-    exclude_modules: list[str] | str | None = shared("exclude_modules")
     hira_dropout: float = option(0.0, "Dropout probability of the adapter's input, but for embeddings.")
     fan_in_fan_out: bool = shared("fan_in_fan_out")
-    modules_to_save: list[str] | None = shared("modules_to_save")
     init_weights: bool | Literal["gaussian"] | None = option(
         True,
         "Initialisation of A: True: kaiming uniform, 'gaussian': normal with deviation 1 / r (linear layers); B "
         "starts at zero. False: both start at random, for tests.",
     )
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
     rank_pattern: dict | None = shared("rank_pattern")
 
 
@@ -87,7 +79,20 @@ class HiraLayer(AddRoom):
         return super().term(name, self.hira_dropout[name](x))
 
 
-Linear = Conv1d = Conv2d = Conv3d = HiraLayer
+class Linear(HiraLayer):
+    """HiRA for nn.Linear and Conv1D."""
+
+
+class Conv1d(HiraLayer):
+    """HiRA for nn.Conv1d."""
+
+
+class Conv2d(HiraLayer):
+    """HiRA for nn.Conv2d."""
+
+
+class Conv3d(HiraLayer):
+    """HiRA for nn.Conv3d."""
 
 
 class Embedding(HiraLayer):
@@ -115,10 +120,14 @@ class Embedding(HiraLayer):
 class HiraModel(RoomModel):
     """Injects HiRA."""
 
-    prefix = "hira_"
-    tuner_layer_cls = HiraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING
-    rooms = {nn.Embedding: Embedding, **dict.fromkeys((*CONVOLUTIONS, nn.Linear, "Conv1D"), HiraLayer)}
+    rooms = {
+        nn.Linear: Linear,
+        "Conv1D": Linear,
+        nn.Embedding: Embedding,
+        nn.Conv1d: Conv1d,
+        nn.Conv2d: Conv2d,
+        nn.Conv3d: Conv3d,
+    }
     unsupported = ValueError
 
     def settings(self, config: HiraConfig, key: str, base: nn.Module) -> dict[str, Any]:

@@ -10,25 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING
-from .room import MapRoom, RoomConfig, RoomModel, option, register, shared
+from .room import MapRoom, RoomModel, SelectiveConfig, option, register, shared
 
 
 @dataclass
-class HRAConfig(RoomConfig):
+class HRAConfig(SelectiveConfig):
     """Options of HRA."""
-
-    method = "hra"
 
     r: int = option(8, "Number of reflections; an even number, or new adapters do change the layer.")
     apply_GS: bool = option(False, "Whether to orthogonalise the reflections' vectors (Gram-Schmidt).")
-    target_modules: list[str] | str | None = shared("target_modules")
-    exclude_modules: list[str] | str | None = shared("exclude_modules")
     init_weights: bool = shared("init_weights")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
     bias: str = shared("bias")
-    modules_to_save: list[str] | None = shared("modules_to_save")
 
 
 class HRALayer(MapRoom):
@@ -103,9 +95,6 @@ class HRAConv2d(HRALayer):
 class HRAModel(RoomModel):
     """Injects HRA."""
 
-    prefix = "hra_"
-    tuner_layer_cls = HRALayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING
     rooms = {nn.Linear: HRALinear, nn.Conv2d: HRAConv2d}
 
 

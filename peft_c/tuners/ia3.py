@@ -10,27 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..utils.constants import (
-    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
-    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
-)
+from ..utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
 from ..utils.other import ModulesToSaveWrapper, _freeze_adapter
-from .room import MapRoom, RoomConfig, RoomModel, option, register, shared
+from .room import MapRoom, RoomModel, TargetConfig, option, register, shared
 
 
 @dataclass
-class IA3Config(RoomConfig):
+class IA3Config(TargetConfig):
     """Options of (IA)^3."""
 
-    method = "ia3"
-
-    target_modules: list[str] | str | None = shared("target_modules")
     exclude_modules: list[str] | str | None = shared("exclude_modules")
     feedforward_modules: list[str] | str | None = option(
         None, "Those of the targets whose input is scaled, not the output: names, or a regular expression."
     )
     fan_in_fan_out: bool = shared("fan_in_fan_out")
-    modules_to_save: list[str] | None = shared("modules_to_save")
     init_ia3_weights: bool = option(True, "Whether new adapters start as no change (ones); False: standard normal.")
 
     def __post_init__(self) -> None:
@@ -104,9 +97,6 @@ class Conv3d(IA3Layer):
 class IA3Model(RoomModel):
     """Injects (IA)^3."""
 
-    prefix = "ia3_"
-    tuner_layer_cls = IA3Layer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
     rooms = {nn.Conv2d: Conv2d, nn.Conv3d: Conv3d, nn.Linear: Linear, "Conv1D": Linear}
     unsupported = ValueError
 

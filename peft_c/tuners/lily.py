@@ -9,30 +9,22 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
 from .law import LowRank
-from .room import AddRoom, RoomConfig, RoomModel, option, register, shared
+from .room import AddRoom, RoomModel, SelectiveConfig, option, register, shared
 
 
 @dataclass
-class LilyConfig(RoomConfig):
+class LilyConfig(SelectiveConfig):
     """Options of Lily.
 
     Raises:
         ValueError: `stride_A` is less than 1 or `num_B` less than 2.
     """
 
-    method = "lily"
-
     r: int = option(32, "Rank; as factors are shared, 2 to 4 times what LoRA would have.")
     stride_A: int = option(1, "Number of neighbouring layers that share one A.")
     num_B: int = option(2, "Number of factors B, which all layers share and each router mixes.")
     scaling: float = option(1.0, "Factor of the adapter's output.")
-    target_modules: list[str] | str | None = shared("target_modules")
-    exclude_modules: list[str] | str | None = shared("exclude_modules")
-    modules_to_save: list[str] | None = shared("modules_to_save")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
     init_weights: bool = shared("init_weights")
 
     def __post_init__(self) -> None:
@@ -43,7 +35,7 @@ class LilyConfig(RoomConfig):
             raise ValueError("`num_B` must be at least 2 for the router to be trained.")
 
 
-class LilyLayer(AddRoom):
+class Linear(AddRoom):
     """x -> scaling * h (sum_e p_e B_e) for nn.Linear, with h = A x, A (r, in), B_e (r, out).
 
     p is the mean of softmax(router h) over all tokens: it depends on the input, so there is no weight to merge into.
@@ -79,23 +71,20 @@ class LilyLayer(AddRoom):
         return hidden @ mixed * self.scaling[name]
 
 
-Linear = LilyLayer
+LilyLayer = Linear
 
 
 class LilyModel(RoomModel):
     """Injects Lily."""
 
-    prefix = "lily_"
-    tuner_layer_cls = LilyLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
-    rooms = {nn.Linear: LilyLayer}
+    rooms = {nn.Linear: Linear}
     unsupported = NotImplementedError
 
     def _post_injection_hook(self, model: nn.Module, config: LilyConfig, adapter_name: str) -> None:
         """Let the layers of one target and shape share all B, and groups of `stride_A` of them A."""
         targets, groups = config.target_modules, defaultdict(list)
         for key, layer in model.named_modules():
-            if not isinstance(layer, LilyLayer) or adapter_name not in layer.lily_A:
+            if not isinstance(layer, Linear) or adapter_name not in layer.lily_A:
                 continue
             fitting = [targets] if isinstance(targets, str) else [name for name in targets if key.endswith(name)]
             if fitting:
@@ -106,4 +95,4 @@ class LilyModel(RoomModel):
                 layer.lily_B[adapter_name] = layers[0].lily_B[adapter_name]
 
 
-register("lily", LilyConfig, LilyModel, prefix="lily_")
+register("lily", LilyConfig, LilyModel)

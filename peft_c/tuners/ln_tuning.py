@@ -9,21 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
 from . import law
 from .base_view import BaseView
-from .room import Room, RoomConfig, RoomModel, register, shared
+from .room import Room, RoomModel, TargetConfig, register, shared
 
 
 @dataclass
-class LNTuningConfig(RoomConfig):
+class LNTuningConfig(TargetConfig):
     """Options of LayerNorm tuning."""
 
-    method = "ln_tuning"
-
-    target_modules: list[str] | str | None = shared("target_modules")
     exclude_modules: list[str] | str | None = shared("exclude_modules")
-    modules_to_save: list[str] | str | None = shared("modules_to_save")
 
 
 class LNTuningLayer(Room):
@@ -63,9 +58,6 @@ class LNTuningLayer(Room):
 class LNTuningModel(RoomModel):
     """Injects LayerNorm tuning."""
 
-    prefix = "ln_tuning_"
-    tuner_layer_cls = LNTuningLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
     rooms = {nn.Module: LNTuningLayer}
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

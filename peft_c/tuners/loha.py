@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING
 from .law import LowRank
 from .lycoris_utils import LycorisConfig, LycorisLayer, LycorisTuner
 from .room import option, register, shared
@@ -17,19 +16,12 @@ from .room import option, register, shared
 class LoHaConfig(LycorisConfig):
     """Options of LoHa."""
 
-    method = "loha"
-
     r: int = option(8, "Rank of each of the two matrices; their product has a rank of up to r * r.")
     alpha: int = option(8, "The delta is scaled by alpha / r.")
     rank_dropout: float = option(0.0, "Probability of dropping a row of the delta in training.")
     module_dropout: float = option(0.0, "Probability of leaving out the adapter of a layer in training.")
     use_effective_conv2d: bool = option(False, "Whether kernels larger than 1 get a factor of their own.")
-    target_modules: list[str] | str | None = shared("target_modules")
-    exclude_modules: list[str] | str | None = shared("exclude_modules")
     init_weights: bool = shared("init_weights")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
-    modules_to_save: list[str] | None = shared("modules_to_save")
 
 
 class LoHaLayer(LycorisLayer):
@@ -94,9 +86,7 @@ class LoHaModel(LycorisTuner):
     """Injects LoHa."""
 
     prefix = "hada_"
-    tuner_layer_cls = LoHaLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING
     rooms = {nn.Conv2d: Conv2d, nn.Conv1d: Conv1d, nn.Linear: Linear}
 
 
-register("loha", LoHaConfig, LoHaModel, prefix="hada_", mixed=True)
+register("loha", LoHaConfig, LoHaModel, mixed=True)

@@ -8,16 +8,13 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING
 from .lycoris_utils import LycorisConfig, LycorisLayer, LycorisTuner
-from .room import option, register, shared
+from .room import option, register
 
 
 @dataclass
 class LoKrConfig(LycorisConfig):
     """Options of LoKr."""
-
-    method = "lokr"
 
     r: int = option(
         8, "Rank of the second matrix (and of the first, with `decompose_both`), where that saves anything."
@@ -31,14 +28,9 @@ class LoKrConfig(LycorisConfig):
         -1, "Size of the first matrix, where it divides the layer's; -1: as square as can be."
     )
     rank_dropout_scale: bool = option(False, "Whether rank dropout keeps the mean of the delta.")
-    target_modules: list[str] | str | None = shared("target_modules")
-    exclude_modules: list[str] | str | None = shared("exclude_modules")
     init_weights: bool | Literal["lycoris"] = option(
         True, "True: the first matrix starts at zero; 'lycoris': the second does; False: none, which is for tests."
     )
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
-    modules_to_save: list[str] | None = shared("modules_to_save")
 
 
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
@@ -120,9 +112,6 @@ class Conv2d(LoKrLayer):
 class LoKrModel(LycorisTuner):
     """Injects LoKr."""
 
-    prefix = "lokr_"
-    tuner_layer_cls = LoKrLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING
     rooms = {nn.Conv2d: Conv2d, nn.Conv1d: Conv1d, nn.Linear: Linear}
 
 

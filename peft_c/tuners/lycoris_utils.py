@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .room import CONVOLUTIONS, AddRoom, RoomConfig, RoomModel, apply_weight, pattern_value, shared
+from .room import CONVOLUTIONS, AddRoom, RoomModel, SelectiveConfig, apply_weight, pattern_value, shared
 
 
 @dataclass
-class LycorisConfig(RoomConfig):
+class LycorisConfig(SelectiveConfig):
     """Options of all LyCORIS methods."""
 
     rank_pattern: dict | None = shared("rank_pattern")
@@ -97,8 +97,6 @@ class LycorisLayer(AddRoom):
 
 class LycorisTuner(RoomModel):
     """Injects a LyCORIS method, with rank and alpha by module."""
-
-    tuner_layer_cls = LycorisLayer
 
     def settings(self, config: LycorisConfig, key: str, base: nn.Module) -> dict[str, Any]:
         return {

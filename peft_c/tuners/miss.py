@@ -11,33 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
 from .law import LowRank
-from .room import AddRoom, RoomConfig, RoomModel, dropout, option, register, shared
+from .room import AddRoom, RoomModel, SelectiveConfig, dropout, option, register, shared
 from .shared_room import wide
 
 
 @dataclass
-class MissConfig(RoomConfig):
+class MissConfig(SelectiveConfig):
     """Options of MiSS."""
-
-    method = "miss"
 
     r: int = option(64, "Rank: the number of input features that a block covers.")
     miss_dropout: float = option(0.0, "Dropout probability of the adapter's input; not used by 'bat'.")
     mini_r: int = option(1, "With 'mini': number of output features that a block covers; has to divide them.")
-    target_modules: list[str] | str | None = shared("target_modules")
-    exclude_modules: list[str] | str | None = shared("exclude_modules")
     init_weights: bool | Literal["bat", "mini"] = option(
         True, "Form of the delta, starting at zero: True, 'bat' or 'mini'; False: that of True, starting at random."
     )
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: str | None = shared("layers_pattern")
     bias: str = shared("bias")
-    modules_to_save: list[str] | None = shared("modules_to_save")
 
 
-class MissLayer(AddRoom):
+class MissLinear(AddRoom):
     """MiSS for nn.Linear: block D (r, out), which 'mini' stores as (r, mini_r) and repeats along the output.
 
     delta[o, i] = D[i mod r, o]. 'bat' has D (out / r, r, r) instead: with the base weight cut into r x r blocks W_oi,
@@ -107,16 +99,13 @@ class MissLayer(AddRoom):
         warnings.warn("Unscaling operation for MiSS not supported! Keeping scale at 1.")
 
 
-MissLinear = MissLayer
+MissLayer = MissLinear
 
 
 class MissModel(RoomModel):
     """Injects MiSS."""
 
-    prefix = "miss_"
-    tuner_layer_cls = MissLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
-    rooms = {nn.Linear: MissLayer}
+    rooms = {nn.Linear: MissLinear}
 
 
 register("miss", MissConfig, MissModel)

@@ -9,29 +9,21 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING
-from .room import MapRoom, RoomConfig, RoomModel, option, register, shared
+from .room import MapRoom, RoomModel, SelectiveConfig, option, register, shared
 
 
 @dataclass
-class OFTConfig(RoomConfig):
+class OFTConfig(SelectiveConfig):
     """Options of OFT. ValueError unless exactly one of `r` and `oft_block_size` is given."""
-
-    method = "oft"
 
     r: int = option(0, "Number of blocks in a layer, in place of their size.")
     oft_block_size: int = option(32, "Size of the blocks; a size that does not divide a layer's inputs is adjusted.")
     module_dropout: float = option(
         0.0, "Probability of leaving a block unrotated in training; has no effect, as in PEFT."
     )
-    target_modules: list[str] | str | None = shared("target_modules")
     fan_in_fan_out: bool = shared("fan_in_fan_out")
     bias: Literal["none", "all", "oft_only"] = shared("bias")
-    exclude_modules: list[str] | str | None = shared("exclude_modules")
     init_weights: bool = shared("init_weights")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
-    modules_to_save: list[str] | None = shared("modules_to_save")
     coft: bool = option(False, "Whether to keep the rotations near the identity (constrained OFT).")
     eps: float = option(6e-5, "How near, with `coft`: the greatest norm of all blocks' generators.")
     block_share: bool = option(False, "Whether all blocks of a layer share one rotation.")
@@ -210,9 +202,6 @@ class Embedding(OFTLayer):
 class OFTModel(RoomModel):
     """Injects OFT."""
 
-    prefix = "oft_"
-    tuner_layer_cls = OFTLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING
     rooms = {nn.Linear: Linear, nn.Conv2d: Conv2d, nn.Embedding: Embedding}
 
     def _check_merge_allowed(self) -> None:

@@ -9,27 +9,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_MODELS_TO_OSF_TARGET_MODULES_MAPPING
+from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import AddRoom, RoomConfig, RoomModel, option, register, shared
+from .room import AddRoom, RoomModel, TargetConfig, option, register, shared
 
 
 @dataclass
-class OSFConfig(RoomConfig):
+class OSFConfig(TargetConfig):
     """Options of OSF. A rank is a number, or a fraction in (0, 1] of a weight's smaller size."""
-
-    method = "osf"
 
     effective_rank: int | float | None = option(
         None, "Number of the largest singular directions that stay as they are; the others are trained. None: half."
     )
-    target_modules: list[str] | str | None = shared("target_modules")
     rank_pattern: dict[str, int | float] | None = option(
         None, "Regular expression to find in a module's name -> effective rank, where it differs."
     )
     init_weights: bool | None = shared("init_weights")
-    modules_to_save: list[str] | None = shared("modules_to_save")
     target_svd_config: dict[str, int] | None = option(None, "Accepted for the sake of old files; has no effect.")
 
 
@@ -64,7 +60,7 @@ def project_gradient_to_orthogonal_space(svd_dict: dict[str, Any]) -> None:
         dV.sub_(dV @ _product(V.T, V))
 
 
-class OSFLayer(AddRoom):
+class Linear(AddRoom):
     """W + U S V - U0 S0 V0 with U (out, k), S (k), V (k, in); U0, S0, V0 are the small part of W's decomposition.
 
     Gradients of U and V are kept orthogonal to the large part: (1 - U_high U_high^T) dU, which is U0 U0^T dU if U is
@@ -122,16 +118,12 @@ class OSFLayer(AddRoom):
         return LowRank(torch.cat([V, V0]), torch.cat([U * S, -(U0 * S0)], dim=1), 1.0)
 
 
-class Linear(OSFLayer):
-    """OSF for nn.Linear."""
+OSFLayer = Linear
 
 
 class OSFModel(RoomModel):
     """Injects OSF into linear layers, all of them if no targets are given; other targets are left as they are."""
 
-    prefix = "osf_"
-    tuner_layer_cls = OSFLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_OSF_TARGET_MODULES_MAPPING
     rooms = {nn.Linear: Linear}
     unsupported = None
 

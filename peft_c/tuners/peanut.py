@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_PEANUT_TARGET_MODULES_MAPPING
 from .law import LowRank
-from .room import AddRoom, RoomConfig, RoomModel, option, register, shared
+from .room import AddRoom, RoomModel, SelectiveConfig, option, register, shared
 
 ACTIVATIONS = {name: getattr(F, name) for name in ("relu", "relu6", "gelu", "silu", "mish", "tanh", "sigmoid")}
 
@@ -35,24 +34,17 @@ def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 @dataclass
-class PeanutConfig(RoomConfig):
+class PeanutConfig(SelectiveConfig):
     """Options of PEANuT.
 
     Raises:
         ValueError: `r` is not positive, `depth` is negative, or `act_fn` is unknown.
     """
 
-    method = "peanut"
-
     r: int = option(32, "Width of the network, which is the rank of the delta.")
     depth: int = option(0, "Number of hidden layers in the encoder, and in the decoder.")
     act_fn: str = option("relu", "Activation function of the network, by transformers' name for it.")
     scaling: float = option(1.0, "Factor of the delta.")
-    target_modules: list[str] | str | None = shared("target_modules")
-    exclude_modules: list[str] | str | None = shared("exclude_modules")
-    modules_to_save: list[str] | None = shared("modules_to_save")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
     init_weights: bool = shared("init_weights")
 
     def __post_init__(self) -> None:
@@ -64,7 +56,7 @@ class PeanutConfig(RoomConfig):
         activation(self.act_fn)
 
 
-class PeanutLayer(AddRoom):
+class Linear(AddRoom):
     """scaling * B H^T for nn.Linear, B (out, r), where H (in, r) is computed from the base weight W.
 
     H_0 = f(W^T A^T) with A (r, out); encoders H_i+1 = f(E_i H_i); decoders H = f(D_i H) + what the encoder of the same
@@ -104,16 +96,13 @@ class PeanutLayer(AddRoom):
         return LowRank(hidden.T, self.peanut_B[name].weight, self.scaling[name])
 
 
-Linear = PeanutLayer
+PeanutLayer = Linear
 
 
 class PeanutModel(RoomModel):
     """Injects PEANuT."""
 
-    prefix = "peanut_"
-    tuner_layer_cls = PeanutLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_PEANUT_TARGET_MODULES_MAPPING
-    rooms = {nn.Linear: PeanutLayer}
+    rooms = {nn.Linear: Linear}
     unsupported = NotImplementedError
 
     @classmethod
@@ -124,4 +113,4 @@ class PeanutModel(RoomModel):
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
 
-register("peanut", PeanutConfig, PeanutModel, prefix="peanut_")
+register("peanut", PeanutConfig, PeanutModel)

@@ -12,22 +12,17 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_POLY_TARGET_MODULES_MAPPING
-from .room import Room, RoomConfig, RoomModel, option, register, shared
+from .room import Room, RoomModel, TargetConfig, option, register, shared
 
 EPS = 1e-12
 
 
 @dataclass
-class PolyConfig(RoomConfig):
+class PolyConfig(TargetConfig):
     """Options of Poly."""
 
-    method = "poly"
-
     r: int = option(8, "Rank of each skill.")
-    target_modules: list[str] | str | None = shared("target_modules")
     exclude_modules: list[str] | str | None = shared("exclude_modules")
-    modules_to_save: list[str] | None = shared("modules_to_save")
     init_weights: bool = shared("init_weights")
     poly_type: Literal["poly"] = option("poly", "Kind of router; there is one.")
     n_tasks: int = option(1, "Number of tasks.")
@@ -72,7 +67,7 @@ def get_router(poly_config: PolyConfig) -> nn.Module:
     return PolyRouter(poly_config)
 
 
-class PolyLayer(Room):
+class Linear(Room):
     """base(x) + x A B / r, where A and B are mixed for each input from A (splits, skills, in / splits, r) and
     B (splits, skills, r, out / splits)."""
 
@@ -114,8 +109,7 @@ class PolyLayer(Room):
         raise NotImplementedError("Poly cannot be merged: what it adds depends on the task of each input.")
 
 
-class Linear(PolyLayer):
-    """Poly for nn.Linear."""
+PolyLayer = Linear
 
 
 def _set_task_ids(layer: nn.Module, args: Any, kwargs: Any, task_ids: torch.Tensor) -> tuple[Any, Any]:
@@ -125,15 +119,12 @@ def _set_task_ids(layer: nn.Module, args: Any, kwargs: Any, task_ids: torch.Tens
 class PolyModel(RoomModel):
     """Injects Poly. `forward` and `generate` take `task_ids` (batch), the task of each input."""
 
-    prefix = "poly_"
-    tuner_layer_cls = PolyLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_POLY_TARGET_MODULES_MAPPING
     rooms = {nn.Linear: Linear}
 
     @contextmanager
     def _tasks(self, task_ids: torch.Tensor | None) -> Iterator[None]:
         """Within it, all layers are given `task_ids`."""
-        layers = [] if task_ids is None else [layer for layer in self.model.modules() if isinstance(layer, PolyLayer)]
+        layers = [] if task_ids is None else [layer for layer in self.model.modules() if isinstance(layer, Linear)]
         hook = partial(_set_task_ids, task_ids=task_ids)
         handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
         try:

@@ -10,15 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_PSOFT_TARGET_MODULES_MAPPING
 from ..utils.integrations import gather_params_ctx
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import AddRoom, RoomConfig, RoomModel, dropout, option, register, shared
+from .room import AddRoom, RoomModel, SelectiveConfig, dropout, option, register, shared
 
 
 @dataclass
-class PsoftConfig(RoomConfig):
+class PsoftConfig(SelectiveConfig):
     """Options of PSOFT.
 
     Raises:
@@ -26,11 +25,7 @@ class PsoftConfig(RoomConfig):
             `cayley_neumann_eps` is not between 0 and 1.
     """
 
-    method = "psoft"
-
     r: int = option(32, "Dimension of the principal subspace.")
-    target_modules: list[str] | str | None = shared("target_modules")
-    exclude_modules: list[str] | str | None = shared("exclude_modules")
     psoft_alpha: int = option(32, "The adapter's output is scaled by psoft_alpha / r, its subspace by the inverse.")
     psoft_dropout: float = option(0.0, "Dropout probability of the adapter's input.")
     fan_in_fan_out: bool = shared("fan_in_fan_out")
@@ -49,10 +44,7 @@ class PsoftConfig(RoomConfig):
     cayley_neumann_eps: float | None = option(
         None, "Bound, between 0 and 1, of the Frobenius norm of what the series is made of; None: no bound."
     )
-    modules_to_save: list[str] | None = shared("modules_to_save")
     init_weights: bool = shared("init_weights")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,7 +109,7 @@ class OrthLayer(nn.Module):
         return (R if self.vector_a is None else R * self.vector_a).to(weight.dtype)
 
 
-class PsoftLayer(AddRoom):
+class Linear(AddRoom):
     """W + scaling * B (R - I) A for nn.Linear; B (out, r) A (r, in) * scaling is the best approximation of W."""
 
     adapter_layer_names = ("psoft_R",)
@@ -188,17 +180,14 @@ class PsoftLayer(AddRoom):
         return F.linear(change, B) * self.scaling[name]
 
 
-Linear = PsoftLayer
+PsoftLayer = Linear
 
 
 class PsoftModel(RoomModel):
     """Injects PSOFT."""
 
-    prefix = "psoft_"
-    tuner_layer_cls = PsoftLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_PSOFT_TARGET_MODULES_MAPPING
-    rooms = {nn.Linear: PsoftLayer}
+    rooms = {nn.Linear: Linear}
     unsupported = ValueError
 
 
-register("psoft", PsoftConfig, PsoftModel, prefix="psoft_")
+register("psoft", PsoftConfig, PsoftModel)

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_PVERA_TARGET_MODULES_MAPPING
 from .law import LowRank
 from .room import option, register
 from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, wide
@@ -18,8 +17,6 @@ from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, wid
 class PveraConfig(ProjectionConfig):
     """Options of PVeRA."""
 
-    method = "pvera"
-
     r: int = option(256, "Rank; larger than for LoRA, as only 2 r + out_features numbers a layer are trained.")
     pvera_dropout: float = option(0.0, "Probability of dropping an input feature of the adapter in training.")
     d_initial: float = option(0.1, "Initial value of lambda_d; smaller ones such as 1e-7 may train better.")
@@ -27,7 +24,7 @@ class PveraConfig(ProjectionConfig):
     generator_seed: int | None = option(None, "Seed of the sampling; None: torch's global generator.")
 
 
-class PveraLayer(SharedRoom):
+class Linear(SharedRoom):
     """diag(b) B z with mean and log variance of z given by the halves of diag(d) A x: A (2 r, in), B (out, r) are the
     corners of the shared matrices, b (out,), which starts at zero, and d (2 r,) are trained. Merged: z is its mean."""
 
@@ -75,16 +72,13 @@ class PveraLayer(SharedRoom):
         return b * F.linear(mean + noise * torch.exp(0.5 * log_variance), B)
 
 
-class Linear(PveraLayer):
-    """PVeRA for nn.Linear and Conv1D."""
+PveraLayer = Linear
 
 
 class PveraModel(SavedProjectionModel):
     """Injects PVeRA."""
 
     prefix = "pvera_lambda_"
-    tuner_layer_cls = PveraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_PVERA_TARGET_MODULES_MAPPING
     rooms = {nn.Linear: Linear, "Conv1D": Linear}
     unsupported = ValueError
     title, key = "PVeRA", "PVeRA PRNG initialisation key"
@@ -99,4 +93,4 @@ class PveraModel(SavedProjectionModel):
         )
 
 
-register("pvera", PveraConfig, PveraModel, prefix="pvera_lambda_")
+register("pvera", PveraConfig, PveraModel)

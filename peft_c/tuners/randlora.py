@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_RANDLORA_TARGET_MODULES_MAPPING
 from .law import LowRank
 from .room import option, register
 from .shared_room import ProjectionConfig, ProjectionModel, SharedRoom, wide
@@ -19,8 +18,6 @@ from .shared_room import ProjectionConfig, ProjectionModel, SharedRoom, wide
 @dataclass
 class RandLoraConfig(ProjectionConfig):
     """Options of RandLoRA."""
-
-    method = "randlora"
 
     r: int = option(32, "Rank of each random matrix; a smaller one means more of them and more to train.")
     sparse: bool = option(False, "Whether the random matrices are ternary, with a third of the entries not zero.")
@@ -44,7 +41,7 @@ class UniqueBaseGrad(torch.autograd.Function):
         return None, torch.einsum("kbj,bj->kb", weighted, gamma), torch.einsum("kbj,kb->bj", weighted, scales)
 
 
-class RandLoraLayer(SharedRoom):
+class Linear(SharedRoom):
     """scaling * Q P, or its transpose if the layer's output is the smaller side, for `small` and `large` sides.
 
     P (r * bases, small) has the rows lambda[k, b] A[k] gamma[b], and Q (large, bases * r) is the shared B as a matrix;
@@ -98,17 +95,13 @@ class RandLoraLayer(SharedRoom):
         return ((x.mT @ A) * gamma).sum(-2) * self.scaling[name]
 
 
-class Linear(RandLoraLayer):
-    """RandLoRA for nn.Linear and Conv1D."""
+RandLoraLayer = Linear
 
 
 class RandLoraModel(ProjectionModel):
     """Injects RandLoRA."""
 
     uses_shared_state = False
-    prefix = "randlora_"
-    tuner_layer_cls = RandLoraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_RANDLORA_TARGET_MODULES_MAPPING
     rooms = {nn.Linear: Linear, "Conv1D": Linear}
     unsupported = ValueError
     title, key = "RandLora", "RandLora PRNG initialisation key"

@@ -8,8 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING
-from .room import MapRoom, RoomConfig, RoomModel, option, register, shared
+from .room import MapRoom, RoomModel, TargetConfig, option, register, shared
 
 RoadVariant = Literal["road_1", "road_2", "road_4"]
 # how often parameters differ: by cosine and sine, and by the two members of a pair
@@ -17,32 +16,28 @@ VARIANTS = {"road_1": (1, 1), "road_2": (1, 2), "road_4": (2, 2)}
 
 
 @dataclass
-class RoadConfig(RoomConfig):
+class RoadConfig(TargetConfig):
     """Options of RoAd.
 
     Raises:
         ValueError: an unknown `variant`, or a `group_size` that is no positive even number.
     """
 
-    method = "road"
-
     variant: str | RoadVariant = option("road_1", "Parameters per pair of outputs: road_1: 2, road_2: 4, road_4: 8.")
     group_size: int = option(
         64, "Outputs i and i + group_size / 2 of a group form a pair; has to be even and divide the output size."
     )
     init_weights: bool = shared("init_weights")
-    target_modules: list[str] | str | None = shared("target_modules")
-    modules_to_save: list[str] | None = shared("modules_to_save")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.variant not in VARIANTS:
             raise ValueError(f"Invalid variant {self.variant} specified. Please choose from road_1, road_2 or road_4")
         if self.group_size <= 0 or self.group_size % 2:
-            raise ValueError(f"The group_size must be divisible by 2 when using RoadLayer, but got {self.group_size}.")
+            raise ValueError(f"The group_size must be divisible by 2 when using Linear, but got {self.group_size}.")
 
 
-class RoadLayer(MapRoom):
+class Linear(MapRoom):
     """R W and R b for nn.Linear, where R maps each pair (y, z) of outputs to (c y - s z, s' y + c' z).
 
     c = alpha cos(theta) and s = alpha sin(theta): in road_1 all four entries share alpha and theta, in road_2 those of
@@ -56,7 +51,7 @@ class RoadLayer(MapRoom):
         if self.out_features % config.group_size:
             raise ValueError(
                 f"The out_features of the base layer must be divisible by group_size ({config.group_size}) when using "
-                "RoadLayer."
+                "Linear."
             )
         self.variant[name], self.group_size[name] = config.variant, config.group_size
         parts, rows = VARIANTS[config.variant]
@@ -84,16 +79,13 @@ class RoadLayer(MapRoom):
         return self.rotate(name, weight.T).T, None if bias is None else self.rotate(name, bias)
 
 
-Linear = RoadLayer
+RoadLayer = Linear
 
 
 class RoadModel(RoomModel):
     """Injects RoAd."""
 
-    prefix = "road_"
-    tuner_layer_cls = RoadLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING
-    rooms = {nn.Linear: RoadLayer}
+    rooms = {nn.Linear: Linear}
     unsupported = ValueError
 
 

@@ -2,7 +2,8 @@
 
 A method is one file with three classes and one call of `register`:
 
-- a `RoomConfig`: the options, each with its help text;
+- a `RoomConfig`: the options, each with its help text, of which the docstring is made. `TargetConfig`, `LayersConfig`
+  and `SelectiveConfig` have those that say what is adapted;
 - a `Room`: the parameters of an adapter (`create`) and what they do to a layer (the law, below);
 - a `RoomModel`: which base layers the method adapts with which room;
 
@@ -25,11 +26,12 @@ The law of a room is the class it derives from:
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, ClassVar
 
@@ -38,6 +40,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import PeftConfig
+from ..utils import constants
 from ..utils.matching import get_pattern_key
 from ..utils.peft_types import PeftType, register_peft_method
 from . import law
@@ -100,7 +103,7 @@ class RoomConfig(PeftConfig):
             `layers_pattern` without `layers_to_transform`.
     """
 
-    method: ClassVar[str]  # lower-case name of the method's PeftType
+    method: ClassVar[str]  # the name under which it is registered
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,12 +121,42 @@ class RoomConfig(PeftConfig):
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
 
 
+@dataclass
+class TargetConfig(RoomConfig):
+    """What is adapted: modules by name."""
+
+    target_modules: list[str] | str | None = shared("target_modules")
+    modules_to_save: list[str] | None = shared("modules_to_save")
+
+
+@dataclass
+class LayersConfig(TargetConfig):
+    """What is adapted: modules by name, in some of the model's layers."""
+
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
+
+
+@dataclass
+class SelectiveConfig(LayersConfig):
+    """What is adapted: modules by name, in some of the model's layers, without those that are excluded."""
+
+    exclude_modules: list[str] | str | None = shared("exclude_modules")
+
+
 # ------------------------------------------------------------------------------------------------------------- layers
 
 
 def dropout(p: float) -> nn.Module:
     """Dropout with probability p; nothing if that is 0."""
     return nn.Dropout(p) if p > 0 else nn.Identity()
+
+
+def positive(name: str, value: int) -> int:
+    """The value of an option; ValueError unless it is positive."""
+    if value <= 0:
+        raise ValueError(f"`{name}` should be a positive integer value but the value passed is {value}")
+    return value
 
 
 def weight_view(base: nn.Module, name: str = "weight") -> BaseView:
@@ -522,20 +555,38 @@ class RoomModel(BaseTuner):
         return room(target, adapter_name, config=config, **settings)
 
 
+def documented(config: type) -> str:
+    """The docstring of a config class: what it says itself, and the help of its options."""
+    options = [field for field in fields(config) if field.init and "help" in field.metadata]
+    rows = [f"    {field.name} ({field.type}): {' '.join(field.metadata['help'].split())}" for field in options]
+    return "\n".join([inspect.cleandoc(config.__doc__ or ""), "", "Args:", *rows, ""])
+
+
 def register(
     name: str,
     config: type[PeftConfig],
     model: type[BaseTuner],
-    prefix: str | None = None,
     mixed: bool = False,
     parts: tuple[str, ...] = (),
 ) -> None:
     """Register a room's method, and let PEFT's paths (`<method>.config`, `.layer`, `.model`, and those named by
-    `parts`) lead to its module."""
+    `parts`) lead to its module.
+
+    What the classes do not say themselves follows: the model's `prefix` from the name, its `tuner_layer_cls` from its
+    rooms, its `target_module_mapping` from `utils.constants`; the config's docstring from the help of its options.
+    """
     module = sys.modules[config.__module__]
     for part in ("config", "layer", "model", *parts):
         sys.modules.setdefault(f"{module.__name__}.{part}", module)
         if not hasattr(module, part):
             setattr(module, part, module)
     module.__path__ = []
-    register_peft_method(name=name, config_cls=config, model_cls=model, prefix=prefix, is_mixed_compatible=mixed)
+    config.method, config.__doc__ = name, documented(config)
+    table = f"TRANSFORMERS_MODELS_TO_{name.replace('_', '').upper()}_TARGET_MODULES_MAPPING"
+    defaults = {"prefix": f"{name}_", "target_module_mapping": getattr(constants, table, {})}
+    if issubclass(model, RoomModel):
+        first, *others = dict.fromkeys(model.rooms.values())
+        defaults["tuner_layer_cls"] = next(c for c in first.__mro__ if all(issubclass(room, c) for room in others))
+    for attribute in defaults.keys() - vars(model).keys():
+        setattr(model, attribute, defaults[attribute])
+    register_peft_method(name=name, config_cls=config, model_cls=model, prefix=model.prefix, is_mixed_compatible=mixed)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..utils.peft_types import TaskType
-from .room import RoomConfig, RoomModel, option, register, shared
+from .room import RoomModel, SelectiveConfig, option, register, shared
 from .shadow_backbone import (
     blocks_of,
     build_backbone,
@@ -30,15 +30,12 @@ _MIRROR_OPTIONS = (
 
 
 @dataclass
-class ShadowConfig(RoomConfig):
+class ShadowConfig(SelectiveConfig):
     """Options of ShadowPEFT. ValueError for options of a mirrored shadow beside a pretrained one."""
-
-    method = "shadow"
 
     target_modules: list[str] | str | None = option(
         None, "Blocks (not linear layers) to wrap; None: all of the model's."
     )
-    exclude_modules: list[str] | str | None = shared("exclude_modules")
     r: int = option(8, "Rank of the correction of a block's input.")
     shadow_alpha: float = option(0.1, "Factor of the correction.")
     shadow_dropout: float = option(0.2, "Dropout of what the correction is computed from.")
@@ -54,9 +51,6 @@ class ShadowConfig(RoomConfig):
     share_embeddings: bool = option(True, "Whether a mirrored shadow uses the base model's frozen embeddings.")
     update_hidden_size: int | None = option(None, "Hidden size of the networks that update the shadow; None: r.")
     auxiliary_loss_weight: float = option(0.05, "Weight of the shadow's own loss; 0: none.")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
-    modules_to_save: list[str] | None = shared("modules_to_save")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,9 +67,6 @@ class ShadowModel(ShadowPath, RoomModel):
     output's and is in `last_shadow_loss`, and the output's `shadow_loss`, without its weight.
     """
 
-    prefix = "shadow_"
-    tuner_layer_cls = ShadowLayer
-    target_module_mapping: dict = {}
     rooms = {nn.Module: ShadowLayer}
 
     # --- adapters ---
@@ -216,4 +207,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-register("shadow", ShadowConfig, ShadowModel, prefix="shadow_", parts=("layers", "diffusion_models"))
+register("shadow", ShadowConfig, ShadowModel, parts=("layers", "diffusion_models"))

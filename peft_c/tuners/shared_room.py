@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ._buffer_dict import BufferDict
-from .room import AddRoom, RoomConfig, RoomModel, option, shared
+from .room import AddRoom, LayersConfig, RoomModel, option, shared
 from .targets import _maybe_include_all_linear_layers, outer_modules
 from .tuner_layer import BaseTunerLayer, _get_in_out_features
 
@@ -27,15 +27,11 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
-class SharedRoomConfig(RoomConfig):
+class SharedRoomConfig(LayersConfig):
     """Options that all these methods have."""
 
-    target_modules: list[str] | str | None = shared("target_modules")
     fan_in_fan_out: bool = shared("fan_in_fan_out")
     bias: str = shared("bias")
-    modules_to_save: list[str] | None = shared("modules_to_save")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
 
 
 class SharedRoom(AddRoom):

@@ -10,8 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING
-from .room import RoomConfig, RoomModel, option, register, shared
+from .room import RoomModel, TargetConfig, option, register, shared
 from .sparse_room import SparseRoom, _warn_once_about_module_hooks  # noqa: F401
 from .tuner_layer import _get_in_out_features
 
@@ -32,24 +31,20 @@ def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, *
 
 
 @dataclass
-class ShiraConfig(RoomConfig):
+class ShiraConfig(TargetConfig):
     """Options of SHiRA.
 
     The attribute `mask_fn(base_layer, r)`, which may be set, returns the mask of the trained elements: a
     tensor like the weight, of r * (in + out) ones and else zeros. It is not saved; the elements' indices are.
     """
 
-    method = "shira"
-
     r: int = option(
         32, "A layer gets as many parameters as a LoRA of this rank, r * (in + out); no bound on the rank."
     )
     mask_type: Literal["random"] = option("random", "How elements are chosen; any other value: set `mask_fn`.")
     random_seed: int | None = option(None, "Seed of the random mask.")
-    target_modules: list[str] | str | None = shared("target_modules")
     fan_in_fan_out: bool = shared("fan_in_fan_out")
     init_weights: bool = shared("init_weights")
-    modules_to_save: list[str] | None = shared("modules_to_save")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,7 +56,7 @@ class ShiraConfig(RoomConfig):
             )
 
 
-class ShiraLayer(SparseRoom):
+class Linear(SparseRoom):
     """W + S, where S has `shira_weight` (nnz) times the scale at `shira_indices` (2, nnz: rows, columns)."""
 
     method = "ShiRA"
@@ -102,16 +97,12 @@ class ShiraLayer(SparseRoom):
             self.scaling[adapter] = scale
 
 
-class Linear(ShiraLayer):
-    """SHiRA for nn.Linear."""
+ShiraLayer = Linear
 
 
 class ShiraModel(RoomModel):
     """Injects SHiRA. Indices are saved with the adapter."""
 
-    prefix = "shira_"
-    tuner_layer_cls = ShiraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING
     rooms = {nn.Linear: Linear}
 
     @classmethod
@@ -120,7 +111,7 @@ class ShiraModel(RoomModel):
     ) -> dict[str, torch.Tensor]:
         own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         for name, module in model.named_modules():
-            if isinstance(module, ShiraLayer) and adapter_name in module.shira_indices:
+            if isinstance(module, Linear) and adapter_name in module.shira_indices:
                 own[f"{name}.shira_indices.{adapter_name}"] = module.shira_indices[adapter_name].to(_SAVED_INDICES)
         return own
 
@@ -128,10 +119,10 @@ class ShiraModel(RoomModel):
     def _remap_adapter_state_dict_for_load(cls, model: Any, config: Any, adapter_name: str, state_dict: Any) -> Any:
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         for name, module in model.named_modules():
-            indices = state_dict.pop(f"{name}.shira_indices", None) if isinstance(module, ShiraLayer) else None
+            indices = state_dict.pop(f"{name}.shira_indices", None) if isinstance(module, Linear) else None
             if indices is not None:
                 module.shira_indices[adapter_name] = indices.to(torch.int)
         return state_dict
 
 
-register("shira", ShiraConfig, ShiraModel, prefix="shira_", mixed=True, parts=("mask_functions",))
+register("shira", ShiraConfig, ShiraModel, mixed=True, parts=("mask_functions",))

@@ -11,21 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_SUPERTUNING_TARGET_MODULES_MAPPING
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import RoomConfig, RoomModel, dropout, option, register, shared
+from .room import RoomModel, TargetConfig, dropout, option, register, shared
 from .sparse_room import SparseRoom, _warn_once_about_module_hooks  # noqa: F401
 
 
 @dataclass
-class SupertuningConfig(RoomConfig):
+class SupertuningConfig(TargetConfig):
     """Options of Super-Tuning. ValueError for values out of range, and for `lora_alpha` without `r`."""
 
-    method = "supertuning"
-
-    target_modules: list[str] | str | None = shared("target_modules")
-    modules_to_save: list[str] | None = shared("modules_to_save")
     sparsity: float = option(0.99, "Part of a weight's elements, in [0, 1), that are not trained.")
     select_top: bool = option(True, "Whether the elements of the largest magnitude are trained, or of the least.")
     r: int | None = option(None, "Rank of a LoRA beside the sparse part (Supra); None: no LoRA.")
@@ -54,7 +49,7 @@ class SupertuningConfig(RoomConfig):
             )
 
 
-class SupertuningLayer(SparseRoom):
+class Linear(SparseRoom):
     """W + S + B A alpha / r: S has `supertuning_values` (nnz) at the flat `supertuning_indices` (nnz)."""
 
     method = "Super-Tuning"
@@ -125,16 +120,12 @@ class SupertuningLayer(SparseRoom):
         return self.supertuning_lora_B[name](self.supertuning_lora_A[name](x)) * lora.scale
 
 
-class Linear(SupertuningLayer):
-    """Super-Tuning for nn.Linear."""
+SupertuningLayer = Linear
 
 
 class SupertuningModel(RoomModel):
     """Injects Super-Tuning."""
 
-    prefix = "supertuning_"
-    tuner_layer_cls = SupertuningLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_SUPERTUNING_TARGET_MODULES_MAPPING
     rooms = {nn.Linear: Linear}
 
     def _check_new_adapter_config(self, config: Any) -> None:

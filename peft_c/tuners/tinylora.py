@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_TINYLORA_TARGET_MODULES_MAPPING
 from ._buffer_dict import BufferDict
 from .law import LowRank
 from .room import option, register, weight_view
@@ -21,8 +20,6 @@ from .shared_room import SharedRoom, SharedRoomConfig, SharedRoomModel, check_pr
 @dataclass
 class TinyLoraConfig(SharedRoomConfig):
     """Options of TinyLoRA."""
-
-    method = "tinylora"
 
     r: int = option(2, "Number of singular vectors of each layer's weight.")
     u: int = option(64, "Number of trained values of each group of layers.")
@@ -103,9 +100,6 @@ class Embedding(TinyLoraLayer):
 class TinyLoraModel(SharedRoomModel):
     """Injects TinyLoRA."""
 
-    prefix = "tinylora_"
-    tuner_layer_cls = TinyLoraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_TINYLORA_TARGET_MODULES_MAPPING
     rooms = {nn.Linear: Linear, "Conv1D": Linear, nn.Embedding: Embedding}
     equal = {"save_projection": "TinyLoRA projection tensors must be saved for all adapters or none"}
     unequal = TypeError

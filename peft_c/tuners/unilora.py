@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_UNILORA_TARGET_MODULES_MAPPING
 from ._buffer_dict import BufferDict
 from .law import LowRank
 from .room import option, register
@@ -18,8 +17,6 @@ from .shared_room import SharedRoom, SharedRoomConfig, SharedRoomModel, wide
 @dataclass
 class UniLoraConfig(SharedRoomConfig):
     """Options of Uni-LoRA."""
-
-    method = "unilora"
 
     r: int = option(4, "Rank.")
     proj_seed: int = option(42, "Seed of the assignment of the vector's entries.")
@@ -43,7 +40,7 @@ class UniLoraConfig(SharedRoomConfig):
                 raise ValueError(f"`{name}` should be {what}, got {getattr(self, name)}.")
 
 
-class UniLoraLayer(SharedRoom):
+class Linear(SharedRoom):
     """B A with A (r, in) and B (out, r): theta[indices] * scales, where an entry of theta that is used n times has the
     scale 1 / sqrt(n)."""
 
@@ -80,16 +77,12 @@ class UniLoraLayer(SharedRoom):
         return x.to(A.dtype) @ A.T @ B.T
 
 
-class Linear(UniLoraLayer):
-    """Uni-LoRA for nn.Linear and Conv1D."""
+UniLoraLayer = Linear
 
 
 class UniLoraModel(SharedRoomModel):
     """Injects Uni-LoRA."""
 
-    prefix = "unilora_"
-    tuner_layer_cls = UniLoraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_UNILORA_TARGET_MODULES_MAPPING
     rooms = {nn.Linear: Linear, "Conv1D": Linear}
 
     def _pre_injection_hook(self, model: nn.Module, config: UniLoraConfig, adapter_name: str) -> None:
@@ -106,7 +99,7 @@ class UniLoraModel(SharedRoomModel):
     def finish(self, name: str) -> None:
         """Assign the entries of the vector to the factors: every one as often as any other, in random order."""
         config = self.peft_config[name]
-        layers = [m for m in self.model.modules() if isinstance(m, UniLoraLayer) and name in m.unilora_indices_A]
+        layers = [m for m in self.model.modules() if isinstance(m, Linear) and name in m.unilora_indices_A]
         places = [
             (layer, side, getattr(layer, f"unilora_indices_{side}")[name]) for layer in layers for side in ("A", "B")
         ]

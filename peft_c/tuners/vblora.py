@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING
 from .law import LowRank
 from .room import option, register, shared
 from .shared_room import SharedRoom, SharedRoomConfig, SharedRoomModel, wide
@@ -17,8 +16,6 @@ from .shared_room import SharedRoom, SharedRoomConfig, SharedRoomModel, wide
 @dataclass
 class VBLoRAConfig(SharedRoomConfig):
     """Options of VB-LoRA."""
-
-    method = "vblora"
 
     r: int = option(4, "Rank.")
     num_vectors: int = option(256, "Number of vectors in the bank; more for larger models.")
@@ -33,7 +30,7 @@ class VBLoRAConfig(SharedRoomConfig):
     init_logits_std: float = option(0.1, "Standard deviation of the initial logits.")
 
 
-class VBLoRALayer(SharedRoom):
+class Linear(SharedRoom):
     """B A for nn.Linear and Conv1D, in pieces of length v: each is the mixture of the topk vectors of the bank
     (vectors, v) with the largest logits, weighted by their softmax.
 
@@ -82,16 +79,12 @@ class VBLoRALayer(SharedRoom):
         return x.to(A.dtype) @ A.T @ B.T
 
 
-class Linear(VBLoRALayer):
-    """VB-LoRA for nn.Linear and Conv1D."""
+VBLoRALayer = Linear
 
 
 class VBLoRAModel(SharedRoomModel):
     """Injects VB-LoRA."""
 
-    prefix = "vblora_"
-    tuner_layer_cls = VBLoRALayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING
     rooms = {nn.Linear: Linear, "Conv1D": Linear}
 
     def _pre_injection_hook(self, model: nn.Module, config: VBLoRAConfig, adapter_name: str) -> None:

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from .law import LowRank
 from .room import option, register
 from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, wide
@@ -18,14 +17,12 @@ from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, wid
 class VeraConfig(ProjectionConfig):
     """Options of VeRA."""
 
-    method = "vera"
-
     r: int = option(256, "Rank; larger than for LoRA, as only r + out_features numbers a layer are trained.")
     vera_dropout: float = option(0.0, "Probability of dropping an input feature of the adapter in training.")
     d_initial: float = option(0.1, "Initial value of lambda_d; smaller ones such as 1e-7 may train better.")
 
 
-class VeraLayer(SharedRoom):
+class Linear(SharedRoom):
     """diag(b) B diag(d) A with A (r, in), B (out, r), which are the corners of the
     shared matrices, and the trained b (out,), which starts at zero, and d (r,)."""
 
@@ -59,16 +56,13 @@ class VeraLayer(SharedRoom):
         return b * F.linear(d * F.linear(x, A), B)
 
 
-class Linear(VeraLayer):
-    """VeRA for nn.Linear and Conv1D."""
+VeraLayer = Linear
 
 
 class VeraModel(SavedProjectionModel):
     """Injects VeRA."""
 
     prefix = "vera_lambda_"
-    tuner_layer_cls = VeraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
     rooms = {nn.Linear: Linear, "Conv1D": Linear}
     title, key = "VeRA", "Vera PRNG initialisation key"
     projections = ("vera_A", "vera_B")
@@ -81,4 +75,4 @@ class VeraModel(SavedProjectionModel):
         )
 
 
-register("vera", VeraConfig, VeraModel, prefix="vera_lambda_")
+register("vera", VeraConfig, VeraModel)

@@ -9,22 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..utils.constants import TRANSFORMERS_MODELS_TO_WAVEFT_TARGET_MODULES_MAPPING
 from . import wavelets
-from .room import AddRoom, RoomConfig, RoomModel, option, pattern_value, register, shared
+from .room import AddRoom, RoomModel, SelectiveConfig, option, pattern_value, register, shared
 from .targets import check_target_module_exists
 from .tuner_layer import BaseTunerLayer, _get_in_out_features
 
 
 @dataclass
-class WaveFTConfig(RoomConfig):
+class WaveFTConfig(SelectiveConfig):
     """Options of WaveFT.
 
     Raises:
         ValueError: an unknown `wavelet_family`.
     """
-
-    method = "waveft"
 
     n_frequency: int = option(2592, "Number of trained coefficients of each layer, from 1 to in * out.")
     scaling: float = option(25.0, "Factor of the delta.")
@@ -32,12 +29,7 @@ class WaveFTConfig(RoomConfig):
     use_idwt: bool = option(True, "False: the coefficients are entries of the delta themselves, without a transform.")
     random_loc_seed: int = option(777, "Seed of the choice of coefficients.")
     fan_in_fan_out: bool = shared("fan_in_fan_out")
-    target_modules: list[str] | str | None = shared("target_modules")
-    exclude_modules: list[str] | str | None = shared("exclude_modules")
     bias: str = shared("bias")
-    modules_to_save: list[str] | None = shared("modules_to_save")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
     n_frequency_pattern: dict | None = option(
         {}, "Module name or regular expression -> n_frequency, where it differs."
     )
@@ -55,7 +47,7 @@ class WaveFTConfig(RoomConfig):
             )
 
 
-class WaveFTLayer(AddRoom):
+class WaveFTLinear(AddRoom):
     """WaveFT for nn.Linear and Conv1D: spectrum (n_frequency,) at random places of (out, in).
 
     With the transform the places are those of a matrix padded to P x Q on all sides, S; the delta is
@@ -137,16 +129,13 @@ class WaveFTLayer(AddRoom):
         return result.reshape(*x.shape[:-1], -1)
 
 
-WaveFTLinear = WaveFTLayer
+WaveFTLayer = WaveFTLinear
 
 
 class WaveFTModel(RoomModel):
     """Injects WaveFT."""
 
-    prefix = "waveft_"
-    tuner_layer_cls = WaveFTLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_WAVEFT_TARGET_MODULES_MAPPING
-    rooms = {nn.Linear: WaveFTLayer, "Conv1D": WaveFTLayer}
+    rooms = {nn.Linear: WaveFTLinear, "Conv1D": WaveFTLinear}
 
     def settings(self, config: WaveFTConfig, key: str, base: nn.Module) -> dict[str, Any]:
         if config.proportional_parameters:

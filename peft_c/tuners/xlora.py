@@ -30,8 +30,6 @@ from .xlora_parts import (  # noqa: F401
 class XLoraConfig(RoomConfig):
     """Options of X-LoRA."""
 
-    method = "xlora"
-
     hidden_size: int = option(None, "Size of the base model's hidden states.")
     adapters: dict[str, str] = option(None, "The experts: name -> path or repository of a LoRA adapter.")
     enable_softmax: bool = option(True, "Whether a softmax makes the scalings of all experts.")
