@@ -251,8 +251,8 @@ class Injection:
         if isinstance(outermost, BaseTunerLayer) and type(outermost).__name__ != "ParamWrapper":
             raise ValueError(
                 f"Trying to wrap an `nn.Parameter` of layer '{outermost_name}' of type {type(outermost).__name__}, "
-                "which is not a valid target. Make sure that this layer is not also targeted with `target_modules`: "
-                "some models have a default for it, try setting `target_modules=[]`."
+                "which is not a valid target. Make sure that this layer is not also targeted with `target_modules`. "
+                "For some models, PEFT will do this automatically, try setting `target_modules=[]` to prevent it."
             )
         # a further adapter goes into the wrapper that an earlier one made for this parameter
         wrapper = outermost

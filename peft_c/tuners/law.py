@@ -34,7 +34,7 @@ import torch
 from .. import _C
 from ..utils.warning import PeftWarning
 from .base_view import BaseView
-from .tuners_utils import check_adapters_to_merge
+from .merging import check_adapters_to_merge
 
 
 class LowRank(NamedTuple):

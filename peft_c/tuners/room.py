@@ -549,7 +549,8 @@ class RoomModel(BaseTuner):
         if hasattr(config, "fan_in_fan_out") and config.fan_in_fan_out != is_transformers_conv1d(base):
             warnings.warn(
                 f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module is "
-                f"`{type(base).__name__}`. Setting fan_in_fan_out to {not config.fan_in_fan_out}."
+                f"`{'torch.nn.Linear' if config.fan_in_fan_out else 'Conv1D'}`. "
+                f"Setting fan_in_fan_out to {not config.fan_in_fan_out}."
             )
             config.fan_in_fan_out = not config.fan_in_fan_out
         return room(target, adapter_name, config=config, **settings)

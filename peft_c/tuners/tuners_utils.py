@@ -23,6 +23,7 @@ from ..utils.other import (
     match_target_against_key,
 )
 from ..utils.peft_types import PeftType
+from . import law
 from ._buffer_dict import BufferDict  # noqa: F401
 from .inject import Injection
 from .merging import (  # noqa: F401
@@ -375,7 +376,11 @@ class BaseTuner(nn.Module, ABC):
             raise ValueError(f"Adapter {which} not found. Adapters of this model: {sorted(known)}.")
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        _C.enable_adapters(tuner_modules(self.model), enabled)
+        modules = tuner_modules(self.model)
+        _C.enable_adapters(modules, enabled)
+        for module in modules if enabled else ():
+            if "_merge_suspended" in module.__dict__:  # merged when it was disabled
+                law.resume(module)
 
     def disable_adapter_layers(self) -> None:
         """Switches all adapters off and freezes them: the model computes what the base model does.
@@ -424,8 +429,9 @@ class BaseTuner(nn.Module, ABC):
         if tied_target_modules:
             warnings.warn(
                 f"Model with `tie_word_embeddings=True` and the {tied_target_modules=} are part of the adapter. "
-                "This can lead to complications. Untie the embeddings before merging, for example like this:"
-                + UNTYING_EXAMPLE
+                "This can lead to complications. You can opt to merge the adapter after cloning the weights (to untie "
+                "the embeddings). You can untie the embeddings by loading the model with "
+                "`tie_word_embeddings=False`. For example:" + UNTYING_EXAMPLE
             )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

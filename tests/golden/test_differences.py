@@ -83,9 +83,11 @@ def test_disabled_while_merged_leaves_it_merged():
             base = model(x)
         model.merge_adapter()
         merged = model(x)
+        weights = base_weights(model)
         with model.disable_adapter():
             assert torch.equal(model(x), base)
         assert model.base_model.model[0].merged
+        assert same_bits(model, weights)
         assert torch.equal(model(x), merged)
 
 

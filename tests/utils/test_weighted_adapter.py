@@ -117,3 +117,14 @@ def test_an_existing_name_is_left_alone():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.add_weighted_adapter(["a0"], [3.0], "a0")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd", "ties", "dare_linear_svd"])
+def test_same_dtype_over_a_half_precision_base(kind):
+    config = {"r": 3, **TARGETS}
+    dtypes = []
+    for peft in pair(""):
+        model = with_adapters(peft, config, config, model=network().bfloat16())
+        model.add_weighted_adapter(["a0", "a1"], [0.7, 0.4], "new", combination_type=kind, density=0.6)
+        dtypes.append({name: p.dtype for name, p in model.named_parameters()})
+    assert dtypes[0] == dtypes[1]

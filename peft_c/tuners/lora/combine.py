@@ -139,13 +139,16 @@ def factors_of(layer: LoraLayer, adapter: str) -> Factors:
 
 
 @torch.no_grad()
-def write_factors(layer: LoraLayer, adapter: str, factors: Factors) -> None:
-    """Write `factors` into the adapter's parameters, in their dtype; rank that is left over becomes zero.
+def write_factors(layer: LoraLayer, adapter: str, factors: Factors, keep_dtype: bool = False) -> None:
+    """Write `factors` into the adapter's parameters; rank that is left over becomes zero.
 
-    A convolution's kernel dimensions, which a decomposition has flattened, are restored.
+    A convolution's kernel dimensions, which a decomposition has flattened, are restored. The parameters get the
+    factors' dtype unless `keep_dtype`.
     """
     for dim, (param, value) in enumerate(zip(factors_of(layer, adapter), factors, strict=True)):
         shape = list(param.shape)
         shape[dim] = value.shape[dim]
+        if not keep_dtype:
+            param.data = param.data.to(value.dtype)
         param.zero_()
         param[tuple(slice(size) for size in shape)].copy_(value.reshape(shape))

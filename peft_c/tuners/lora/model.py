@@ -204,7 +204,10 @@ class LoraModel(BaseTuner):
             target.update_layer(adapter_name, r, lora_alpha=lora_alpha, target_name=current_key, config=lora_config)
         else:
             if isinstance(target, ParamWrapper) and parameter_name == target.parameter_name:
-                raise ValueError(f"The parameter {parameter_name} of {current_key} is targeted twice.")
+                raise ValueError(
+                    "Trying to target the same nn.Parameter twice, this should not happen: "
+                    f"parameter {parameter_name} of {current_key}."
+                )
             base_layer = target
             annotate_base_layer(self.model, base_layer, current_key)
             lora_module = self._create_new_module(
@@ -390,7 +393,7 @@ class LoraModel(BaseTuner):
             self.set_requires_grad(adapter_name, False)
             for layer in self._lora_layers():
                 if adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A:
-                    write_factors(layer, adapter_name, combine(layer))
+                    write_factors(layer, adapter_name, combine(layer), keep_dtype=kind == "cat")
         except BaseException:
             self.delete_adapter(adapter_name)
             raise
