@@ -18,6 +18,7 @@ import files
 import forward
 import memory
 import merging
+import methods
 import report
 import torch
 import training
@@ -28,6 +29,7 @@ THEMES = {
     "forward": forward,
     "training": training,
     "merging": merging,
+    "methods": methods,
     "files": files,
     "memory": memory,
 }

@@ -27,6 +27,7 @@ def test_list():
         "training step",
         "memory",
         "save",
+        "methods",
     ):
         assert any(words in line for line in listed), words
 
