@@ -18,7 +18,7 @@ from .law import LowRank
 from .lora.config import LoraConfig
 from .lora.layer import LoraLayer
 from .lora.model import LoraModel
-from .room import AddRoom, RoomModel, dropout, option, register
+from .room import AddRoom, RoomModel, option, register
 
 
 @dataclass
@@ -72,7 +72,8 @@ class AdaLoraLayer(AddRoom, LoraLayer):
     converts_to_lora = False
     adapter_layer_names = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "ranknum")
-    containers = {"lora_dropout": nn.ModuleDict, "ranknum": nn.ParameterDict}
+    containers = {"ranknum": nn.ParameterDict}
+    dropout = "lora_dropout"
 
     def prepare(self, base: nn.Module, config: AdaLoraConfig) -> None:
         super().prepare(base, config)
@@ -86,7 +87,7 @@ class AdaLoraLayer(AddRoom, LoraLayer):
         size = base.weight[0].numel() if isinstance(base, nn.Conv2d) else self.in_features
         self.r[name], self.lora_alpha[name] = r, lora_alpha
         self.scaling[name] = self._initial_scaling(name)
-        self.lora_dropout[name] = dropout(config.lora_dropout)
+        self.add_dropout(name, config.lora_dropout)
         A, E, B = torch.randn(r, size), torch.randn(r, 1), torch.randn(self.out_features, r)
         torch.randn(1)  # drawn by PEFT as well
         if config.init_lora_weights:
@@ -108,9 +109,6 @@ class AdaLoraLayer(AddRoom, LoraLayer):
     def low_rank(self, name: str) -> LowRank:
         scale = self.scaling[name] / (self.ranknum[name] + 1e-5)
         return LowRank(self.lora_A[name] * self.lora_E[name], self.lora_B[name], scale)
-
-    def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return super().term(name, self.lora_dropout[name](x))
 
 
 class SVDLinear(AdaLoraLayer):

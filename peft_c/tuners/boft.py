@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .room import MapRoom, RoomModel, SelectiveConfig, option, register, shared
+from .room import MapRoom, RoomModel, SelectiveConfig, Unscaled, option, register, shared
 
 
 @dataclass
@@ -37,7 +37,7 @@ class BOFTConfig(SelectiveConfig):
             )
 
 
-class BOFTLayer(MapRoom):
+class BOFTLayer(Unscaled, MapRoom):
     """diag(s) W R^T with R = B_n ... B_1, s (out): B_i = P_i D_i P_i^T, where D_i is block diagonal.
 
     `boft_R` (n, blocks, b, b) holds matrices X; the blocks of D_i are the Cayley transforms of (X - X^T) / 2. P_i
@@ -45,15 +45,13 @@ class BOFTLayer(MapRoom):
     counts the kernel's elements, too.
     """
 
+    title = "BOFT"
     adapter_layer_names = ("boft_R", "boft_s")
     other_param_names = ("boft_block_size", "boft_block_num", "boft_dropout")
 
     def create(self, name: str, config: BOFTConfig) -> None:
         base, factors = self.get_base_layer(), config.boft_n_butterfly_factor
-        if getattr(base, "groups", 1) > 1:
-            raise NotImplementedError(
-                f"BOFT does not support {type(base).__name__} layers with groups > 1 (got groups={base.groups})."
-            )
+        self.refuse_groups()
         if factors < 1:
             raise ValueError(
                 f"You can only specify boft_n_butterfly_factor {factors} to be a positive integer number."
@@ -119,19 +117,6 @@ class BOFTLayer(MapRoom):
         blocks = self.rotations(adapter)
         eye = torch.eye(blocks.shape[1:3].numel(), device=blocks.device, dtype=blocks.dtype)
         return self.rotate(eye, blocks, transposed=False), self.boft_s[adapter].view(-1, 1)
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """BOFT has no scale: warns."""
-        warnings.warn("Scaling operation for BOFT not supported! Automatically set scale to 1.")
-
-    def scale_layer(self, scale: float) -> None:
-        """BOFT has no scale: warns."""
-        if scale != 1:
-            self.set_scale("", scale)
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """BOFT has no scale: warns."""
-        warnings.warn("Unscaling operation for BOFT not supported! Keeping scale to 1.")
 
 
 class Linear(BOFTLayer):

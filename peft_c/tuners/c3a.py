@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .room import AddRoom, LayersConfig, RoomModel, option, pattern_value, register, shared
+from .room import AddRoom, LayersConfig, RoomModel, option, pattern_value, positive, register, shared
 
 
 @dataclass
@@ -40,15 +40,13 @@ class C3ALinear(AddRoom):
     other_param_names = ("block_size",)
 
     def create(self, name: str, config: C3AConfig, block_size: int) -> None:
-        if block_size <= 0:
-            raise ValueError(f"`block_size` should be a positive integer value but the value passed is {block_size}")
+        self.block_size[name] = positive("block_size", block_size)
         for side, size in (("input", self.in_features), ("output", self.out_features)):
             if size % block_size:
                 raise ValueError(
                     f"The block size should be a factor of the {side} size. However, the {side} size is {size} and "
                     f"the block size is {block_size}"
                 )
-        self.block_size[name] = block_size
         blocks = (self.out_features // block_size, self.in_features // block_size)
         kernel = torch.zeros(*blocks, block_size, device=self.get_base_layer().weight.device)
         self.c3a_kernel[name] = nn.Parameter(kernel)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .law import LowRank
-from .room import AddRoom, RoomModel, SelectiveConfig, dropout, option, register, shared
+from .room import AddRoom, RoomModel, SelectiveConfig, Unscaled, dropout, option, positive, register, shared
 
 
 @dataclass
@@ -42,7 +41,7 @@ class DeftConfig(SelectiveConfig):
             )
 
 
-class DeftLinear(AddRoom):
+class DeftLinear(Unscaled, AddRoom):
     """W + L (s R - M^T W) for nn.Linear and Conv1D: P (out, r), R (r, in).
 
     L = P and M = relu(P), or L = M = Q, the orthogonal factor of P.
@@ -50,6 +49,7 @@ class DeftLinear(AddRoom):
     """
 
     converts_to_lora = False
+    title = "DEFT"
     adapter_layer_names = ("deft_P", "deft_R")
     other_param_names = (
         "deft_r",
@@ -62,9 +62,7 @@ class DeftLinear(AddRoom):
     containers = {"deft_dropout": nn.ModuleDict}
 
     def create(self, name: str, config: DeftConfig) -> None:
-        if config.r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {config.r}")
-        r = min(config.r, self.out_features)
+        r = min(positive("r", config.r), self.out_features)
         self.deft_r[name], self.deft_para[name] = r, config.para
         self.deft_decomposition[name], self.deft_init_scale[name] = config.decomposition_method, config.init_scale
         self.deft_scaling[name] = config.alpha / r if config.alpha else 1.0
@@ -109,15 +107,6 @@ class DeftLinear(AddRoom):
         if not self.deft_para[name]:
             term = term + F.linear(self.deft_dropout[name](x.float()), self.injected(name))
         return F.linear(term, L)
-
-    def scale_layer(self, scale: float) -> None:
-        """DEFT has no scale: warns."""
-        if scale != 1:
-            warnings.warn("Scaling operation for DEFT not supported! Automatically set scale to 1.")
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """DEFT has no scale: warns."""
-        warnings.warn("Unscaling operation for DEFT not supported! Keeping scale at 1.")
 
 
 DeftLayer = DeftLinear

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from torch import nn
 
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import AddRoom, RoomModel, SelectiveConfig, dropout, option, pattern_value, register, shared
+from .room import AddRoom, RoomModel, SelectiveConfig, kaiming, option, pattern_value, positive, register, shared
 
 
 @dataclass
@@ -47,16 +46,15 @@ class DeloraLinear(AddRoom):
 
     adapter_layer_names = ("delora_A", "delora_B", "delora_lambda")
     other_param_names = ("r", "delora_dropout", "delora_w_norm")
-    containers = {"delora_dropout": nn.ModuleDict, "delora_w_norm": partial(BufferDict, persistent=True)}
+    containers = {"delora_w_norm": partial(BufferDict, persistent=True)}
+    dropout = "delora_dropout"
 
     def create(self, name: str, config: DeloraConfig, r: int, delora_lambda: float) -> None:
-        if r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
-        self.r[name] = r
-        self.delora_dropout[name] = dropout(config.module_dropout)
+        self.r[name] = positive("r", r)
+        self.add_dropout(name, config.module_dropout)
         A, B = torch.empty(r, self.in_features), torch.zeros(self.out_features, r)
         for factor in (A,) if config.init_weights else (A, B):
-            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+            kaiming(factor)
         self.delora_A[name], self.delora_B[name] = nn.Parameter(A), nn.Parameter(B)
         self.delora_lambda[name] = nn.Parameter(torch.full((1,), float(delora_lambda)))
         weight = self.get_base_layer().weight.detach()
@@ -66,9 +64,6 @@ class DeloraLinear(AddRoom):
         A, B = self.delora_A[name], self.delora_B[name]
         norms = A.norm(dim=1).clamp(min=1e-4) * B.norm(dim=0).clamp(min=1e-4)
         return LowRank(A * self.delora_w_norm[name], B * (self.delora_lambda[name] / self.r[name] / norms), 1.0)
-
-    def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return super().term(name, self.delora_dropout[name](x))
 
 
 DeloraLayer = DeloraLinear

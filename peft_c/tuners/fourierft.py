@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .room import AddRoom, RoomModel, SelectiveConfig, option, pattern_value, register, shared
+from .room import AddRoom, RoomModel, SelectiveConfig, option, pattern_value, positive, register, shared
 
 
 @dataclass
@@ -26,6 +26,18 @@ class FourierFTConfig(SelectiveConfig):
     init_weights: bool = option(False, "True: start with a spectrum of zeros (no change); False: standard normal.")
 
 
+def random_places(n_frequency: int, in_features: int, out_features: int, seed: int) -> torch.Tensor:
+    """Rows and columns (2, n_frequency) of different elements of a matrix (out, in)."""
+    size = in_features * out_features
+    if positive("n_frequency", n_frequency) > size:
+        raise ValueError(
+            "`n_frequency` should be less than or equal to the product of the input and output dimensions but the "
+            f"value passed is {n_frequency} and the product is {size}"
+        )
+    places = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:n_frequency]
+    return torch.stack([places // in_features, places % in_features])
+
+
 class FourierFTLinear(AddRoom):
     """FourierFT for nn.Linear and Conv1D: spectrum (n_frequency,) at random places of (out, in)."""
 
@@ -33,19 +45,10 @@ class FourierFTLinear(AddRoom):
     other_param_names = ("fourierft_n_frequency", "fourierft_scaling", "fourierft_random_loc_seed", "indices")
 
     def create(self, name: str, config: FourierFTConfig, n_frequency: int) -> None:
-        size = self.in_features * self.out_features
-        if n_frequency <= 0:
-            raise ValueError(f"`n_frequency` should be a positive integer value but the value passed is {n_frequency}")
-        if n_frequency > size:
-            raise ValueError(
-                "`n_frequency` should be less than or equal to the product of the input and output dimensions but the "
-                f"value passed is {n_frequency} and the product is {size}"
-            )
+        self.indices[name] = random_places(n_frequency, self.in_features, self.out_features, config.random_loc_seed)
         self.fourierft_n_frequency[name] = n_frequency
         self.fourierft_scaling[name] = config.scaling
         self.fourierft_random_loc_seed[name] = config.random_loc_seed
-        places = torch.randperm(size, generator=torch.Generator().manual_seed(config.random_loc_seed))[:n_frequency]
-        self.indices[name] = torch.stack([places // self.in_features, places % self.in_features])
         spectrum = torch.randn(n_frequency)
         self.fourierft_spectrum[name] = nn.Parameter(torch.zeros_like(spectrum) if config.init_weights else spectrum)
 

@@ -110,14 +110,13 @@ class FrodLayer(SharedRoom):
         rotated = self._sparse_activation_mm(z.flatten(0, -2), S).view_as(z)
         return F.linear(rotated + z * scales, U)
 
-    def activations(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         weight = weight_view(self.get_base_layer()).matrix()
         return self.output(name, x) - F.linear(x, weight.to(x.dtype))
 
     def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base = self.get_base_layer()
-        drops = self.training and not isinstance(self.frod_dropout[names[0]], nn.Identity)
-        if len(names) == 1 and not drops:  # the base weight is not needed
+        if len(names) == 1 and not self.drops(names[0]):  # the base weight is not needed
             if self.runtime_offload_base_weight[names[0]]:
                 _move_weight(base, torch.device("cpu"))
             return (self.output(names[0], x) + (0 if base.bias is None else base.bias)).to(x.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .room import AddRoom, RoomModel, TargetConfig, option, register, shared
+from .room import AddRoom, RoomModel, TargetConfig, kaiming, option, register, shared
 
 FORMS = {
     "config_A_B": ("constant", "lora", "none", "vector"),
@@ -58,14 +57,14 @@ class GloraPath(nn.Module):
         elif form == "lora":
             self.Xd, self.Xu = nn.Parameter(torch.zeros(shape[0], r)), nn.Parameter(torch.zeros(r, shape[1]))
             for factor in (self.Xu,) if init_weights else (self.Xu, self.Xd):
-                nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+                kaiming(factor)
         else:
             column = (shape[0], *(1 for _ in shape[1:]))
             self.X = nn.Parameter(torch.zeros(1 if form == "constant" else column))
             if not init_weights and form == "constant":
                 nn.init.normal_(self.X, mean=0.0, std=0.02)
             elif not init_weights:
-                nn.init.kaiming_uniform_(self.X if self.X.ndim > 1 else self.X.unsqueeze(0), a=math.sqrt(5))
+                kaiming(self.X if self.X.ndim > 1 else self.X.unsqueeze(0))
 
     def forward(self) -> torch.Tensor:
         """The support, as a tensor that broadcasts to its shape."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from .room import AddRoom, LayersConfig, RoomModel, dropout, option, register, shared
+from .room import AddRoom, LayersConfig, RoomModel, dropout, kaiming, option, positive, register, shared
 
 
 @dataclass
@@ -30,10 +29,7 @@ class GraloraConfig(LayersConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gralora_k <= 0:
-            raise ValueError(
-                f"`gralora_k` should be a positive integer value but the value passed is {self.gralora_k}"
-            )
+        positive("gralora_k", self.gralora_k)
         if self.r % self.gralora_k:
             raise ValueError(f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}")
 
@@ -50,9 +46,7 @@ class Linear(AddRoom):
     containers = dict.fromkeys(("gralora_A_general", "gralora_B_general", "gralora_dropout"), nn.ModuleDict)
 
     def create(self, name: str, config: GraloraConfig) -> None:
-        r, k, hybrid_r = config.r, config.gralora_k, config.hybrid_r
-        if r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
+        r, k, hybrid_r = positive("r", config.r), config.gralora_k, config.hybrid_r
         if hybrid_r < 0:
             raise ValueError(f"`hybrid_r` should be a non-negative integer value but the value passed is {hybrid_r}")
         for side in ("in_features", "out_features"):
@@ -63,9 +57,8 @@ class Linear(AddRoom):
         self.gralora_dropout[name] = dropout(config.gralora_dropout)
         A, B = torch.empty(k, r, self.in_features // k), torch.zeros(k, self.out_features // k, r)
         for part in range(k):
-            nn.init.kaiming_uniform_(A[part], a=math.sqrt(5))
-            if not config.init_weights:
-                nn.init.kaiming_uniform_(B[part], a=math.sqrt(5))
+            for factor in (A,) if config.init_weights else (A, B):
+                kaiming(factor[part])
         self.gralora_A[name] = nn.Parameter(A.mT.contiguous())
         self.gralora_B[name] = nn.Parameter(B.mT.contiguous())
         general = (nn.Identity(), nn.Identity())
@@ -74,11 +67,8 @@ class Linear(AddRoom):
                 nn.Linear(self.in_features, hybrid_r, bias=False),
                 nn.Linear(hybrid_r, self.out_features, bias=False),
             )
-            nn.init.kaiming_uniform_(general[0].weight, a=math.sqrt(5))
-            if config.init_weights:
-                nn.init.zeros_(general[1].weight)
-            else:
-                nn.init.kaiming_uniform_(general[1].weight, a=math.sqrt(5))
+            kaiming(general[0].weight)
+            (nn.init.zeros_ if config.init_weights else kaiming)(general[1].weight)
         self.gralora_A_general[name], self.gralora_B_general[name] = general
 
     def delta(self, name: str) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .room import AddRoom, RoomModel, SelectiveConfig, dropout, option, pattern_value, register, shared
+from .room import AddRoom, RoomModel, SelectiveConfig, kaiming, option, pattern_value, positive, register, shared
 from .shared_room import wide
 
 
@@ -30,53 +29,45 @@ class HiraConfig(SelectiveConfig):
 
 
 class HiraLayer(AddRoom):
-    """HiRA for linear layers, Conv1D and convolutions: W * (B A), A (r, in, *kernel), B (out, r, *1)."""
+    """W * (B A) with A (r, in, *kernel), B (out, r, *1)."""
 
     converts_to_lora = False
     adapter_layer_names = ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")
     other_param_names = ("r", "hira_dropout")
-    containers = {"hira_dropout": nn.ModuleDict}
+    title, dropout, own = "HiRA", "hira_dropout", ("hira_A", "hira_B")
 
     def create(self, name: str, config: HiraConfig, r: int) -> None:
-        if r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
-        base, scheme = self.get_base_layer(), config.init_weights
-        if getattr(base, "groups", 1) > 1:
-            raise NotImplementedError(
-                f"HiRA does not support {type(base).__name__} layers with groups > 1 (got groups={base.groups})."
-            )
-        self.r[name] = r
-        self.hira_dropout[name] = dropout(config.hira_dropout)
-        self.new_factors(name, r, scheme)
+        self.refuse_groups()
+        self.r[name] = positive("r", r)
+        self.add_dropout(name, config.hira_dropout)
+        for container, factor in zip(self.own, self.initial(r, config.init_weights), strict=True):
+            getattr(self, container)[name] = nn.Parameter(factor)
 
-    def new_factors(self, name: str, r: int, scheme: Any) -> None:
-        """Make A and B."""
+    def initial(self, r: int, scheme: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of a new adapter."""
         kernel = getattr(self.get_base_layer(), "kernel_size", ())
         A = torch.randn(r, self.in_features, *kernel)
         B = torch.randn(self.out_features, r, *(1 for _ in kernel))
         if scheme:
             nn.init.zeros_(B)
             if scheme is True or kernel:
-                nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+                kaiming(A)
             elif scheme.lower() == "gaussian":
                 nn.init.normal_(A, std=1 / r)
             else:
                 raise ValueError(f"Unknown initialization init_weights={scheme!r}")
-        self.hira_A[name], self.hira_B[name] = nn.Parameter(A), nn.Parameter(B)
+        return A, B
 
-    def product(self, name: str) -> torch.Tensor:
-        """B A as a matrix (out, in...)."""
-        A, B = self.hira_A[name], self.hira_B[name]
-        return (wide(B).flatten(1) @ wide(A).flatten(1)).to(A.dtype)
+    def factors(self, name: str) -> list[torch.Tensor]:
+        """A (r, in...) and B (out, r) of an adapter."""
+        return [getattr(self, container)[name].flatten(1) for container in self.own]
 
     def dense(self, name: str) -> bool:
-        return not self.training or isinstance(self.hira_dropout[name], nn.Identity)
+        return True
 
     def delta(self, name: str) -> torch.Tensor:
-        return self.bare_weight() * self.product(name)
-
-    def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return super().term(name, self.hira_dropout[name](x))
+        A, B = self.factors(name)
+        return self.bare_weight() * (wide(B) @ wide(A)).to(A.dtype)
 
 
 class Linear(HiraLayer):
@@ -96,25 +87,24 @@ class Conv3d(HiraLayer):
 
 
 class Embedding(HiraLayer):
-    """HiRA for nn.Embedding: A (r, vocabulary), B (dim, r); W * (B A)^T."""
+    """HiRA for nn.Embedding: W * (B A)^T with A (r, vocabulary), B (dim, r)."""
 
-    def new_factors(self, name: str, r: int, scheme: Any) -> None:
+    own = ("hira_embedding_A", "hira_embedding_B")
+
+    def initial(self, r: int, scheme: Any) -> tuple[torch.Tensor, torch.Tensor]:
         A, B = torch.randn(r, self.in_features), torch.randn(self.out_features, r)
-        if scheme is not False:
-            nn.init.zeros_(A)
-            nn.init.normal_(B)
-        self.hira_embedding_A[name], self.hira_embedding_B[name] = nn.Parameter(A), nn.Parameter(B)
-
-    def product(self, name: str) -> torch.Tensor:
-        A, B = self.hira_embedding_A[name], self.hira_embedding_B[name]
-        return (wide(A).T @ wide(B).T).to(A.dtype)
+        return (A, B) if scheme is False else (nn.init.zeros_(A), nn.init.normal_(B))
 
     def dense(self, name: str) -> bool:
         return False
 
+    def delta(self, name: str) -> torch.Tensor:
+        A, B = self.factors(name)
+        return self.bare_weight() * (wide(A).T @ wide(B).T).to(A.dtype)
+
     def term_beside(self, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        rows = F.embedding(x, self.hira_embedding_A[name].T, padding_idx=self.get_base_layer().padding_idx)
-        return output * F.linear(rows, self.hira_embedding_B[name])
+        A, B = self.factors(name)
+        return output * F.linear(F.embedding(x, A.T, padding_idx=self.get_base_layer().padding_idx), B)
 
 
 class HiraModel(RoomModel):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .room import MapRoom, RoomModel, SelectiveConfig, option, register, shared
+from .room import MapRoom, RoomModel, SelectiveConfig, Unscaled, kaiming, option, positive, register, shared
 
 
 @dataclass
@@ -23,28 +22,22 @@ class HRAConfig(SelectiveConfig):
     bias: str = shared("bias")
 
 
-class HRALayer(MapRoom):
+class HRALayer(Unscaled, MapRoom):
     """W R with R = H_1 ... H_r = I - U T U^T, where H_i = I - 2 u_i u_i^T and u_i is the normalised column i of
     `hra_u` (in, r). For convolutions `in` counts the kernel's elements, too."""
 
+    title = "HRA"
     adapter_layer_names = ("hra_u",)
     other_param_names = ("hra_r", "hra_apply_GS")
 
     def create(self, name: str, config: HRAConfig) -> None:
-        base, r = self.get_base_layer(), config.r
-        if r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
-        if getattr(base, "groups", 1) > 1:
-            raise NotImplementedError(
-                f"HRA does not support {type(base).__name__} layers with groups > 1 (got groups={base.groups})."
-            )
+        self.refuse_groups()
+        r, size = positive("r", config.r), self.get_base_layer().weight[0].numel()
         self.hra_r[name], self.hra_apply_GS[name] = r, config.apply_GS
-        size = base.weight[0].numel()
         pairs = config.init_weights and r % 2 == 0  # equal neighbours: their reflections cancel
         if config.init_weights and not pairs:
             warnings.warn("The symmetric initialization can NOT be performed when r is odd!")
-        u = torch.empty(size, r // 2 if pairs else r)
-        nn.init.kaiming_uniform_(u, a=math.sqrt(5))
+        u = kaiming(torch.empty(size, r // 2 if pairs else r))
         self.hra_u[name] = nn.Parameter(u.repeat_interleave(2, dim=1) if pairs else u)
 
     def reflections(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,15 +61,6 @@ class HRALayer(MapRoom):
         u, t = self.reflections(name)
         weight = self._cast_input_dtype(weight, u.dtype)
         return weight - (weight @ u) @ t @ u.T, bias
-
-    def scale_layer(self, scale: float) -> None:
-        """HRA has no scale: warns."""
-        if scale != 1:
-            warnings.warn("Scaling operation for HRA not supported! Automatically set scale to 1.")
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """HRA has no scale: warns."""
-        warnings.warn("Unscaling operation for HRA not supported! Keeping scale at 1.")
 
 
 class HRALinear(HRALayer):

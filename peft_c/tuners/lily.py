@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from .law import LowRank
-from .room import AddRoom, RoomModel, SelectiveConfig, option, register, shared
+from .room import AddRoom, RoomModel, SelectiveConfig, kaiming, option, positive, register, shared
 
 
 @dataclass
@@ -47,9 +46,7 @@ class Linear(AddRoom):
     containers = dict.fromkeys(adapter_layer_names, nn.ModuleDict)
 
     def create(self, name: str, config: LilyConfig) -> None:
-        r, num_B = config.r, config.num_B
-        if r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
+        r, num_B = positive("r", config.r), config.num_B
         self.r[name], self.scaling[name] = r, config.scaling
         self.stride_A[name], self.num_B[name] = config.stride_A, num_B
         A = nn.Linear(self.in_features, r, bias=False)
@@ -58,7 +55,7 @@ class Linear(AddRoom):
         if config.init_weights:
             nn.init.zeros_(B.weight)
         for layer in (A, router) if config.init_weights else (A, router, B):
-            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
+            kaiming(layer.weight)
         self.lily_A[name], self.lily_B[name], self.lily_router[name] = A, B, router
 
     def low_rank(self, name: str) -> LowRank:

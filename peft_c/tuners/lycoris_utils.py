@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .room import CONVOLUTIONS, AddRoom, RoomModel, SelectiveConfig, apply_weight, pattern_value, shared
+from .room import (
+    CONVOLUTIONS,
+    AddRoom,
+    RoomModel,
+    SelectiveConfig,
+    apply_weight,
+    kaiming,
+    pattern_value,
+    positive,
+    shared,
+)
 
 
 @dataclass
@@ -26,9 +35,7 @@ class LycorisLayer(AddRoom):
     other_param_names = ("r", "alpha", "scaling", "rank_dropout", "rank_dropout_scale", "module_dropout")
 
     def create(self, name: str, config: Any, r: int, alpha: float) -> None:
-        if r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
-        self.r[name], self.alpha[name], self.scaling[name] = r, alpha, alpha / r
+        self.r[name], self.alpha[name], self.scaling[name] = positive("r", r), alpha, alpha / r
         self.rank_dropout[name], self.module_dropout[name] = config.rank_dropout, config.module_dropout
         self.rank_dropout_scale[name] = getattr(config, "rank_dropout_scale", True)
         self.create_factors(name, config, r)
@@ -46,7 +53,7 @@ class LycorisLayer(AddRoom):
         """Create one factor: kaiming uniform as for a linear layer, or zeros."""
         factor = torch.zeros(shape)
         if not zero:
-            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+            kaiming(factor)
         getattr(self, container)[name] = nn.Parameter(factor)
 
     # --- dropout ---

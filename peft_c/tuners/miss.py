@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .law import LowRank
-from .room import AddRoom, RoomModel, SelectiveConfig, dropout, option, register, shared
+from .room import AddRoom, RoomModel, SelectiveConfig, Unscaled, kaiming, option, positive, register, shared
 from .shared_room import wide
 
 
@@ -29,7 +27,7 @@ class MissConfig(SelectiveConfig):
     bias: str = shared("bias")
 
 
-class MissLinear(AddRoom):
+class MissLinear(Unscaled, AddRoom):
     """MiSS for nn.Linear: block D (r, out), which 'mini' stores as (r, mini_r) and repeats along the output.
 
     delta[o, i] = D[i mod r, o]. 'bat' has D (out / r, r, r) instead: with the base weight cut into r x r blocks W_oi,
@@ -38,12 +36,10 @@ class MissLinear(AddRoom):
 
     adapter_layer_names = ("miss_block",)
     other_param_names = ("miss_r", "miss_dropout", "miss_mini_r", "miss_fn")
-    containers = {"miss_dropout": nn.ModuleDict}
+    title, dropout = "MiSS", "miss_dropout"
 
     def create(self, name: str, config: MissConfig) -> None:
-        r, mini_r, form = config.r, config.mini_r, config.init_weights
-        if r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
+        r, mini_r, form = positive("r", config.r), config.mini_r, config.init_weights
         if r > self.in_features:
             raise ValueError(f"`r` ({r}) must be less than or equal to in_features ({self.in_features})")
         if form == "bat" and (self.in_features % r or self.out_features % r):
@@ -51,11 +47,11 @@ class MissLinear(AddRoom):
         if form == "mini" and self.out_features % mini_r:
             raise ValueError(f"mini_r ({mini_r}) has to divide out_features ({self.out_features}).")
         self.miss_r[name], self.miss_mini_r[name], self.miss_fn[name] = r, mini_r, form
-        self.miss_dropout[name] = dropout(config.miss_dropout)
+        self.add_dropout(name, 0.0 if form == "bat" else config.miss_dropout)
         shapes = {"bat": (self.out_features // r, r, r), "mini": (r, mini_r)}
         block = torch.zeros(shapes.get(form, (r, self.out_features)))
         if not form:
-            nn.init.kaiming_uniform_(block, a=math.sqrt(5))
+            kaiming(block)
         self.miss_block[name] = nn.Parameter(block)
 
     def dense(self, name: str) -> bool:
@@ -85,18 +81,8 @@ class MissLinear(AddRoom):
         if self.miss_fn[name] == "bat":
             return super().term(name, x)
         r = self.miss_r[name]
-        x = self.miss_dropout[name](x)
         x = F.pad(x, (0, -x.shape[-1] % r)) if x.shape[-1] % r else x
         return x.unflatten(-1, (-1, r)).sum(-2) @ self.block(name)
-
-    def scale_layer(self, scale: float) -> None:
-        """MiSS has no scale: warns."""
-        if scale != 1:
-            warnings.warn("Scaling operation for MiSS not supported! Automatically set scale to 1.")
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """MiSS has no scale: warns."""
-        warnings.warn("Unscaling operation for MiSS not supported! Keeping scale at 1.")
 
 
 MissLayer = MissLinear

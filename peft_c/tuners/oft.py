@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .room import MapRoom, RoomModel, SelectiveConfig, option, register, shared
+from .room import MapRoom, RoomModel, SelectiveConfig, Unscaled, option, register, shared
 
 
 @dataclass
@@ -115,9 +115,10 @@ def nearest_divisor(size: int, wanted: int) -> int:
     return min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: (abs(n - wanted), n))
 
 
-class OFTLayer(MapRoom):
+class OFTLayer(Unscaled, MapRoom):
     """W R^T with a block diagonal rotation R (in, in); for convolutions `in` counts the kernel's elements, too."""
 
+    title = "OFT"
     adapter_layer_names = ("oft_R", "oft_embedding_R")
     other_param_names = ("r", "oft_block_size", "oft_dropout")
     containers = {"oft_R": nn.ModuleDict, "oft_embedding_R": nn.ModuleDict}
@@ -158,19 +159,6 @@ class OFTLayer(MapRoom):
         rotation = getattr(self, self.home)[adapter]
         repeats = self.r[adapter] if rotation.block_share else 1
         return torch.block_diag(*rotation.rotations().repeat(repeats, 1, 1))
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """OFT has no scale: warns."""
-        warnings.warn("Scaling operation for OFT not supported! Automatically set scale to 1.")
-
-    def scale_layer(self, scale: float) -> None:
-        """OFT has no scale: warns."""
-        if scale != 1:
-            self.set_scale("", scale)
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """OFT has no scale: warns."""
-        warnings.warn("Unscaling operation for OFT not supported! Keeping scale to 1.")
 
 
 class Linear(OFTLayer):

@@ -12,7 +12,7 @@ from torch import nn
 from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import AddRoom, RoomModel, TargetConfig, option, register, shared
+from .room import AddRoom, RoomModel, TargetConfig, option, positive, register, shared
 
 
 @dataclass
@@ -80,11 +80,7 @@ class Linear(AddRoom):
     containers = {"osf_svd_params": nn.ModuleDict, **dict.fromkeys(other_param_names[:5], BufferDict)}
 
     def create(self, name: str, config: OSFConfig, effective_rank: int) -> None:
-        if effective_rank <= 0:
-            raise ValueError(
-                f"`effective_rank` should be a positive integer value but the value passed is {effective_rank}"
-            )
-        self.effective_rank[name] = effective_rank
+        self.effective_rank[name] = positive("effective_rank", effective_rank)
         parts = decompose_weight_matrix(self.get_base_weight(), effective_rank)
         low = {part: parts[part] for part in ("U_low", "S_low", "V_low")}
         for part, value in low.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .law import LowRank
-from .room import AddRoom, RoomModel, SelectiveConfig, option, register, shared
+from .room import AddRoom, RoomModel, SelectiveConfig, kaiming, option, register, shared
 
 ACTIVATIONS = {name: getattr(F, name) for name in ("relu", "relu6", "gelu", "silu", "mish", "tanh", "sigmoid")}
 
@@ -80,7 +79,7 @@ class Linear(AddRoom):
         if config.init_weights:
             nn.init.zeros_(B.weight)
         for layer in (A, *encoders, *decoders) if config.init_weights else (A, *encoders, *decoders, B):
-            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
+            kaiming(layer.weight)
         self.peanut_A[name], self.peanut_B[name] = A, B
         self.peanut_encoders[name], self.peanut_decoders[name] = encoders, decoders
 

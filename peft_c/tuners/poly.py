@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .room import Room, RoomModel, TargetConfig, option, register, shared
+from .room import Room, RoomModel, TargetConfig, kaiming, option, positive, register, shared
 
 EPS = 1e-12
 
@@ -77,8 +76,7 @@ class Linear(Room):
     adapter_kwargs = ("task_ids",)
 
     def create(self, name: str, config: PolyConfig) -> None:
-        if config.r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {config.r}")
+        positive("r", config.r)
         for option_name in self.other_param_names:
             getattr(self, option_name)[name] = getattr(config, option_name)
         router = get_router(config)
@@ -87,7 +85,7 @@ class Linear(Room):
         B = torch.zeros(splits, config.n_skills, r, self.out_features // splits)
         for factor in (A,) if config.init_weights else (A, B):
             for matrix in (part for skill in factor.unbind(1) for part in skill):
-                matrix.copy_(nn.init.kaiming_uniform_(torch.empty(matrix.T.shape), a=math.sqrt(5)).T)
+                matrix.copy_(kaiming(torch.empty(matrix.T.shape)).T)
         self.poly_lora_A[name], self.poly_lora_B[name] = nn.Parameter(A), nn.Parameter(B)
         self.poly_router[name] = router
         router.reset()

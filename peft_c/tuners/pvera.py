@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .law import LowRank
-from .room import option, register
-from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, wide
+from .room import option, positive, register
+from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, drawn, wide
 
 
 @dataclass
@@ -34,10 +34,8 @@ class Linear(SharedRoom):
     converts_to_lora = False
 
     def create(self, name: str, config: PveraConfig, shared: dict[str, nn.Module]) -> None:
-        if config.r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {config.r}")
         self.share(shared)
-        self.r[name] = config.r
+        self.r[name] = positive("r", config.r)
         self.sample_at_inference[name] = config.sample_at_inference
         seed = config.generator_seed
         self.pvera_generator[name] = None if seed is None else torch.Generator().manual_seed(seed)
@@ -58,7 +56,7 @@ class Linear(SharedRoom):
         r = self.r[name]
         return LowRank(d[:r, None] * A[:r], b[:, None] * B, 1.0)
 
-    def activations(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         A, d, B, b = self.parts(name)
         if not (self.training or self.sample_at_inference[name]):
             r = self.r[name]
@@ -86,11 +84,7 @@ class PveraModel(SavedProjectionModel):
     ranked = "pvera_B"
 
     def draw(self, config: PveraConfig, out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
-        generator = torch.Generator().manual_seed(config.projection_prng_key)
-        return tuple(
-            nn.init.kaiming_uniform_(torch.empty(shape), generator=generator)
-            for shape in ((2 * config.r, in_features), (out_features, config.r))
-        )
+        return drawn(config.projection_prng_key, (2 * config.r, in_features), (out_features, config.r))
 
 
 register("pvera", PveraConfig, PveraModel)

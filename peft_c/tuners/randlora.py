@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .law import LowRank
-from .room import option, register
+from .room import option, positive, register
 from .shared_room import ProjectionConfig, ProjectionModel, SharedRoom, wide
 
 
@@ -54,9 +54,7 @@ class Linear(SharedRoom):
     own, dropout = "randlora_lambda", "randlora_dropout"
 
     def create(self, name: str, config: RandLoraConfig, shared: dict[str, nn.Module]) -> None:
-        r = config.r
-        if r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
+        r = positive("r", config.r)
         self.share(shared)
         self.r[name], self.scaling[name] = r, config.randlora_alpha / r
         self.add_dropout(name, config.randlora_dropout)
@@ -81,11 +79,10 @@ class Linear(SharedRoom):
         P, Q = (P, Q) if P.shape[1] == self.in_features else (Q.T, P.T)
         return LowRank(P, Q, self.scaling[name])
 
-    def activations(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         r = self.r[name]
         if x.shape[:-1].numel() > r:
-            factors = self.low_rank(name)
-            return F.linear(F.linear(x.to(factors.A.dtype), factors.A), factors.B) * factors.scale
+            return super().term(name, x)
         A, scales, gamma, Q = self.parts(name)  # for few rows: scale the activations, do not build P
         A, x = A[:, 0], x.to(gamma.dtype)
         if gamma.shape[1] == self.in_features:

@@ -34,7 +34,7 @@ class RoadConfig(TargetConfig):
         if self.variant not in VARIANTS:
             raise ValueError(f"Invalid variant {self.variant} specified. Please choose from road_1, road_2 or road_4")
         if self.group_size <= 0 or self.group_size % 2:
-            raise ValueError(f"The group_size must be divisible by 2 when using Linear, but got {self.group_size}.")
+            raise ValueError(f"The group_size must be divisible by 2 when using RoadLayer, but got {self.group_size}.")
 
 
 class Linear(MapRoom):
@@ -51,7 +51,7 @@ class Linear(MapRoom):
         if self.out_features % config.group_size:
             raise ValueError(
                 f"The out_features of the base layer must be divisible by group_size ({config.group_size}) when using "
-                "Linear."
+                "RoadLayer."
             )
         self.variant[name], self.group_size[name] = config.variant, config.group_size
         parts, rows = VARIANTS[config.variant]

@@ -27,6 +27,7 @@ The law of a room is the class it derives from:
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 import warnings
 from collections.abc import Iterable
@@ -159,6 +160,11 @@ def positive(name: str, value: int) -> int:
     return value
 
 
+def kaiming(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, filled as nn.Linear fills its weight."""
+    return nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+
+
 def weight_view(base: nn.Module, name: str = "weight") -> BaseView:
     """The weight of a base layer as a matrix (out, in...): transposed for Conv1D."""
     return BaseView(base, name, transposed=name == "weight" and is_transformers_conv1d(base))
@@ -182,6 +188,7 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
     """
 
     containers: ClassVar[dict[str, type]] = {}
+    title: ClassVar[str] = ""  # the method's name in messages
     exclusive: ClassVar[bool] = False  # whether only one adapter at a time can act or be merged
     adapter_kwargs: ClassVar[tuple[str, ...]] = ()  # keyword arguments of forward for `adapt`, not for the base layer
     input_name: ClassVar[str] = "input"  # the base layer's name for its first argument
@@ -232,6 +239,15 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
                     del container[adapter_name]
             raise
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def refuse_groups(self) -> None:
+        """NotImplementedError for a convolution with groups."""
+        base = self.get_base_layer()
+        if getattr(base, "groups", 1) > 1:
+            raise NotImplementedError(
+                f"{self.title} does not support {type(base).__name__} layers with groups > 1 "
+                f"(got groups={base.groups})."
+            )
 
     # --- forward ---
 
@@ -316,15 +332,42 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         return f"{type(self).__module__.rpartition('.')[2]}.{super().__repr__()}"
 
 
+class Unscaled:
+    """Mixin of rooms without a scale: setting one warns."""
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """The method has no scale: warns."""
+        warnings.warn(f"Scaling operation for {self.title} not supported! Automatically set scale to 1.")
+
+    def scale_layer(self, scale: float) -> None:
+        """The method has no scale: warns."""
+        if scale != 1:
+            self.set_scale("", scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """The method has no scale: warns."""
+        warnings.warn(f"Unscaling operation for {self.title} not supported! Keeping scale to 1.")
+
+
 class AddRoom(Room):
-    """The law ADD: the adapted weight is the base weight plus a delta, which may depend on `bare_weight`.
+    """The law ADD: the adapted weight is the base weight plus a delta, which may depend on `bare_weight`."""
 
-    `adds` names what the adapters add to: "weight", "bias" or both.
-    """
-
+    adds: ClassVar[tuple[str, ...]] = ("weight",)  # what the adapters add to: "weight", "bias" or both
+    dropout: ClassVar[str] = ""  # the ModuleDict with the dropout in front of each adapter, if there is one
     converts_to_lora: ClassVar[bool] = True  # whether PEFT converts the method's adapters to LoRA
 
-    adds: ClassVar[tuple[str, ...]] = ("weight",)
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "dropout" in cls.__dict__:
+            cls.containers = {cls.dropout: nn.ModuleDict, **cls.containers}
+
+    def add_dropout(self, name: str, p: float) -> None:
+        """Make the dropout of an adapter."""
+        getattr(self, self.dropout)[name] = dropout(p)
+
+    def drops(self, name: str) -> bool:
+        """Whether the adapter's dropout is active."""
+        return bool(self.dropout) and self.training and not isinstance(getattr(self, self.dropout)[name], nn.Identity)
 
     def delta(self, name: str) -> torch.Tensor:
         """The delta of an adapter as the matrix (out, in...) that `weight_view` shows."""
@@ -347,7 +390,7 @@ class AddRoom(Room):
         return self.term(name, x)
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """What the adapter adds to the output for x, which has its parameters' dtype."""
+        """What the adapter adds to the output for x, which has its parameters' dtype, behind the dropout."""
         base = self.get_base_layer()
         factors = self.low_rank(name)
         if factors is not None and isinstance(base, CONVOLUTIONS) and base.groups == 1:
@@ -355,7 +398,7 @@ class AddRoom(Room):
             inner = apply_weight(base, x, factors.A.view(-1, *base.weight.shape[1:]), None)
             return F.linear(inner.movedim(channels, -1), factors.B).movedim(-1, channels) * factors.scale
         if factors is not None and not isinstance(base, (*CONVOLUTIONS, nn.Embedding)):
-            result = F.linear(F.linear(x, factors.A), factors.B)
+            result = F.linear(F.linear(x.to(factors.A.dtype), factors.A), factors.B)
             return result if isinstance(factors.scale, float) and factors.scale == 1.0 else result * factors.scale
         return apply_weight(base, x, self.get_delta_weight(name), None)
 
@@ -369,12 +412,17 @@ class AddRoom(Room):
 
     def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base = self.get_base_layer()
-        if not (args or kwargs) and self.base_layer is base and all(self.dense(name) for name in names):
+        if (
+            not (args or kwargs)
+            and self.base_layer is base
+            and all(self.dense(name) and not self.drops(name) for name in names)
+        ):
             return self.adapt_dense(names, x)
         output = result = self.base_layer(x, *args, **kwargs)
         for name in names:
             wanted = self.adapter_dtype(name)
             part = x if wanted is None else self._cast_input_dtype(x, wanted)
+            part = getattr(self, self.dropout)[name](part) if self.dropout and part.is_floating_point() else part
             result = result + self.term_beside(name, part, output)
         return result.to(output.dtype)
 
@@ -571,7 +619,7 @@ def register(
     parts: tuple[str, ...] = (),
 ) -> None:
     """Register a room's method, and let PEFT's paths (`<method>.config`, `.layer`, `.model`, and those named by
-    `parts`) lead to its module.
+    `parts`) lead to its module, which gets the name of the table of default targets, too.
 
     What the classes do not say themselves follows: the model's `prefix` from the name, its `tuner_layer_cls` from its
     rooms, its `target_module_mapping` from `utils.constants`; the config's docstring from the help of its options.
@@ -584,7 +632,8 @@ def register(
     module.__path__ = []
     config.method, config.__doc__ = name, documented(config)
     table = f"TRANSFORMERS_MODELS_TO_{name.replace('_', '').upper()}_TARGET_MODULES_MAPPING"
-    defaults = {"prefix": f"{name}_", "target_module_mapping": getattr(constants, table, {})}
+    setattr(module, table, getattr(constants, table, {}))
+    defaults = {"prefix": f"{name}_", "target_module_mapping": getattr(module, table)}
     if issubclass(model, RoomModel):
         first, *others = dict.fromkeys(model.rooms.values())
         defaults["tuner_layer_cls"] = next(c for c in first.__mro__ if all(issubclass(room, c) for room in others))

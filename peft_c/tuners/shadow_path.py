@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..utils.peft_types import TaskType
-from .room import Room, dropout
+from .room import Room, dropout, positive
 from .shadow_backbone import (
     flux_backend,
     is_diffusion_transformer,
@@ -53,9 +53,7 @@ class ShadowLayer(Room):
     def prepare(self, base: nn.Module, config: ShadowConfig) -> None: ...
 
     def create(self, name: str, config: ShadowConfig, hidden_size: int) -> None:
-        r, size = config.r, int(hidden_size)
-        if r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
+        r, size = positive("r", config.r), int(hidden_size)
         self.hidden_size = size
         self.shadow_r[name], self.shadow_alpha[name] = r, config.shadow_alpha
         self.shadow_down[name] = nn.Linear(size, r, bias=False)

@@ -37,36 +37,18 @@ class SharedRoomConfig(LayersConfig):
 class SharedRoom(AddRoom):
     """A layer that refers to what `SharedRoomModel.shared` gives.
 
-    own: the container that has an entry for exactly the adapters of this layer. dropout: the name of the ModuleDict
-    with the dropout in front of each adapter.
+    own: the container that has an entry for exactly the adapters of this layer.
     """
 
     own: ClassVar[str]
-    dropout: ClassVar[str]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "dropout" in cls.__dict__:
-            cls.containers = {cls.dropout: nn.ModuleDict, **cls.containers}
 
     def share(self, containers: dict[str, nn.Module]) -> None:
         """Refer to the containers of the model."""
         for name, container in containers.items():
             setattr(self, name, container)
 
-    def add_dropout(self, name: str, p: float) -> None:
-        """Make the dropout of an adapter."""
-        getattr(self, self.dropout)[name] = nn.Dropout(p) if p > 0 else nn.Identity()
-
     def _merge_adapters(self) -> list[str]:
         return list(getattr(self, self.own).keys())
-
-    def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return self.activations(name, getattr(self, self.dropout)[name](x))
-
-    def activations(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """`term` without dropout."""
-        return super().term(name, x)
 
 
 class SharedRoomModel(RoomModel):
@@ -146,6 +128,12 @@ def check_projections(names: str, saved: bool, present: bool, required: bool = T
             "platforms using `peft_config.save_projection = True`"
         )
     warnings.warn(f"Specified to {'' if saved else 'not '}load {names} from state dictionary however {again}")
+
+
+def drawn(seed: int, *shapes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    """Kaiming uniform tensors of these shapes, from a generator with that seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(nn.init.kaiming_uniform_(torch.empty(shape), generator=generator) for shape in shapes)
 
 
 class SeededModel(SharedRoomModel):

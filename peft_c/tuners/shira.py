@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .room import RoomModel, TargetConfig, option, register, shared
+from .room import RoomModel, TargetConfig, option, positive, register, shared
 from .sparse_room import SparseRoom, _warn_once_about_module_hooks  # noqa: F401
 from .tuner_layer import _get_in_out_features
 
@@ -59,14 +59,12 @@ class ShiraConfig(TargetConfig):
 class Linear(SparseRoom):
     """W + S, where S has `shira_weight` (nnz) times the scale at `shira_indices` (2, nnz: rows, columns)."""
 
-    method = "ShiRA"
+    title = "ShiRA"
     adapter_layer_names = ("shira_weight",)
     other_param_names = ("r", "scaling", "shira_indices")
 
     def create(self, name: str, config: ShiraConfig) -> None:
-        base, r = self.get_base_layer(), config.r
-        if r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
+        base, r = self.get_base_layer(), positive("r", config.r)
         size = r * (self.in_features + self.out_features)
         if size > self.in_features * self.out_features:
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,6 @@ class SparseRoom(AddRoom):
     """
 
     converts_to_lora = False
-    method: ClassVar[str]  # for warnings
 
     def elements(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows, columns and values of S, each (nnz)."""
@@ -64,7 +63,7 @@ class SparseRoom(AddRoom):
         base = self.base_layer
         hooked = any((base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks))
         if hooked:
-            _warn_once_about_module_hooks(self.method)
+            _warn_once_about_module_hooks(self.title)
         backend = self.quantization_backend
         readable = base is self.get_base_layer() and (backend is None or backend.supports_merge)
         if hooked or not readable or all(self.is_cheap(name, x) for name in names):

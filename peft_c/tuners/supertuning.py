@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import RoomModel, TargetConfig, dropout, option, register, shared
+from .room import RoomModel, TargetConfig, dropout, kaiming, option, register, shared
 from .sparse_room import SparseRoom, _warn_once_about_module_hooks  # noqa: F401
 
 
@@ -52,7 +51,7 @@ class SupertuningConfig(TargetConfig):
 class Linear(SparseRoom):
     """W + S + B A alpha / r: S has `supertuning_values` (nnz) at the flat `supertuning_indices` (nnz)."""
 
-    method = "Super-Tuning"
+    title = "Super-Tuning"
     adapter_layer_names = ("supertuning_values", "supertuning_lora_A", "supertuning_lora_B")
     other_param_names = (
         "supertuning_indices",
@@ -84,11 +83,8 @@ class Linear(SparseRoom):
             return
         A = nn.Linear(self.in_features, config.r, bias=False, dtype=torch.float32, device=weight.device)
         B = nn.Linear(config.r, self.out_features, bias=False, dtype=torch.float32, device=weight.device)
-        nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
-        if config.init_weights:
-            nn.init.zeros_(B.weight)
-        else:
-            nn.init.kaiming_uniform_(B.weight, a=math.sqrt(5))
+        kaiming(A.weight)
+        (nn.init.zeros_ if config.init_weights else kaiming)(B.weight)
         self.supertuning_lora_A[name], self.supertuning_lora_B[name] = A, B
         self.supertuning_lora_dropout[name] = dropout(config.lora_dropout)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import option, register, weight_view
+from .room import option, positive, register, weight_view
 from .shared_room import SharedRoom, SharedRoomConfig, SharedRoomModel, check_projections, wide
 
 
@@ -41,10 +41,7 @@ class TinyLoraConfig(SharedRoomConfig):
                 "the checkpoint correctly on all system configurations."
             )
         for name in ("r", "u"):
-            if getattr(self, name) <= 0:
-                raise ValueError(
-                    f"`{name}` should be a positive integer value but the value passed is {getattr(self, name)}"
-                )
+            positive(name, getattr(self, name))
         if not 0 <= self.weight_tying <= 1:
             raise ValueError(
                 f"`weight_tying` should be a float between 0.0 and 1.0 but the value passed is {self.weight_tying}"
@@ -81,13 +78,6 @@ class TinyLoraLayer(SharedRoom):
         A, B, P = (getattr(self, part)[name].to(v.device, v.dtype) for part in self.other_param_names[:3])
         return LowRank(A, B @ torch.einsum("i,ijk->jk", v, P), 1.0)
 
-    def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        A, B, _ = self.low_rank(name)
-        dropout = self.tinylora_dropout[name]
-        if isinstance(self.get_base_layer(), nn.Embedding):
-            return dropout(F.embedding(x, B)) @ A
-        return F.linear(F.linear(dropout(x).to(A.dtype), A), B)
-
 
 class Linear(TinyLoraLayer):
     """TinyLoRA for nn.Linear and Conv1D."""
@@ -95,6 +85,10 @@ class Linear(TinyLoraLayer):
 
 class Embedding(TinyLoraLayer):
     """TinyLoRA for nn.Embedding."""
+
+    def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        A, B, _ = self.low_rank(name)
+        return self.tinylora_dropout[name](F.embedding(x, B)) @ A
 
 
 class TinyLoraModel(SharedRoomModel):

@@ -72,10 +72,6 @@ class Linear(SharedRoom):
         B = theta[self.unilora_indices_B[name]] * wide(self.unilora_scales_B[name].to(device))
         return LowRank(A, B, 1.0)
 
-    def activations(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        A, B, _ = self.low_rank(name)
-        return x.to(A.dtype) @ A.T @ B.T
-
 
 UniLoraLayer = Linear
 

@@ -74,10 +74,6 @@ class Linear(SharedRoom):
 
         return LowRank(mixtures(logits).flatten(1), mixtures(self.vblora_logits_B[name]).mT.flatten(0, 1), 1.0)
 
-    def activations(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        A, B, _ = self.low_rank(name)
-        return x.to(A.dtype) @ A.T @ B.T
-
 
 VBLoRALayer = Linear
 

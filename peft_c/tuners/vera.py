@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .law import LowRank
-from .room import option, register
-from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, wide
+from .room import option, positive, register
+from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, drawn, wide
 
 
 @dataclass
@@ -31,10 +31,8 @@ class Linear(SharedRoom):
     own, dropout = "vera_lambda_d", "vera_dropout"
 
     def create(self, name: str, config: VeraConfig, shared: dict[str, nn.Module]) -> None:
-        if config.r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {config.r}")
         self.share(shared)
-        self.r[name] = config.r
+        self.r[name] = positive("r", config.r)
         self.add_dropout(name, config.vera_dropout)
         b, d = torch.ones(self.out_features), torch.randn(config.r)
         if config.init_weights:
@@ -51,7 +49,7 @@ class Linear(SharedRoom):
         A, d, B, b = map(wide, self.parts(name))
         return LowRank(d[:, None] * A, b[:, None] * B, 1.0)
 
-    def activations(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         A, d, B, b = self.parts(name)
         return b * F.linear(d * F.linear(x, A), B)
 
@@ -68,11 +66,7 @@ class VeraModel(SavedProjectionModel):
     projections = ("vera_A", "vera_B")
 
     def draw(self, config: VeraConfig, out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
-        generator = torch.Generator().manual_seed(config.projection_prng_key)
-        return tuple(
-            nn.init.kaiming_uniform_(torch.empty(shape), generator=generator)
-            for shape in ((config.r, in_features), (out_features, config.r))
-        )
+        return drawn(config.projection_prng_key, (config.r, in_features), (out_features, config.r))
 
 
 register("vera", VeraConfig, VeraModel)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from . import wavelets
+from .fourierft import random_places
 from .room import AddRoom, RoomModel, SelectiveConfig, option, pattern_value, register, shared
 from .targets import check_target_module_exists
 from .tuner_layer import BaseTunerLayer, _get_in_out_features
@@ -66,19 +67,11 @@ class WaveFTLinear(AddRoom):
     )
 
     def create(self, name: str, config: WaveFTConfig, n_frequency: int) -> None:
-        size = self.in_features * self.out_features
-        if n_frequency <= 0:
-            raise ValueError(f"`n_frequency` should be a positive integer value but the value passed is {n_frequency}")
-        if n_frequency > size:
-            raise ValueError(
-                "`n_frequency` should be less than or equal to the product of the input and output dimensions but the "
-                f"value passed is {n_frequency} and the product is {size}"
-            )
         self.waveft_n_frequency[name], self.waveft_scaling[name] = n_frequency, config.scaling
         self.waveft_random_loc_seed[name] = config.random_loc_seed
         self.waveft_wavelet_family[name], self.waveft_use_idwt[name] = config.wavelet_family, config.use_idwt
-        places = torch.randperm(size, generator=torch.Generator().manual_seed(config.random_loc_seed))[:n_frequency]
-        self.waveft_indices[name] = torch.stack([places // self.in_features, places % self.in_features])
+        places = random_places(n_frequency, self.in_features, self.out_features, config.random_loc_seed)
+        self.waveft_indices[name] = places
         spectrum = torch.zeros(n_frequency) if config.init_weights else torch.randn(n_frequency) * 0.01
         self.waveft_spectrum[name] = nn.Parameter(spectrum)
 
