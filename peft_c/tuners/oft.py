@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .room import MapRoom, RoomModel, SelectiveConfig, Unscaled, option, register, shared
+from .room import MapRoom, RoomModel, SelectiveConfig, Unscaled, option, positive, register, shared
 
 
 @dataclass
@@ -130,7 +130,7 @@ class OFTLayer(Unscaled, MapRoom):
             raise ValueError(f"{type(base).__name__} with dilation > 1 is not supported by OFT.")
         size = self.rotated_size()
         given = "r" if config.r else "oft_block_size"
-        value = nearest_divisor(size, getattr(config, given))
+        value = nearest_divisor(size, positive(given, getattr(config, given)))
         if value != getattr(config, given):
             warnings.warn(f"Invalid `{given}` ({getattr(config, given)})! Adjusted `{given}` to ({value}).")
         blocks, block_size = (value, size // value) if config.r else (size // value, value)

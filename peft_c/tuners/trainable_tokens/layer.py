@@ -158,6 +158,8 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
             return
         self._check_overlapping_tokens(adapter_names)
         weight = self.base_layer.weight
+        if weight.is_meta:
+            raise ValueError("Cannot merge trainable tokens into an embedding that is on the meta device.")
         rows = {name: self.trainable_tokens_delta[name].to(weight) for name in adapter_names}
         for name in adapter_names if safe_merge else ():
             if not torch.isfinite(rows[name]).all():
