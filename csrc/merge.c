@@ -113,15 +113,17 @@ static int change_init(const module_state *state, const merge_job *job, change *
     return 1;
 }
 
+bool merge_is_possible(const module_state *state, bool undo) {
+    const gate_reason ambient = gate_ambient(state);
+    return ambient == GATE_OK || ambient == GATE_AUTOCAST || ambient == GATE_GLOBAL_HOOKS ||
+           ambient == GATE_LINEAR_PATCHED || (undo && ambient == GATE_SWITCHED_OFF);
+}
+
 /* Fills `job`; `old` and `new_` may be NULL. 1: done; 0: C may not act here; -1: exception. The caller releases in
- * every case. `undo`: there is a record, which only the kernels can read, so the switch for fast paths does not
- * matter. */
+ * every case. `undo`: see merge_is_possible. */
 static int job_init(const module_state *state, merge_job *job, PyObject *weight, PyObject *old, PyObject *new_,
                     bool undo) {
-    const gate_reason ambient = gate_ambient(state);
-    const bool harmless = ambient == GATE_OK || ambient == GATE_AUTOCAST || ambient == GATE_GLOBAL_HOOKS ||
-                          ambient == GATE_LINEAR_PATCHED;
-    if (!harmless && !(undo && ambient == GATE_SWITCHED_OFF)) return 0;
+    if (!merge_is_possible(state, undo)) return 0;
     if (!operand_view(state, weight, NULL, &job->weight)) return 0;
     job->depth = job->weight.ndim == 3 ? job->weight.shape[0] : 1;
     job->parallel = state->torch.torch_parallel_for;

@@ -4,6 +4,11 @@
 
 #include "gate.h"
 
-extern PyMethodDef merge_methods[]; /* merge_add, merge_subtract, merge_switch */
+/* May C write to a weight now? `undo`: there is a record, which only the kernels can read, so the switch for fast paths
+ * does not matter. */
+bool merge_is_possible(const module_state *state, bool undo);
+
+extern PyMethodDef merge_methods[];    /* merge_add, merge_subtract, merge_switch */
+extern PyMethodDef exchange_methods[]; /* exchange, digest */
 
 #endif

@@ -134,6 +134,17 @@ int pk_record_matches(const pk_mat *w, const pk_record *record, pk_parallel_fn p
 int pk_switch(const pk_mat *w, const pk_delta *old, const pk_record *old_record, const pk_delta *new_, unsigned flags,
               pk_record *record, void *work, pk_parallel_fn par);
 
+/* ------------------------------------------------------------------------------------ replacing a weight as a whole */
+
+/* w and other, two arrays of n elements, change places; with `add`, w becomes round(w + other) and other what w was.
+ * digest: that of the new w. With PK_CHECK and a result that is not finite: PK_NONFINITE, w has its old bits again, and
+ * other holds what was not wanted. */
+int pk_exchange(pk_dtype dtype, void *w, void *other, int64_t n, int add, unsigned flags, uint64_t *digest,
+                pk_parallel_fn par);
+
+/* A digest of n elements' bits, the same on every machine and for every number of threads. */
+int pk_digest(pk_dtype dtype, const void *w, int64_t n, uint64_t *digest, pk_parallel_fn par);
+
 /* ------------------------------------------------------------------------------------------------------ small words */
 
 /* 1: all elements finite, 0: not, PK_EINVAL. */

@@ -124,6 +124,9 @@ class Difference:
 
     @staticmethod
     def digest_of(tensor: torch.Tensor) -> int:
+        digest = _C.digest(tensor)
+        if digest is not None:
+            return digest
         bits = _bits(tensor)
         bits = bits.view(tensor.shape[0] if tensor.ndim and bits.numel() else 1, -1)
         words = 8 // bits.element_size()  # 8 bytes at a time are summed several times faster
@@ -142,6 +145,23 @@ class Difference:
                 index, values = wrong, values[wrong]
         return cls(cls.digest_of(new), index, values.clone())
 
+    @classmethod
+    def exchange(
+        cls, view: BaseView, tensor: torch.Tensor, value: torch.Tensor, add: bool, check: bool
+    ) -> Difference | None:
+        """tensor = value (`add`: tensor + value) and the record of what it was, made in the memory of `value`, which
+        nobody else may hold; None with `check` if a result is not finite: nothing has changed then."""
+        done = _C.exchange(tensor, value, add, check, view.tensor)
+        if done is not None:
+            finite, digest = done
+            return cls(digest, None, value) if finite else None
+        new = _wider_sum(tensor, value, 1) if add else value
+        if check and not torch.isfinite(new).all():
+            return None
+        old = tensor.clone()
+        _write(view, tensor, new)
+        return cls(cls.digest_of(tensor), None, old)
+
     def mismatch(self, tensor: torch.Tensor, fits: bool) -> str | None:
         """What has happened to `tensor` since the merge, if anything; `fits`: it has the dtype and shape it had."""
         if not fits or self.old.device != tensor.device:
@@ -150,10 +170,10 @@ class Difference:
 
     def restore(self, tensor: torch.Tensor, undone: torch.Tensor | None) -> torch.Tensor:
         """The old values, given the merged `tensor` less its change (`undone`; None: they are all here)."""
-        bits = self.old
-        if self.index is not None:
-            bits = _bits(undone).clone()
-            bits[self.index] = self.old
+        if self.index is None:
+            return self.old.view(tensor.dtype).view(tensor.shape)
+        bits = _bits(undone).clone()
+        bits[self.index] = self.old
         return bits.view(tensor.dtype).view(tensor.shape)
 
     def nbytes(self) -> int:
@@ -382,16 +402,37 @@ def _merge_group(layer: Any, step: Merge, targets: dict, plans: dict, safe_merge
             continue
         tensor = _weight(view, layer)
         large = tensor.numel() > LARGE and not all(isinstance(change, LowRank) for change in changes)
-        before = tensor.clone() if large and record else None
-        changes = [change.snapshot() if isinstance(change, LowRank) else _values_of(change) for change in changes]
-        finite, undo = _add(view, tensor, changes, safe_merge, record and not large)
         if large and record:
-            undo = Difference.between(before, tensor, None)
-            if not finite:
-                tensor.copy_(before)
+            undo = _add_large(view, tensor, changes, safe_merge, layer)
+            changes, finite = [], undo is not None
+        else:
+            changes = [change.snapshot() if isinstance(change, LowRank) else _values_of(change) for change in changes]
+            finite, undo = _add(view, tensor, changes, safe_merge, record)
         if not finite:
             raise _broken(step.adapters)
         step.saved.append(Saved(label, [] if large else changes, undo, _meta(tensor)))
+
+
+def _add_large(
+    view: BaseView, tensor: torch.Tensor, changes: list[Change], check: bool, layer: Any
+) -> Difference | None:
+    """tensor += the changes; the record is a copy of the old values. None as in `Difference.exchange`."""
+    deltas = [_delta(view, change if isinstance(change, LowRank) else change(), tensor.shape) for change in changes]
+    if len(deltas) == 1 and deltas[0].dtype == tensor.dtype:
+        return Difference.exchange(view, tensor, _own(deltas[0], tensor, layer), True, check)
+    new = tensor
+    for delta in deltas:
+        new = _wider_sum(new, delta, 1)
+    return Difference.exchange(view, tensor, new, False, check)
+
+
+def _own(value: torch.Tensor, tensor: torch.Tensor, layer: Any) -> torch.Tensor:
+    """`value` with the dtype and layout of `tensor`, in memory that is no parameter's or buffer's of the layer."""
+    value = value.detach()
+    if value.dtype != tensor.dtype or value.device != tensor.device or value.stride() != tensor.stride():
+        return torch.empty_like(tensor).copy_(value)
+    taken = {own.untyped_storage().data_ptr() for own in (*layer.parameters(), *layer.buffers())}
+    return value.clone() if value.untyped_storage().data_ptr() in taken else value
 
 
 def _merge_variant(layer: Any, step: Merge, targets: dict, plans: dict, safe_merge: bool) -> None:
@@ -426,12 +467,12 @@ def _merge_replacement(layer: Any, step: Merge, targets: dict, plans: dict, safe
     replace = next(change for change in plans[name].values() if isinstance(change, Replace))
     for label, merged in replace.merged(targets).items():
         tensor = _weight(targets[label], layer)
-        merged = merged.detach().to(tensor.dtype)
-        if safe_merge and not torch.isfinite(merged).all():
+        if (merged.data_ptr(), merged.stride()) == (tensor.data_ptr(), tensor.stride()):  # it does not change
+            continue
+        undo = Difference.exchange(targets[label], tensor, _own(merged, tensor, layer), False, safe_merge)
+        if undo is None:
             raise _broken(step.adapters, "bias" if label == "bias" else "weights")
-        undo = Difference.between(tensor, merged, None)
         step.saved.append(Saved(label, [], undo, _meta(tensor)))
-        _write(targets[label], tensor, merged)
 
 
 def _undo(layer: Any, step: Merge, targets: dict) -> list[str]:

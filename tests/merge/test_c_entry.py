@@ -108,6 +108,76 @@ def test_a_foreign_or_cut_record_is_not_trusted():
         torch.testing.assert_close(w, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_exchange(dtype):
+    torch.manual_seed(0)
+    for shape, order in (
+        ((7, 5), (0, 1)),
+        ((130, 101), (1, 0)),
+        ((3, 4, 5, 6), (0, 2, 3, 1)),
+        ((0, 3), (0, 1)),
+        ((), ()),
+    ):
+        w = torch.randn(shape, dtype=dtype).permute(order)
+        for add in (False, True):
+            other = torch.randn(shape, dtype=dtype).permute(order)
+            before, wanted = w.clone(), w + other if add else other.clone()
+            version, digest = w._version, _C.digest(w)
+            assert _C.exchange(w, other, add, True, w) == (True, _C.digest(wanted))
+            assert torch.equal(w, wanted) and torch.equal(other, before) and w._version == version + 1
+            assert _C.digest(other) == digest
+            assert not w.numel() or _C.digest(w) != digest
+
+
+def test_exchange_of_what_is_not_finite():
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        for add in (False, True):
+            w = torch.randn(100, 99)
+            before, other = w.clone(), torch.randn(100, 99)
+            other[57, 3] = bad
+            assert _C.exchange(w, other.clone(), add, True, w) == (False, 0)
+            assert torch.equal(w, before)
+            assert _C.exchange(w, other.clone(), add, False, w)[0] is True
+            assert not torch.isfinite(w).all()
+
+
+def test_what_exchange_refuses():
+    w = torch.randn(6, 5)
+    before = w.clone()
+    for other in (
+        w,
+        w[:, :],
+        torch.randn(5, 6).T,
+        torch.randn(6, 5).double(),
+        torch.randn(5, 6),
+        torch.randn(12, 5)[::2],
+    ):
+        assert _C.exchange(w, other, False, False, w) is None
+    assert _C.exchange(w[:, :3], torch.randn(6, 3), False, False, w) is None
+    assert _C.digest(w[:, :3]) is None and _C.digest(w.to_sparse()) is None and _C.digest(w.int()) is None
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    other = torch.randn(6, 5)
+    with TorchDispatchMode():
+        assert _C.exchange(w, other, False, False, w) is None
+    assert torch.equal(w, before)
+    with pytest.raises(TypeError):
+        _C.exchange(w, w)
+
+
+def test_digests_do_not_depend_on_threads():
+    torch.manual_seed(0)
+    w, threads = torch.randn(301, 207), torch.get_num_threads()
+    try:
+        digests = set()
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            digests.add(_C.digest(w))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(digests) == 1
+
+
 def test_versions_and_threads():
     torch.manual_seed(0)
     A, B = factors(300, 200, 8)

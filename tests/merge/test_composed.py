@@ -21,6 +21,14 @@ def composed(monkeypatch):
         def merge_subtract(*_):
             return None
 
+        @staticmethod
+        def exchange(*_):
+            return None
+
+        @staticmethod
+        def digest(_):
+            return None
+
     monkeypatch.setattr(law, "_C", Off)
 
 
