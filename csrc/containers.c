@@ -1,18 +1,10 @@
 /* containers.c: see containers.h. */
 #include "containers.h"
 
-/* The item `key` of object.__dict__ when it is a dict: new reference, else NULL (exception set only on failure). */
-static PyObject *own_dict(PyObject *object, PyObject *key) {
-    PyObject *dict = PyObject_GenericGetDict(object, NULL);
-    if (dict == NULL) {
-        if (PyErr_ExceptionMatches(PyExc_AttributeError)) PyErr_Clear();
-        return NULL;
-    }
+/* dict[key] if that is a dict: new reference, else NULL (exception set only on failure). */
+static PyObject *dict_item(PyObject *dict, PyObject *key) {
     PyObject *item = PyDict_GetItemWithError(dict, key);
-    if (item != NULL && !PyDict_Check(item)) item = NULL;
-    Py_XINCREF(item);
-    Py_DECREF(dict);
-    return item;
+    return item != NULL && (PyDict_CheckExact(item) || PyDict_Check(item)) ? Py_NewRef(item) : NULL;
 }
 
 void containers_free(containers *all) {
@@ -24,45 +16,47 @@ void containers_free(containers *all) {
     Py_XDECREF(all->names);
 }
 
+/* Opens a ModuleDict or ParameterDict by its dicts: 1, or 0 if `self->object` is neither, or -1 with an exception. */
+static int module_open(const module_state *state, container *self) {
+    PyObject *const type = (PyObject *)Py_TYPE(self->object);
+    const int parameters = type == state->objects.ParameterDict;
+    if (!parameters && type != state->objects.ModuleDict) return 0;
+    PyObject *dict = PyObject_GenericGetDict(self->object, NULL);
+    if (dict == NULL) return -1;
+    self->entries = dict_item(dict, parameters ? state->names._parameters : state->names._modules);
+    self->order = parameters ? dict_item(dict, state->names._keys) : Py_XNewRef(self->entries);
+    Py_DECREF(dict);
+    return PyErr_Occurred() ? -1 : self->entries != NULL && self->order != NULL;
+}
+
 static int container_open(const module_state *state, PyObject *layer, PyObject *children, container *self) {
     self->object = children ? PyDict_GetItemWithError(children, self->name) : NULL;
     Py_XINCREF(self->object);
     if (self->object == NULL) {
         if (PyErr_Occurred() || (self->object = PyObject_GetAttr(layer, self->name)) == NULL) return -1;
     }
-    PyObject *type = (PyObject *)Py_TYPE(self->object);
-    if (type == state->objects.ModuleDict) {
-        self->entries = own_dict(self->object, state->names._modules);
-        self->order = self->entries;
-        Py_XINCREF(self->order);
-    } else if (type == state->objects.ParameterDict) {
-        self->entries = own_dict(self->object, state->names._parameters);
-        self->order = own_dict(self->object, state->names._keys);
-    }
-    if (PyErr_Occurred()) return -1;
-    if (self->entries != NULL && self->order != NULL) return 0;
+    const int opened = module_open(state, self);
+    if (opened != 0) return opened < 0 ? -1 : 0;
     /* any other mapping: a copy of its items */
     Py_CLEAR(self->order);
     Py_CLEAR(self->entries);
     PyObject *items = PyObject_CallMethod(self->object, "items", NULL);
     if (items != NULL && (self->entries = PyDict_New()) != NULL &&
         PyDict_MergeFromSeq2(self->entries, items, 1) == 0) {
-        self->order = self->entries;
-        Py_INCREF(self->order);
+        self->order = Py_NewRef(self->entries);
     }
     Py_XDECREF(items);
     return self->order != NULL ? 0 : -1;
 }
 
-int containers_open(const module_state *state, PyObject *layer, PyObject *dict, containers *all) {
+int containers_open(const module_state *state, const class_facts *facts, PyObject *layer, PyObject *dict,
+                    containers *all) {
     int rc = -1;
-    PyObject *children = PyDict_GetItemWithError(dict, state->names._modules), *names;
+    PyObject *children = dict_item(dict, state->names._modules), *names;
     if (children == NULL && PyErr_Occurred()) return -1;
-    if (children != NULL && !PyDict_Check(children)) children = NULL;
-    Py_XINCREF(children);
     all->count = 0;
     all->names = NULL;
-    if ((names = PyObject_GetAttr(layer, state->names.adapter_layer_names)) == NULL) goto done;
+    if ((names = layer_attribute(state, facts, layer, dict, LAYER_NAMES)) == NULL) goto done;
     all->names = PySequence_Tuple(names);
     Py_DECREF(names);
     if (all->names == NULL) goto done;

@@ -2,7 +2,7 @@
 #ifndef PEFT_C_CONTAINERS_H
 #define PEFT_C_CONTAINERS_H
 
-#include "state.h"
+#include "classes.h"
 
 typedef struct {
     PyObject *name;    /* borrowed: the attribute's name */
@@ -21,7 +21,8 @@ typedef struct {
 } containers;
 
 /* Opens what layer.adapter_layer_names lists; `dict` is layer.__dict__. 0, or -1 with an exception and nothing to free. */
-int containers_open(const module_state *state, PyObject *layer, PyObject *dict, containers *all);
+int containers_open(const module_state *state, const class_facts *facts, PyObject *layer, PyObject *dict,
+                    containers *all);
 void containers_free(containers *all);
 /* The entry of `adapter`: new reference, or NULL (exception set only on failure). */
 PyObject *container_get(const container *self, PyObject *adapter);

@@ -1,118 +1,70 @@
 /* grads.c: see grads.h. */
 #include "grads.h"
 
-#include "containers.h"
+#include "flags.h"
 
 #include <string.h>
 
-/* --- flags of tensors and of entries --- */
-
-/* 1 or 0: the flag of a tensor; -1 with an exception. */
-static int flag_of(const module_state *state, PyObject *tensor) {
-    PyObject *flag = PyObject_GetAttr(tensor, state->names.requires_grad);
-    if (flag == NULL) return -1;
-    const int value = PyObject_IsTrue(flag);
-    Py_DECREF(flag);
-    return value;
+/* Puts a new reference to `value` in the place of an owned one. */
+static void replace(PyObject **place, PyObject *value) {
+    PyObject *old = *place;
+    Py_XINCREF(value);
+    *place = value;
+    Py_XDECREF(old);
 }
 
-static int tensor_set(const module_state *state, journal *log, PyObject *tensor, int flag) {
-    const int old = flag_of(state, tensor);
-    if (old < 0 || old == flag) return old < 0 ? -1 : 0;
-    if (old) { /* results of a computation keep their flag */
-        PyObject *leaf = PyObject_GetAttr(tensor, state->names.is_leaf);
-        if (leaf == NULL) return -1;
-        const int is_leaf = PyObject_IsTrue(leaf);
-        Py_DECREF(leaf);
-        if (is_leaf <= 0) return is_leaf;
+int switch_names(switch_call *call, PyObject *names) {
+    PyObject *tuple = PyUnicode_Check(names) ? PyTuple_Pack(1, names) : PySequence_Tuple(names);
+    if (tuple == NULL) return -1;
+    const int same = call->names ? PyObject_RichCompareBool(call->names, tuple, Py_EQ) : 0;
+    if (same == 0) { /* what was found out holds for the names before */
+        replace(&call->ledger, NULL);
+        replace(&call->written, NULL);
+        replace(&call->names, tuple);
     }
-    if (PyObject_SetAttr(tensor, state->names.requires_grad, flag ? Py_True : Py_False) < 0) return -1;
-    return log != NULL ? journal_add(log, tensor, NULL, flag ? Py_False : Py_True) : 0;
+    Py_DECREF(tuple);
+    return same < 0 ? -1 : 0;
 }
 
-typedef struct {
-    const module_state *state;
-    journal *log;
-    PyObject *list; /* visit_list: gets (tensor, flag) */
-    int flag;       /* visit_set: the flag to set */
-    int trainable;  /* visit_freeze: becomes 1 when a tensor was trainable */
-} visit_context;
-
-typedef int (*visit)(visit_context *context, PyObject *tensor);
-
-static int visit_set(visit_context *context, PyObject *tensor) {
-    return tensor_set(context->state, context->log, tensor, context->flag);
-}
-
-static int visit_freeze(visit_context *context, PyObject *tensor) {
-    const int flag = flag_of(context->state, tensor);
-    if (flag <= 0) return flag;
-    context->trainable = 1;
-    return tensor_set(context->state, context->log, tensor, 0);
-}
-
-static int visit_list(visit_context *context, PyObject *tensor) {
-    const int flag = flag_of(context->state, tensor);
-    if (flag < 0) return -1;
-    PyObject *pair = PyTuple_Pack(2, tensor, flag ? Py_True : Py_False);
-    if (pair == NULL) return -1;
-    const int rc = PyList_Append(context->list, pair);
-    Py_DECREF(pair);
-    return rc;
-}
-
-static int each_of_iterable(PyObject *iterable, visit call, visit_context *context) {
-    PyObject *iterator = PyObject_GetIter(iterable), *item = NULL;
-    if (iterator == NULL) return -1;
-    int rc = 0;
-    while (rc == 0 && (item = PyIter_Next(iterator)) != NULL) {
-        rc = call(context, item);
-        Py_DECREF(item);
-    }
-    Py_DECREF(iterator);
-    return rc < 0 || PyErr_Occurred() ? -1 : 0;
-}
-
-/* Calls `call` on every tensor of an entry: the tensor itself, or the parameters of a module. */
-static int entry_visit(PyObject *entry, visit call, visit_context *context) {
-    const module_state *state = context->state;
-    PyTypeObject *type = Py_TYPE(entry);
-    if ((PyObject *)type == state->objects.Parameter) return call(context, entry);
-    if ((PyObject *)type != state->objects.Linear) {
-        const int tensor = PyObject_IsInstance(entry, state->objects.Tensor);
-        if (tensor != 0) return tensor < 0 ? -1 : call(context, entry);
-    }
-    int rc = -1;
-    PyObject *dict = PyObject_GenericGetDict(entry, NULL), *parameters = NULL, *modules = NULL, *values = NULL;
-    if (dict == NULL) PyErr_Clear();
-    if (dict != NULL) parameters = PyDict_GetItemWithError(dict, state->names._parameters);
-    if (parameters != NULL) modules = PyDict_GetItemWithError(dict, state->names._modules);
-    Py_XINCREF(parameters);
-    Py_XINCREF(modules);
-    if (PyErr_Occurred()) goto done;
-    if (modules != NULL && PyDict_Check(modules) && PyDict_Size(modules) == 0 &&
-        PyDict_Check(parameters)) { /* a plain module without children, such as nn.Linear */
-        Py_ssize_t position = 0;
-        PyObject *key, *tensor;
-        rc = 0;
-        while (rc == 0 && PyDict_Next(parameters, &position, &key, &tensor)) {
-            if (tensor == Py_None) continue;
-            Py_INCREF(tensor);
-            rc = call(context, tensor);
-            Py_DECREF(tensor);
-        }
-    } else if ((values = PyObject_CallMethod(entry, "parameters", NULL)) != NULL) {
-        rc = each_of_iterable(values, call, context);
-    }
-done:
-    Py_XDECREF(values);
-    Py_XDECREF(modules);
-    Py_XDECREF(parameters);
-    Py_XDECREF(dict);
+int switch_end(switch_call *call, int rc) {
+    if (rc < 0) journal_undo(call->state, &call->log);
+    journal_free(&call->log);
+    class_table_free(&call->classes);
+    Py_XDECREF(call->names);
+    Py_XDECREF(call->ledger);
+    Py_XDECREF(call->suspects);
+    Py_XDECREF(call->written);
+    Py_XDECREF(call->paused.names);
+    Py_XDECREF(call->paused.containers);
+    Py_XDECREF(call->paused.trainable);
+    Py_XDECREF(call->paused.pairs);
     return rc;
 }
 
 /* --- the ledger --- */
+
+static PyObject *ledger_of(const module_state *state, PyObject *dict) {
+    PyObject *ledger = PyDict_GetItemWithError(dict, state->names._adapter_ledger);
+    return ledger != NULL && PyTuple_Check(ledger) && PyTuple_Size(ledger) == 2 ? ledger : NULL;
+}
+
+/* Numbers of entries that a ledger (may be NULL) was written for; NULL if it is not for these containers. */
+static const int32_t *ledger_sizes(PyObject *ledger, const containers *all) {
+    PyObject *bytes = ledger ? PyTuple_GetItem(ledger, 1) : NULL;
+    if (bytes == NULL || !PyBytes_Check(bytes)) return NULL;
+    const int32_t *sizes = (const int32_t *)(const void *)PyBytes_AsString(bytes);
+    if (PyBytes_Size(bytes) != (Py_ssize_t)((size_t)all->count * sizeof *sizes)) return NULL;
+    for (int k = 0; k < all->count; k++) {
+        if (all->sizes[k] < sizes[k]) return NULL;
+    }
+    return sizes;
+}
+
+/* Whether nothing was added to the containers since the ledger was written. */
+static int is_current(PyObject *ledger, const containers *all) {
+    const int32_t *sizes = ledger_sizes(ledger, all);
+    return sizes != NULL && memcmp(sizes, all->sizes, (size_t)all->count * sizeof *sizes) == 0;
+}
 
 static int set_update_last(PyObject *set, PyObject *order, Py_ssize_t count) {
     PyObject *reversed = PyObject_CallMethod(order, "__reversed__", NULL), *key;
@@ -134,248 +86,255 @@ static int set_add(PyObject *set, PyObject *names) {
     return rc;
 }
 
-/* Names that may be trainable, by the ledger, by being active, or added since: new set, or NULL with an exception. */
-static PyObject *suspects(const module_state *state, PyObject *dict, const containers *all) {
-    PyObject *ledger = PyDict_GetItemWithError(dict, state->names._adapter_ledger), *set = NULL;
-    const int32_t *sizes = NULL;
-    if (ledger == NULL && PyErr_Occurred()) return NULL;
-    if (ledger != NULL && PyTuple_Check(ledger) && PyTuple_Size(ledger) == 2) {
-        PyObject *bytes = PyTuple_GetItem(ledger, 1);
-        if (PyBytes_Check(bytes) && PyBytes_Size(bytes) == (Py_ssize_t)((size_t)all->count * sizeof *sizes)) {
-            sizes = (const int32_t *)(const void *)PyBytes_AsString(bytes);
-        }
-        for (int i = 0; sizes != NULL && i < all->count; i++) {
-            if (all->sizes[i] < sizes[i]) sizes = NULL;
-        }
+/* Whether call->suspects and call->names have all active adapters (a name or a list). */
+static int covers(const switch_call *call, PyObject *active) {
+    const int single = active != NULL && PyUnicode_Check(active);
+    int found = 1;
+    if (active == NULL || (!single && !PyList_Check(active))) return 1;
+    for (Py_ssize_t i = single ? 1 : PyList_Size(active); found == 1 && i-- > 0;) {
+        PyObject *const name = single ? active : PyList_GetItem(active, i);
+        found = call->names ? PySequence_Contains(call->names, name) : 0;
+        if (found == 0) found = PySequence_Contains(call->suspects, name);
     }
-    if ((set = PySet_New(sizes ? PyTuple_GetItem(ledger, 0) : NULL)) == NULL) return NULL;
-    for (int i = 0; i < all->count; i++) {
-        const Py_ssize_t added = all->sizes[i] - (sizes ? sizes[i] : 0);
-        if (added > 0 && set_update_last(set, all->items[i].order, added) < 0) {
-            Py_CLEAR(set);
-            break;
-        }
-    }
-    PyObject *active = PyDict_GetItemWithError(dict, state->names._active_adapter);
-    if (set != NULL && active != NULL && set_add(set, active) < 0) Py_CLEAR(set);
-    if (PyErr_Occurred()) Py_CLEAR(set);
-    return set;
+    return found;
 }
 
-/* 1 if a frozenset has exactly the names of a list or tuple without repetitions. */
+/* Collects what `suspects` returns. */
+static PyObject *suspects_collect(switch_call *call, PyObject *ledger, PyObject *active, const containers *all) {
+    const int32_t *sizes = ledger_sizes(ledger, all);
+    PyObject *set = PySet_New(sizes ? PyTuple_GetItem(ledger, 0) : NULL), *result = NULL;
+    if (set == NULL) return NULL;
+    for (int k = 0; k < all->count; k++) {
+        const Py_ssize_t added = all->sizes[k] - (sizes ? sizes[k] : 0);
+        if (added > 0 && set_update_last(set, all->items[k].order, added) < 0) goto done;
+    }
+    if (active != NULL && set_add(set, active) < 0) goto done;
+    for (Py_ssize_t i = call->names ? PyTuple_Size(call->names) : 0; i-- > 0;) {
+        if (PySet_Discard(set, PyTuple_GetItem(call->names, i)) < 0) goto done;
+    }
+    result = PySequence_Tuple(set);
+done:
+    Py_DECREF(set);
+    return result;
+}
+
+/* The names that may be trainable, by the ledger, by being active, or added since, and are not in call->names: a tuple
+ * that belongs to the call, or NULL with an exception. */
+static PyObject *suspects(switch_call *call, PyObject *dict, const containers *all) {
+    PyObject *ledger = ledger_of(call->state, dict);
+    PyObject *active = PyErr_Occurred() ? NULL : PyDict_GetItemWithError(dict, call->state->names._active_adapter);
+    if (PyErr_Occurred()) return NULL;
+    const int current = is_current(ledger, all);
+    const int known = current && ledger == call->ledger ? covers(call, active) : 0;
+    if (known != 0) return known < 0 ? NULL : call->suspects;
+    PyObject *names = suspects_collect(call, ledger, active, all);
+    if (names == NULL) return NULL;
+    replace(&call->ledger, current ? ledger : NULL);
+    replace(&call->suspects, names);
+    Py_DECREF(names);
+    return call->suspects;
+}
+
+/* 1 if a set has exactly the names of a tuple. */
 static int same_names(PyObject *set, PyObject *names) {
-    Py_ssize_t left = PySequence_Size(names);
+    Py_ssize_t left = PyTuple_Size(names);
     int same = left == PySet_Size(set);
-    while (same > 0 && left-- > 0) {
-        PyObject *name = PySequence_GetItem(names, left);
-        same = name ? PySet_Contains(set, name) : -1;
-        Py_XDECREF(name);
-    }
-    return same > 0;
+    while (same > 0 && left-- > 0) same = PySet_Contains(set, PyTuple_GetItem(names, left));
+    return same;
 }
 
-/* Writes the ledger of the adapters in `names` (a list or tuple). */
-static int ledger_write(const module_state *state, journal *log, PyObject *dict, const containers *all,
-                        PyObject *names) {
-    int rc = -1;
-    const size_t size = (size_t)all->count * sizeof all->sizes[0];
-    PyObject *set = NULL, *bytes = NULL, *ledger = log ? log->ledger : NULL;
-    if (ledger != NULL) { /* written in the same call */
-        PyObject *sizes = PyTuple_GetItem(ledger, 1);
-        if (PyBytes_Size(sizes) != (Py_ssize_t)size || memcmp(PyBytes_AsString(sizes), all->sizes, size) != 0 ||
-            !same_names(PyTuple_GetItem(ledger, 0), names)) {
-            ledger = NULL;
+/* Writes the ledger of the adapters in `names` (a tuple), the same in all of one call. */
+static int ledger_write(switch_call *call, PyObject *dict, const containers *all, PyObject *names) {
+    if (!is_current(call->written, all)) {
+        PyObject *known = ledger_of(call->state, dict), *set = NULL, *bytes = NULL, *ledger = NULL;
+        if (known != NULL && is_current(known, all) && same_names(PyTuple_GetItem(known, 0), names) > 0) {
+            ledger = Py_NewRef(known);
+        } else if (!PyErr_Occurred()) {
+            set = PyFrozenSet_New(names);
+            bytes = PyBytes_FromStringAndSize((const char *)all->sizes,
+                                              (Py_ssize_t)((size_t)all->count * sizeof all->sizes[0]));
+            if (set != NULL && bytes != NULL) ledger = PyTuple_Pack(2, set, bytes);
         }
-        if (PyErr_Occurred()) return -1;
-        Py_XINCREF(ledger);
+        Py_XDECREF(set);
+        Py_XDECREF(bytes);
+        if (ledger == NULL) return -1;
+        replace(&call->written, ledger);
+        Py_DECREF(ledger);
     }
-    if (ledger == NULL) {
-        set = PyFrozenSet_New(names);
-        bytes = PyBytes_FromStringAndSize((const char *)all->sizes, (Py_ssize_t)size);
-        if (set != NULL && bytes != NULL) ledger = PyTuple_Pack(2, set, bytes);
-    }
-    if (ledger != NULL) rc = dict_write(log, dict, state->names._adapter_ledger, ledger);
-    if (rc == 0 && log != NULL && log->ledger != ledger) {
-        Py_XDECREF(log->ledger);
-        Py_INCREF(ledger);
-        log->ledger = ledger;
-    }
-    Py_XDECREF(set);
-    Py_XDECREF(bytes);
-    Py_XDECREF(ledger);
-    return rc;
+    return dict_write(&call->log, dict, call->state->names._adapter_ledger, call->written);
 }
 
-/* Adds `names` (a set) to the ledger, if there is one. */
-static int ledger_add(const module_state *state, journal *log, PyObject *dict, PyObject *names) {
-    PyObject *ledger = PyDict_GetItemWithError(dict, state->names._adapter_ledger), *set = NULL, *changed = NULL;
-    if (ledger == NULL || !PyTuple_Check(ledger) || PyTuple_Size(ledger) != 2) return PyErr_Occurred() ? -1 : 0;
-    int rc = -1;
-    if ((set = PyNumber_Or(PyTuple_GetItem(ledger, 0), names)) != NULL &&
-        (changed = PyTuple_Pack(2, set, PyTuple_GetItem(ledger, 1))) != NULL) {
-        rc = dict_write(log, dict, state->names._adapter_ledger, changed);
+/* Adds a name to a ledger: a new one, or a new reference to the old one if it has the name. */
+static PyObject *ledger_with(PyObject *ledger, PyObject *name) {
+    const int known = PySet_Contains(PyTuple_GetItem(ledger, 0), name);
+    if (known != 0) return known < 0 ? NULL : Py_NewRef(ledger);
+    PyObject *one = PySet_New(NULL), *set = NULL, *result = NULL;
+    if (one != NULL && PySet_Add(one, name) == 0 && (set = PyNumber_Or(PyTuple_GetItem(ledger, 0), one)) != NULL) {
+        result = PyTuple_Pack(2, set, PyTuple_GetItem(ledger, 1));
     }
+    Py_XDECREF(one);
     Py_XDECREF(set);
-    Py_XDECREF(changed);
-    return rc;
+    return result;
+}
+
+/* Adds call->names to the ledger, if there is one. */
+static int ledger_add(switch_call *call, PyObject *dict) {
+    PyObject *ledger = ledger_of(call->state, dict);
+    if (ledger == NULL) return PyErr_Occurred() ? -1 : 0;
+    if (ledger != call->ledger) {
+        PyObject *result = Py_NewRef(ledger);
+        for (Py_ssize_t i = 0; result != NULL && i < PyTuple_Size(call->names); i++) {
+            PyObject *more = ledger_with(result, PyTuple_GetItem(call->names, i));
+            Py_DECREF(result);
+            result = more;
+        }
+        if (result == NULL) return -1;
+        replace(&call->ledger, ledger);
+        replace(&call->written, result);
+        Py_DECREF(result);
+    }
+    return dict_write(&call->log, dict, call->state->names._adapter_ledger, call->written);
 }
 
 /* --- the operations --- */
 
-/* Visits every entry of the adapters in `names` (any iterable) in all containers; `wanted` decides the flag, if given. */
-static int each_entry(const containers *all, PyObject *names, PyObject *wanted, visit call, visit_context *context) {
-    PyObject *iterator = PyObject_GetIter(names), *name;
-    if (iterator == NULL) return -1;
-    int rc = 0;
-    while (rc == 0 && (name = PyIter_Next(iterator)) != NULL) {
-        if (wanted != NULL) rc = context->flag = PySequence_Contains(wanted, name);
-        if (rc > 0) rc = 0;
-        for (int i = 0; rc == 0 && i < all->count; i++) {
-            PyObject *entry = all->sizes[i] ? container_get(&all->items[i], name) : NULL;
-            if (entry != NULL) rc = entry_visit(entry, call, context);
-            Py_XDECREF(entry);
-            if (PyErr_Occurred()) rc = -1;
-        }
-        Py_DECREF(name);
-    }
-    Py_DECREF(iterator);
-    return rc < 0 || PyErr_Occurred() ? -1 : 0;
-}
-
-int grads_set_adapter(const module_state *state, journal *log, PyObject *layer, PyObject *dict, PyObject *names,
-                      int frozen) {
+int grads_set_adapter(switch_call *call, const class_facts *facts, PyObject *layer, PyObject *dict, int frozen) {
     containers all;
-    if (containers_open(state, layer, dict, &all) < 0) return -1;
+    if (containers_open(call->state, facts, layer, dict, &all) < 0) return -1;
     int rc = -1;
-    visit_context context = {.state = state, .log = log};
-    PyObject *nobody = frozen ? PyTuple_New(0) : NULL, *wanted = frozen ? nobody : names;
-    PyObject *set = wanted ? suspects(state, dict, &all) : NULL;
-    if (set == NULL) goto done;
-    if (set_add(set, names) < 0) goto done;
-    if (each_entry(&all, set, wanted, visit_set, &context) < 0) goto done;
-    rc = ledger_write(state, log, dict, &all, wanted);
+    const visitor off = {call->state, &call->log, OFF, NULL}, on = {call->state, &call->log, frozen ? OFF : ON, NULL};
+    PyObject *others = suspects(call, dict, &all), *nobody = frozen ? PyTuple_New(0) : NULL;
+    if (others == NULL || (frozen && nobody == NULL)) goto done;
+    if (names_visit(&off, &all, others, NULL) < 0 || names_visit(&on, &all, call->names, NULL) < 0) goto done;
+    rc = ledger_write(call, dict, &all, frozen ? nobody : call->names);
 done:
-    Py_XDECREF(set);
     Py_XDECREF(nobody);
     containers_free(&all);
     return rc;
 }
 
-int grads_set(const module_state *state, journal *log, PyObject *layer, PyObject *dict, PyObject *names, int flag) {
+int grads_set(switch_call *call, const class_facts *facts, PyObject *layer, PyObject *dict, int flag) {
     containers all;
-    if (containers_open(state, layer, dict, &all) < 0) return -1;
-    visit_context context = {.state = state, .log = log, .flag = flag};
-    int rc = flag ? ledger_add(state, log, dict, names) : 0;
-    if (rc == 0) rc = each_entry(&all, names, NULL, visit_set, &context);
+    if (containers_open(call->state, facts, layer, dict, &all) < 0) return -1;
+    const visitor turn = {call->state, &call->log, flag ? ON : OFF, NULL};
+    int rc = flag ? ledger_add(call, dict) : 0;
+    if (rc == 0) rc = names_visit(&turn, &all, call->names, NULL);
     containers_free(&all);
     return rc;
 }
 
-/* Freezes the entries of `names`; appends (container, adapter) of those that were trainable to `list`. */
-static int freeze_and_note(const module_state *state, journal *log, const containers *all, PyObject *names,
-                           PyObject *list) {
-    PyObject *iterator = PyObject_GetIter(names), *name;
-    if (iterator == NULL) return -1;
-    int rc = 0;
-    while (rc == 0 && (name = PyIter_Next(iterator)) != NULL) {
-        for (int i = 0; rc == 0 && i < all->count; i++) {
-            visit_context context = {.state = state, .log = log};
-            PyObject *entry = all->sizes[i] ? container_get(&all->items[i], name) : NULL, *pair = NULL;
-            if (entry != NULL) rc = entry_visit(entry, visit_freeze, &context);
-            Py_XDECREF(entry);
-            if (rc == 0 && context.trainable) {
-                pair = PyTuple_Pack(2, all->items[i].name, name);
-                rc = pair ? PyList_Append(list, pair) : -1;
-                Py_XDECREF(pair);
-            }
-            if (PyErr_Occurred()) rc = -1;
-        }
-        Py_DECREF(name);
+/* The pairs (container, adapter) of which `trainable` has a 1: new tuple. Layers that are alike share it. */
+static PyObject *paused_pairs(switch_call *call, const containers *all, PyObject *names, PyObject *trainable) {
+    if (call->paused.names == names && call->paused.containers == all->names) {
+        const int same = PyObject_RichCompareBool(call->paused.trainable, trainable, Py_EQ);
+        if (same != 0) return same < 0 ? NULL : Py_NewRef(call->paused.pairs);
     }
-    Py_DECREF(iterator);
-    return rc < 0 || PyErr_Occurred() ? -1 : 0;
-}
-
-int grads_disable(const module_state *state, journal *log, PyObject *layer, PyObject *dict, int remember) {
-    containers all;
-    if (containers_open(state, layer, dict, &all) < 0) return -1;
-    int rc = -1;
-    PyObject *list = PyList_New(0), *memory = NULL, *nobody = PyTuple_New(0), *set = suspects(state, dict, &all);
-    if (set == NULL || nobody == NULL || list == NULL) goto done;
-    if (freeze_and_note(state, log, &all, set, list) < 0) goto done;
-    if (remember) {
-        if ((memory = PyList_AsTuple(list)) == NULL) goto done;
-        if (dict_write(log, dict, state->names._disabled_trainable, memory) < 0) goto done;
+    const char *flags = PyBytes_AsString(trainable);
+    PyObject *list = PyList_New(0), *pairs = NULL;
+    for (Py_ssize_t i = 0, count = PyBytes_Size(trainable); list != NULL && i < count; i++) {
+        if (!flags[i]) continue;
+        PyObject *pair = PyTuple_Pack(2, all->items[i % all->count].name, PyTuple_GetItem(names, i / all->count));
+        if (pair == NULL || PyList_Append(list, pair) < 0) Py_CLEAR(list);
+        Py_XDECREF(pair);
     }
-    rc = ledger_write(state, log, dict, &all, nobody);
-done:
-    Py_XDECREF(set);
+    if (list != NULL) pairs = PyList_AsTuple(list);
     Py_XDECREF(list);
-    Py_XDECREF(memory);
-    Py_XDECREF(nobody);
+    if (pairs != NULL) {
+        replace(&call->paused.names, names);
+        replace(&call->paused.containers, all->names);
+        replace(&call->paused.trainable, trainable);
+        replace(&call->paused.pairs, pairs);
+    }
+    return pairs;
+}
+
+int grads_disable(switch_call *call, const class_facts *facts, PyObject *layer, PyObject *dict, int remember) {
+    containers all;
+    if (containers_open(call->state, facts, layer, dict, &all) < 0) return -1;
+    int rc = -1;
+    const visitor off = {call->state, &call->log, OFF, NULL};
+    PyObject *names = suspects(call, dict, &all), *trainable = NULL, *pairs = NULL;
+    if (names == NULL) goto done;
+    if ((trainable = PyBytes_FromStringAndSize(NULL, PyTuple_Size(names) * all.count)) == NULL) goto done;
+    if (names_visit(&off, &all, names, PyBytes_AsString(trainable)) < 0) goto done;
+    rc = 0;
+    if (remember) {
+        pairs = paused_pairs(call, &all, names, trainable);
+        rc = pairs ? dict_write(&call->log, dict, call->state->names._disabled_trainable, pairs) : -1;
+    }
+done:
+    Py_XDECREF(trainable);
+    Py_XDECREF(pairs);
     containers_free(&all);
     return rc;
 }
 
-int grads_restore(const module_state *state, journal *log, PyObject *layer, PyObject *dict, PyObject *memory,
+/* Makes the entries trainable that a pair (container, adapter) names, and notes it in the ledger. */
+static int restore_pair(switch_call *call, PyObject *dict, const containers *all, PyObject *pair) {
+    const visitor on = {call->state, &call->log, ON, NULL};
+    PyObject *const list = PyTuple_GetItem(pair, 0), *const name = PyTuple_GetItem(pair, 1);
+    PyObject *ledger = name ? ledger_of(call->state, dict) : NULL, *more = ledger ? ledger_with(ledger, name) : NULL;
+    int rc = more ? dict_write(&call->log, dict, call->state->names._adapter_ledger, more) : 0;
+    Py_XDECREF(more);
+    for (int k = 0; rc >= 0 && !PyErr_Occurred() && k < all->count; k++) {
+        if (all->items[k].name != list && PyUnicode_Compare(all->items[k].name, list) != 0) continue;
+        PyObject *entry = container_get(&all->items[k], name);
+        if (entry != NULL) rc = entry_visit(&on, entry);
+        Py_XDECREF(entry);
+    }
+    return rc < 0 || PyErr_Occurred() ? -1 : 0;
+}
+
+int grads_restore(switch_call *call, const class_facts *facts, PyObject *layer, PyObject *dict, PyObject *memory,
                   PyObject *strict) {
     containers all;
-    if (containers_open(state, layer, dict, &all) < 0) return -1;
-    int rc = -1;
-    visit_context context = {.state = state, .log = log, .flag = 0};
-    PyObject *names = PySet_New(NULL);
-    if (names == NULL) goto done;
-    if (strict != NULL && each_entry(&all, strict, NULL, visit_set, &context) < 0) goto done;
-    context.flag = 1;
-    for (Py_ssize_t k = 0; k < PyTuple_Size(memory); k++) {
-        PyObject *pair = PyTuple_GetItem(memory, k), *name = PyTuple_GetItem(pair, 1);
-        if (name == NULL || PySet_Add(names, name) < 0) goto done;
-        for (int i = 0; i < all.count; i++) {
-            const int same = PyObject_RichCompareBool(all.items[i].name, PyTuple_GetItem(pair, 0), Py_EQ);
-            PyObject *entry = same > 0 ? container_get(&all.items[i], name) : NULL;
-            const int failed = entry != NULL && entry_visit(entry, visit_set, &context) < 0;
-            Py_XDECREF(entry);
-            if (failed || PyErr_Occurred()) goto done;
-        }
+    if (containers_open(call->state, facts, layer, dict, &all) < 0) return -1;
+    const visitor off = {call->state, &call->log, OFF, NULL};
+    PyObject *active = strict ? PySequence_Tuple(strict) : NULL;
+    int rc = strict != NULL ? (active ? names_visit(&off, &all, active, NULL) : -1) : 0;
+    for (Py_ssize_t i = 0; rc == 0 && i < PyTuple_Size(memory); i++) {
+        rc = restore_pair(call, dict, &all, PyTuple_GetItem(memory, i));
     }
-    if (ledger_add(state, log, dict, names) < 0) goto done;
-    rc = dict_write(log, dict, state->names._disabled_trainable, NULL);
-done:
-    Py_XDECREF(names);
+    if (rc == 0) rc = dict_write(&call->log, dict, call->state->names._disabled_trainable, NULL);
+    Py_XDECREF(active);
     containers_free(&all);
     return rc;
 }
 
-int grads_list(const module_state *state, PyObject *layer, PyObject *dict, PyObject *also, PyObject *skip,
+int grads_list(switch_call *call, const class_facts *facts, PyObject *layer, PyObject *dict, PyObject *skip,
                PyObject *list) {
     containers all;
-    if (containers_open(state, layer, dict, &all) < 0) return -1;
+    if (containers_open(call->state, facts, layer, dict, &all) < 0) return -1;
     int rc = -1;
-    visit_context context = {.state = state, .list = list};
-    PyObject *set = suspects(state, dict, &all), *others = NULL;
-    if (set != NULL && set_add(set, also) == 0) others = PyNumber_Subtract(set, skip);
-    if (others != NULL) rc = each_entry(&all, others, NULL, visit_list, &context);
-    Py_XDECREF(set);
+    const visitor look = {call->state, &call->log, LIST, list};
+    PyObject *names = suspects(call, dict, &all), *set = names ? PySet_New(call->names) : NULL, *tuple = NULL;
+    for (Py_ssize_t i = set ? PyTuple_Size(names) : 0; i-- > 0;) {
+        if (PySet_Add(set, PyTuple_GetItem(names, i)) < 0) goto done;
+    }
+    PyObject *others = set ? PyNumber_Subtract(set, skip) : NULL;
+    if (others != NULL && (tuple = PySequence_Tuple(others)) != NULL) rc = names_visit(&look, &all, tuple, NULL);
     Py_XDECREF(others);
+done:
+    Py_XDECREF(set);
+    Py_XDECREF(tuple);
     containers_free(&all);
     return rc;
 }
 
-int grads_freeze(const module_state *state, journal *log, PyObject *layer, PyObject *dict, PyObject *declared,
+int grads_freeze(switch_call *call, const class_facts *facts, PyObject *layer, PyObject *dict, PyObject *declared,
                  PyObject *names) {
     containers all;
-    if (containers_open(state, layer, dict, &all) < 0) return -1;
-    visit_context context = {.state = state, .log = log, .flag = 0};
+    if (containers_open(call->state, facts, layer, dict, &all) < 0) return -1;
+    const visitor off = {call->state, &call->log, OFF, NULL};
     PyObject *iterator = PyObject_GetIter(names), *name;
     int rc = iterator ? 0 : -1;
-    while (rc == 0 && (name = PyIter_Next(iterator)) != NULL) {
+    while (rc >= 0 && (name = PyIter_Next(iterator)) != NULL) {
         PyObject *frozen = PyDict_GetItemWithError(declared, name); /* the containers' names */
-        for (int i = 0; frozen != NULL && rc == 0 && i < all.count; i++) {
-            const int listed = PySequence_Contains(frozen, all.items[i].name);
-            PyObject *entry = listed > 0 ? container_get(&all.items[i], name) : NULL;
-            if (entry != NULL) rc = entry_visit(entry, visit_set, &context);
+        for (int k = 0; frozen != NULL && rc >= 0 && k < all.count; k++) {
+            const int listed = PySequence_Contains(frozen, all.items[k].name);
+            PyObject *entry = listed > 0 ? container_get(&all.items[k], name) : NULL;
+            rc = entry ? entry_visit(&off, entry) : PyErr_Occurred() ? -1 : 0;
             Py_XDECREF(entry);
-            if (PyErr_Occurred()) rc = -1;
         }
         Py_DECREF(name);
         if (PyErr_Occurred()) rc = -1;

@@ -45,7 +45,6 @@ void journal_free(journal *log) {
         Py_XDECREF(log->entries[i].key);
         Py_XDECREF(log->entries[i].old);
     }
-    Py_XDECREF(log->ledger);
     PyMem_Free(log->entries);
     memset(log, 0, sizeof *log);
 }
@@ -53,6 +52,6 @@ void journal_free(journal *log) {
 int dict_write(journal *log, PyObject *dict, PyObject *key, PyObject *value) {
     PyObject *old = PyDict_GetItemWithError(dict, key);
     if (old == value || (old == NULL && PyErr_Occurred())) return old == value ? 0 : -1;
-    if (log != NULL && journal_add(log, dict, key, old) < 0) return -1;
+    if (journal_add(log, dict, key, old) < 0) return -1;
     return value != NULL ? PyDict_SetItem(dict, key, value) : PyDict_DelItem(dict, key);
 }

@@ -12,17 +12,13 @@ typedef struct {
         PyObject *old;    /* the earlier flag or item; NULL: there was none */
     } * entries;
     size_t count, capacity;
-    /* for this one call: the class met last, and which of its methods are known to be, or not to be, Layer's own */
-    PyTypeObject *type; /* borrowed: only compared */
-    unsigned known, own;
-    PyObject *ledger; /* the ledger written last; layers with containers of the same sizes share it */
 } journal;
 
 int journal_add(journal *log, PyObject *object, PyObject *key, PyObject *old);
 void journal_undo(const module_state *state, journal *log); /* takes everything back; keeps the current exception */
 void journal_free(journal *log);
 
-/* dict[key] = value (value NULL: remove the key if present), logged when log is not NULL. */
+/* dict[key] = value (value NULL: remove the key if present), logged. */
 int dict_write(journal *log, PyObject *dict, PyObject *key, PyObject *value);
 
 #endif

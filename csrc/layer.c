@@ -13,108 +13,84 @@
  */
 #include "layer.h"
 
-#include "grads.h"
+/* What the switches below work on. */
+typedef struct {
+    const class_facts *facts; /* borrowed */
+    PyObject *layer;          /* borrowed */
+    PyObject *dict;           /* owned: its __dict__ */
+} target;
 
-enum { SET_ADAPTER, ENABLE_ADAPTERS, SET_REQUIRES_GRAD, FREEZE };
-
-/* Whether the class of `layer` has its own version of a method (1, 0, or -1 with an exception). */
-static int overridden(const module_state *state, journal *log, PyObject *layer, int method) {
-    PyTypeObject *const type = Py_TYPE(layer);
-    const unsigned bit = 1u << method;
-    if (log != NULL && log->type != type) log->known = 0, log->type = type;
-    if (log != NULL && (log->known & bit)) return (log->own & bit) != 0;
-    PyObject *const names[] = {state->names.set_adapter, state->names.enable_adapters, state->names.set_requires_grad,
-                               state->names._freeze_non_trainable_peft_weights};
-    PyObject *own = PyObject_GetAttr((PyObject *)type, names[method]);
-    PyObject *base = own ? PyObject_GetAttr(state->types.LayerBase, names[method]) : NULL;
-    const int result = base == NULL ? -1 : own != base;
-    Py_XDECREF(own);
-    Py_XDECREF(base);
-    if (log != NULL && result >= 0) {
-        log->known |= bit;
-        log->own = result ? log->own | bit : log->own & ~bit;
-    }
-    return result;
-}
-
-/* names as a new list: of one string, or of an iterable. */
-static PyObject *names_list(PyObject *names) {
-    if (!PyUnicode_Check(names)) return PySequence_List(names);
-    PyObject *list = PyList_New(1);
-    if (list == NULL) return NULL;
-    Py_INCREF(names);
-    PyList_SetItem(list, 0, names);
-    return list;
-}
-
-static PyObject *names_set(PyObject *names) {
-    PyObject *list = names_list(names), *set = list ? PyFrozenSet_New(list) : NULL;
-    Py_XDECREF(list);
-    return set;
-}
-
-/* Freezes what frozen_peft_weight_names declares for `names` (a list or set; NULL: for all). */
-static int freeze(const module_state *state, journal *log, PyObject *layer, PyObject *names) {
-    PyObject *frozen = PyObject_GetAttr(layer, state->names.frozen_peft_weight_names), *dict = NULL;
+/* Freezes what frozen_peft_weight_names declares for `names` (an iterable; NULL: the active ones). */
+static int freeze(switch_call *call, const target *self, PyObject *names) {
+    PyObject *frozen = layer_attribute(call->state, self->facts, self->layer, self->dict, FROZEN_NAMES);
+    PyObject *active = NULL;
     int rc = frozen ? PyObject_IsTrue(frozen) : -1;
-    if (rc > 0) {
-        dict = PyObject_GenericGetDict(layer, NULL);
-        rc = dict ? grads_freeze(state, log, layer, dict, frozen, names ? names : frozen) : -1;
+    if (rc > 0 && names == NULL) {
+        names = active = PyObject_GetAttr(self->layer, call->state->names.active_adapters);
     }
+    if (rc > 0) rc = names ? grads_freeze(call, self->facts, self->layer, self->dict, frozen, names) : -1;
     Py_XDECREF(frozen);
-    Py_XDECREF(dict);
+    Py_XDECREF(active);
     return rc;
 }
 
-static int freeze_declared(const module_state *state, journal *log, PyObject *layer, PyObject *names) {
-    const int own = overridden(state, log, layer, FREEZE);
-    if (own <= 0) return own < 0 ? -1 : freeze(state, log, layer, names);
-    PyObject *done = PyObject_CallMethodObjArgs(layer, state->names._freeze_non_trainable_peft_weights, names, NULL);
+/* The same, by the layer's own method if it has one. */
+static int freeze_declared(switch_call *call, const target *self, PyObject *names) {
+    if (!(self->facts->own & 1u << FREEZE)) return freeze(call, self, names);
+    PyObject *active = names ? Py_NewRef(names) : PyObject_GetAttr(self->layer, call->state->names.active_adapters);
+    PyObject *list = active ? PySequence_List(active) : NULL, *done = NULL;
+    if (list != NULL) done = PyObject_CallMethod(self->layer, "_freeze_non_trainable_peft_weights", "(O)", list);
+    Py_XDECREF(active);
+    Py_XDECREF(list);
     Py_XDECREF(done);
     return done ? 0 : -1;
 }
 
 /* 1 if layer.__dict__["_disable_adapters"] is true. */
-static int disabled(const module_state *state, PyObject *dict) {
-    PyObject *flag = PyDict_GetItemWithError(dict, state->names._disable_adapters);
+static int disabled(switch_call *call, const target *self) {
+    PyObject *flag = PyDict_GetItemWithError(self->dict, call->state->names._disable_adapters);
     return flag != NULL ? PyObject_IsTrue(flag) : PyErr_Occurred() ? -1 : 0;
 }
 
 /* What was trainable before disabling (borrowed), or NULL (exception set only on failure). */
-static PyObject *memory_of(const module_state *state, PyObject *dict) {
-    PyObject *memory = PyDict_GetItemWithError(dict, state->names._disabled_trainable);
+static PyObject *memory_of(switch_call *call, const target *self) {
+    PyObject *memory = PyDict_GetItemWithError(self->dict, call->state->names._disabled_trainable);
     return memory != NULL && PyTuple_Check(memory) ? memory : NULL;
 }
 
 /* --- the switches --- */
 
-static int set_adapter(const module_state *state, journal *log, PyObject *layer, PyObject *names, int inference_mode) {
+static int set_adapter(switch_call *call, const target *self, int inference_mode) {
+    const module_state *state = call->state;
     int rc = -1;
-    PyObject *dict = PyObject_GenericGetDict(layer, NULL), *list = dict ? names_list(names) : NULL, *memory = NULL;
-    if (list == NULL) goto done;
-    if (grads_set_adapter(state, log, layer, dict, list, inference_mode) < 0) goto done;
-    if (freeze_declared(state, log, layer, list) < 0) goto done;
-    const int off = disabled(state, dict);
+    PyObject *list = PySequence_List(call->names), *memory = NULL;
+    if (list == NULL || grads_set_adapter(call, self->facts, self->layer, self->dict, inference_mode) < 0) goto done;
+    if (freeze_declared(call, self, list) < 0) goto done;
+    const int off = disabled(call, self);
     if (off < 0) goto done;
     if (off) { /* the choice made now is what enabling shall restore: the default, or nothing */
         if (inference_mode && (memory = PyTuple_New(0)) == NULL) goto done;
-        if (dict_write(log, dict, state->names._disabled_trainable, memory) < 0) goto done;
+        if (dict_write(&call->log, self->dict, state->names._disabled_trainable, memory) < 0) goto done;
     }
-    rc = dict_write(log, dict, state->names._active_adapter, list);
+    rc = dict_write(&call->log, self->dict, state->names._active_adapter, list);
 done:
-    Py_XDECREF(dict);
     Py_XDECREF(list);
     Py_XDECREF(memory);
     return rc;
 }
 
-int layer_set_adapter(const module_state *state, journal *log, PyObject *layer, PyObject *names, int inference_mode) {
-    const int own = overridden(state, log, layer, SET_ADAPTER);
-    if (own <= 0) return own < 0 ? -1 : set_adapter(state, log, layer, names, inference_mode);
-    PyObject *method = PyObject_GetAttr(layer, state->names.set_adapter), *done = NULL;
+static int disable(switch_call *call, const target *self) {
+    const int off = disabled(call, self);
+    if (off < 0 || grads_disable(call, self->facts, self->layer, self->dict, !off) < 0) return -1;
+    return dict_write(&call->log, self->dict, call->state->names._disable_adapters, Py_True);
+}
+
+/* Calls the layer's own set_adapter(names, inference_mode=...). */
+static int own_set_adapter(switch_call *call, PyObject *layer, PyObject *names, int inference_mode) {
+    PyObject *method = PyObject_GetAttr(layer, call->state->names.set_adapter), *done = NULL;
     PyObject *args = PyTuple_Pack(1, names), *kwargs = PyDict_New();
     if (method != NULL && args != NULL && kwargs != NULL &&
-        PyDict_SetItem(kwargs, state->names.inference_mode, inference_mode ? Py_True : Py_False) == 0) {
+        PyDict_SetItem(kwargs, call->state->names.inference_mode, inference_mode ? Py_True : Py_False) == 0) {
         done = PyObject_Call(method, args, kwargs);
     }
     Py_XDECREF(method);
@@ -124,65 +100,46 @@ int layer_set_adapter(const module_state *state, journal *log, PyObject *layer, 
     return done ? 0 : -1;
 }
 
-static int disable(const module_state *state, journal *log, PyObject *layer, PyObject *dict) {
-    const int off = disabled(state, dict);
-    if (off < 0 || grads_disable(state, log, layer, dict, !off) < 0) return -1;
-    return dict_write(log, dict, state->names._disable_adapters, Py_True);
+/* Activates what is active already, for which a set_adapter of the layer's own is called. */
+static int activate(switch_call *call, const target *self, PyObject *active) {
+    if (self->facts->own & 1u << SET_ADAPTER) return own_set_adapter(call, self->layer, active, 0);
+    return switch_names(call, active) < 0 ? -1 : set_adapter(call, self, 0);
 }
 
-static int enable(const module_state *state, journal *log, PyObject *layer, PyObject *dict) {
+static int enable(switch_call *call, const target *self) {
     int rc = -1;
-    PyObject *active = PyObject_GetAttr(layer, state->names.active_adapters), *memory = NULL, *frozen = NULL;
-    if (active == NULL) goto done;
-    const int off = disabled(state, dict), own = overridden(state, log, layer, SET_ADAPTER);
-    if (off < 0 || own < 0) goto done;
-    memory = off ? memory_of(state, dict) : NULL;
+    const int off = disabled(call, self), own = (self->facts->own & 1u << SET_ADAPTER) != 0;
+    PyObject *memory = off > 0 ? memory_of(call, self) : NULL, *active = NULL;
+    if (PyErr_Occurred()) return -1;
     Py_XINCREF(memory);
     if (memory == NULL || own) {
-        if (PyErr_Occurred() || layer_set_adapter(state, log, layer, active, 0) < 0) goto done;
+        active = PyObject_GetAttr(self->layer, call->state->names.active_adapters);
+        if (active == NULL || activate(call, self, active) < 0) goto done;
     }
     if (memory != NULL) {
-        if (grads_restore(state, log, layer, dict, memory, own ? active : NULL) < 0) goto done;
-        if (freeze_declared(state, log, layer, active) < 0) goto done;
+        if (grads_restore(call, self->facts, self->layer, self->dict, memory, active) < 0) goto done;
+        if (freeze_declared(call, self, NULL) < 0) goto done;
     }
-    rc = dict_write(log, dict, state->names._disable_adapters, Py_False);
+    rc = dict_write(&call->log, self->dict, call->state->names._disable_adapters, Py_False);
 done:
     Py_XDECREF(active);
     Py_XDECREF(memory);
-    Py_XDECREF(frozen);
     return rc;
 }
 
-static int enable_adapters(const module_state *state, journal *log, PyObject *layer, int enabled) {
-    PyObject *dict = PyObject_GenericGetDict(layer, NULL);
-    if (dict == NULL) return -1;
-    const int rc = enabled ? enable(state, log, layer, dict) : disable(state, log, layer, dict);
-    Py_DECREF(dict);
-    return rc;
-}
-
-int layer_enable_adapters(const module_state *state, journal *log, PyObject *layer, int enabled) {
-    const int own = overridden(state, log, layer, ENABLE_ADAPTERS);
-    if (own <= 0) return own < 0 ? -1 : enable_adapters(state, log, layer, enabled);
-    PyObject *done =
-        PyObject_CallMethodObjArgs(layer, state->names.enable_adapters, enabled ? Py_True : Py_False, NULL);
-    Py_XDECREF(done);
-    return done ? 0 : -1;
-}
-
-/* Removes the adapters in `names` from what enabling restores. */
-static int memory_forget(const module_state *state, journal *log, PyObject *dict, PyObject *names) {
-    PyObject *memory = memory_of(state, dict);
+/* Removes the adapters in call->names from what enabling restores. */
+static int memory_forget(switch_call *call, const target *self) {
+    PyObject *memory = memory_of(call, self);
     if (memory == NULL) return PyErr_Occurred() ? -1 : 0;
     int rc = -1;
     PyObject *list = PyList_New(0), *kept = NULL;
     for (Py_ssize_t i = 0; list != NULL && i < PyTuple_Size(memory); i++) {
         PyObject *pair = PyTuple_GetItem(memory, i), *name = PyTuple_GetItem(pair, 1);
-        const int listed = name ? PySequence_Contains(names, name) : -1;
+        const int listed = name ? PySequence_Contains(call->names, name) : -1;
         if (listed < 0 || (!listed && PyList_Append(list, pair) < 0)) goto done;
     }
     if (list != NULL && (kept = PyList_AsTuple(list)) != NULL) {
-        rc = dict_write(log, dict, state->names._disabled_trainable, kept);
+        rc = dict_write(&call->log, self->dict, call->state->names._disabled_trainable, kept);
     }
 done:
     Py_XDECREF(list);
@@ -190,21 +147,55 @@ done:
     return rc;
 }
 
-static int set_requires_grad(const module_state *state, journal *log, PyObject *layer, PyObject *names, int flag) {
-    int rc = -1;
-    PyObject *dict = PyObject_GenericGetDict(layer, NULL), *set = dict ? names_set(names) : NULL;
-    if (set == NULL || grads_set(state, log, layer, dict, set, flag) < 0) goto done;
-    rc = flag ? freeze_declared(state, log, layer, set) : memory_forget(state, log, dict, set);
-done:
-    Py_XDECREF(dict);
-    Py_XDECREF(set);
+static int set_requires_grad(switch_call *call, const target *self, int flag) {
+    if (grads_set(call, self->facts, self->layer, self->dict, flag) < 0) return -1;
+    return flag ? freeze_declared(call, self, call->names) : memory_forget(call, self);
+}
+
+/* Opens a layer for a switch that is its method `method`. 1: done; 0: its class has a method of its own; -1: exception. */
+static int target_open(switch_call *call, PyObject *layer, int method, target *self) {
+    const class_facts *facts = class_of(call->state, &call->classes, Py_TYPE(layer));
+    if (facts == NULL || (method < METHODS && (facts->own & 1u << method))) return facts ? 0 : -1;
+    *self = (target){facts, layer, PyObject_GenericGetDict(layer, NULL)};
+    return self->dict ? 1 : -1;
+}
+
+int layer_set_adapter(switch_call *call, PyObject *layer, PyObject *names, int inference_mode) {
+    target self;
+    const int opened = target_open(call, layer, SET_ADAPTER, &self);
+    if (opened <= 0) return opened < 0 ? -1 : own_set_adapter(call, layer, names, inference_mode);
+    const int rc = set_adapter(call, &self, inference_mode);
+    Py_DECREF(self.dict);
     return rc;
 }
 
-int layer_set_requires_grad(const module_state *state, journal *log, PyObject *layer, PyObject *names, int flag) {
-    const int own = overridden(state, log, layer, SET_REQUIRES_GRAD);
-    if (own <= 0) return own < 0 ? -1 : set_requires_grad(state, log, layer, names, flag);
-    PyObject *done = PyObject_CallMethod(layer, "set_requires_grad", "OO", names, flag ? Py_True : Py_False);
+int layer_enable_adapters(switch_call *call, PyObject *layer, PyObject *names, int enabled) {
+    (void)names;
+    target self;
+    PyObject *done;
+    const int opened = target_open(call, layer, ENABLE_ADAPTERS, &self);
+    if (opened < 0) return -1;
+    if (opened > 0) {
+        const int rc = enabled ? enable(call, &self) : disable(call, &self);
+        Py_DECREF(self.dict);
+        return rc;
+    }
+    done = PyObject_CallMethodObjArgs(layer, call->state->names.enable_adapters, enabled ? Py_True : Py_False, NULL);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
+int layer_set_requires_grad(switch_call *call, PyObject *layer, PyObject *names, int flag) {
+    target self;
+    PyObject *done;
+    const int opened = target_open(call, layer, SET_REQUIRES_GRAD, &self);
+    if (opened < 0) return -1;
+    if (opened > 0) {
+        const int rc = set_requires_grad(call, &self, flag);
+        Py_DECREF(self.dict);
+        return rc;
+    }
+    done = PyObject_CallMethod(layer, "set_requires_grad", "OO", names, flag ? Py_True : Py_False);
     Py_XDECREF(done);
     return done ? 0 : -1;
 }
@@ -247,9 +238,18 @@ static const module_state *state_of_class(PyTypeObject *cls) {
     return (const module_state *)PyType_GetModuleState(cls);
 }
 
-static PyObject *none_or_null(int rc) {
+/* Ends the call of a method: None, or NULL after everything was taken back. */
+static PyObject *finish(switch_call *call, target *self, int rc) {
+    rc = switch_end(call, rc);
+    Py_XDECREF(self->dict);
     if (rc < 0) return NULL;
     Py_RETURN_NONE;
+}
+
+/* Opens `layer` for its method in C, which a method of its own may have called. */
+static int begin(switch_call *call, PyTypeObject *cls, PyObject *layer, target *self) {
+    call->state = state_of_class(cls);
+    return target_open(call, layer, METHODS, self) < 0 ? -1 : 0;
 }
 
 static PyObject *layer_py_set_adapter(PyObject *self, PyTypeObject *cls, PyObject *const *args, Py_ssize_t count,
@@ -257,16 +257,25 @@ static PyObject *layer_py_set_adapter(PyObject *self, PyTypeObject *cls, PyObjec
     static const char *const words[] = {"adapter_names", "inference_mode", "set_adapter"};
     PyObject *names = NULL;
     int inference_mode = 0;
+    switch_call call = {0};
+    target layer = {0};
     if (parse(args, count, keywords, words, &names, &inference_mode, 0) < 0) return NULL;
-    return none_or_null(set_adapter(state_of_class(cls), NULL, self, names, inference_mode));
+    int rc = begin(&call, cls, self, &layer);
+    if (rc == 0) rc = switch_names(&call, names);
+    if (rc == 0) rc = set_adapter(&call, &layer, inference_mode);
+    return finish(&call, &layer, rc);
 }
 
 static PyObject *layer_py_enable_adapters(PyObject *self, PyTypeObject *cls, PyObject *const *args, Py_ssize_t count,
                                           PyObject *keywords) {
     static const char *const words[] = {"", "enabled", "enable_adapters"};
     int enabled = 1;
+    switch_call call = {0};
+    target layer = {0};
     if (parse(args, count, keywords, words, NULL, &enabled, 1) < 0) return NULL;
-    return none_or_null(enable_adapters(state_of_class(cls), NULL, self, enabled));
+    int rc = begin(&call, cls, self, &layer);
+    if (rc == 0) rc = enabled ? enable(&call, &layer) : disable(&call, &layer);
+    return finish(&call, &layer, rc);
 }
 
 static PyObject *layer_py_set_requires_grad(PyObject *self, PyTypeObject *cls, PyObject *const *args, Py_ssize_t count,
@@ -274,21 +283,31 @@ static PyObject *layer_py_set_requires_grad(PyObject *self, PyTypeObject *cls, P
     static const char *const words[] = {"adapter_names", "requires_grad", "set_requires_grad"};
     PyObject *names = NULL;
     int flag = 1;
+    switch_call call = {0};
+    target layer = {0};
     if (parse(args, count, keywords, words, &names, &flag, 0) < 0) return NULL;
-    return none_or_null(set_requires_grad(state_of_class(cls), NULL, self, names, flag));
+    int rc = begin(&call, cls, self, &layer);
+    if (rc == 0) rc = switch_names(&call, names);
+    if (rc == 0) rc = set_requires_grad(&call, &layer, flag);
+    return finish(&call, &layer, rc);
 }
 
 static PyObject *layer_py_freeze(PyObject *self, PyTypeObject *cls, PyObject *const *args, Py_ssize_t count,
                                  PyObject *keywords) {
+    switch_call call = {0};
+    target layer = {0};
     if (count + (keywords ? PyTuple_Size(keywords) : 0) > 1) {
         PyErr_SetString(PyExc_TypeError, "_freeze_non_trainable_peft_weights() takes at most 1 argument");
         return NULL;
     }
     const int given = count + (keywords ? PyTuple_Size(keywords) : 0) == 1 && args[0] != Py_None;
-    PyObject *names = given ? names_list(args[0]) : NULL;
-    const int rc = given && names == NULL ? -1 : freeze(state_of_class(cls), NULL, self, names);
+    PyObject *names = NULL;
+    int rc = begin(&call, cls, self, &layer);
+    if (rc == 0 && given) rc = switch_names(&call, args[0]);
+    if (rc == 0 && !given) names = PyObject_GetAttr(self, call.state->names.frozen_peft_weight_names);
+    if (rc == 0) rc = given || names ? freeze(&call, &layer, given ? call.names : names) : -1;
     Py_XDECREF(names);
-    return none_or_null(rc);
+    return finish(&call, &layer, rc);
 }
 
 #define METHOD(name, function, doc) \

@@ -63,6 +63,9 @@ int state_init(module_state *state) {
     }
     STATE_OBJECTS(X)
 #undef X
+    PyTypeObject *const descriptor = Py_TYPE(state->objects.requires_grad);
+    state->requires_grad_get = (descrgetfunc)(uintptr_t)PyType_GetSlot(descriptor, Py_tp_descr_get);
+    state->requires_grad_set = (descrsetfunc)(uintptr_t)PyType_GetSlot(descriptor, Py_tp_descr_set);
     rc = 0;
 done:
     Py_XDECREF(torch);

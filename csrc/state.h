@@ -32,6 +32,7 @@
     X(Dropout, "torch.nn", "Dropout") \
     X(Identity, "torch.nn", "Identity") \
     X(linear_forward, "torch.nn", "Linear.forward") \
+    X(requires_grad, "torch", "Tensor.requires_grad") \
     X(is_neg, "torch", "Tensor.is_neg") \
     X(is_conj, "torch", "Tensor.is_conj") \
     X(is_autocast_enabled, "torch", "is_autocast_enabled") \
@@ -52,6 +53,9 @@ typedef struct {
     torch_table torch;
     bool fast;        /* the switch of peft_c.fast */
     PyObject *finish; /* peft_c.fast._finish, imported when first needed */
+    /* of objects.requires_grad, to be called without looking it up for each tensor; NULL if it is no descriptor */
+    descrgetfunc requires_grad_get;
+    descrsetfunc requires_grad_set;
 #define X(name) PyObject *name;
     struct {
         STATE_NAMES(X)

@@ -5,7 +5,6 @@
 #include "walk.h"
 
 #include "layer.h"
-#include "grads.h"
 
 /* --- modules seen, in order --- */
 
@@ -61,9 +60,7 @@ static void set_free(module_set *set) {
 
 typedef struct {
     const module_state *state;
-    PyObject *plain;         /* nn.Module.named_modules, to tell classes that override it (owned) */
-    PyTypeObject *last_type; /* the class asked about last, and the answer */
-    int last_plain;
+    class_table classes;
     module_set seen;
     PyObject **stack; /* strong references: modules to visit, the next one last */
     size_t depth, capacity;
@@ -85,55 +82,34 @@ static int push(walk *self, PyObject *object) {
     return 0;
 }
 
-/* Whether the children are those in `_modules`: the class has nn.Module's named_modules, or is a tuner layer. */
-static int plain_class(walk *self, PyObject *module) {
-    PyTypeObject *type = Py_TYPE(module);
-    if (type == self->last_type) return self->last_plain;
-    PyObject *own = PyObject_GetAttr((PyObject *)type, self->state->names.named_modules);
-    if (own == NULL) PyErr_Clear();
-    self->last_type = type;
-    self->last_plain = own == self->plain || PyType_IsSubtype(type, (PyTypeObject *)self->state->types.LayerBase);
-    Py_XDECREF(own);
-    return self->last_plain;
-}
-
-/* The two tuples of container names of a tuner layer. */
-typedef struct {
-    PyObject *lists[2]; /* owned, or NULL: not read yet */
-} container_names;
-
-/* 1 if the tuner layer `layer` lists `name` in adapter_layer_names or other_param_names. */
-static int is_container(const walk *self, PyObject *layer, container_names *names, PyObject *name) {
-    PyObject *const attributes[] = {self->state->names.adapter_layer_names, self->state->names.other_param_names};
-    for (int i = 0; i < 2; i++) {
-        if (names->lists[i] == NULL) {
-            PyObject *list = PyObject_GetAttr(layer, attributes[i]);
-            names->lists[i] = list ? PySequence_Tuple(list) : NULL;
-            Py_XDECREF(list);
-            if (names->lists[i] == NULL) return -1;
-        }
-        for (Py_ssize_t k = PyTuple_Size(names->lists[i]); k-- > 0;) {
-            if (PyTuple_GetItem(names->lists[i], k) == name) return 1; /* both are interned as a rule */
-        }
+/* The names of a tuner layer's adapter containers: a new reference to a set. */
+static PyObject *container_names(const walk *self, const class_facts *facts, PyObject *layer, PyObject *dict) {
+    PyObject *own = layer_attribute(self->state, facts, layer, dict, LAYER_NAMES), *result = NULL;
+    PyObject *others = own ? layer_attribute(self->state, facts, layer, dict, PARAM_NAMES) : NULL;
+    if (others != NULL && own == facts->attributes[LAYER_NAMES] && others == facts->attributes[PARAM_NAMES]) {
+        result = Py_NewRef(facts->containers);
+    } else if (others != NULL && (result = PySet_New(own)) != NULL) {
+        PyObject *done = PyObject_CallMethod(result, "update", "(O)", others);
+        if (done == NULL) Py_CLEAR(result);
+        Py_XDECREF(done);
     }
-    const int found = PySequence_Contains(names->lists[0], name);
-    return found ? found : PySequence_Contains(names->lists[1], name);
+    Py_XDECREF(own);
+    Py_XDECREF(others);
+    return result;
 }
 
 /* Pushes the children of a module, the last first. */
-static int push_children(walk *self, PyObject *module, PyObject *children) {
-    const int layer = PyType_IsSubtype(Py_TYPE(module), (PyTypeObject *)self->state->types.LayerBase);
+static int push_children(walk *self, const class_facts *facts, PyObject *module, PyObject *dict, PyObject *children) {
     const size_t start = self->depth;
-    container_names names = {{NULL, NULL}};
     Py_ssize_t position = 0;
-    PyObject *name, *child;
-    int rc = 0;
+    PyObject *containers = facts->layer ? container_names(self, facts, module, dict) : NULL, *name, *child;
+    int rc = facts->layer && containers == NULL ? -1 : 0;
     while (rc >= 0 && PyDict_Next(children, &position, &name, &child)) {
         PyObject *const type = (PyObject *)Py_TYPE(child);
         if (child == Py_None) continue;
         rc = 0;
-        if (layer && (type == self->state->objects.ModuleDict || type == self->state->objects.ParameterDict)) {
-            rc = is_container(self, module, &names, name);
+        if (containers && (type == self->state->objects.ModuleDict || type == self->state->objects.ParameterDict)) {
+            rc = PySet_Contains(containers, name);
         }
         if (rc == 0) rc = push(self, child);
     }
@@ -142,8 +118,7 @@ static int push_children(walk *self, PyObject *module, PyObject *children) {
         self->stack[high] = self->stack[low];
         self->stack[low] = swapped;
     }
-    Py_XDECREF(names.lists[0]);
-    Py_XDECREF(names.lists[1]);
+    Py_XDECREF(containers);
     return rc < 0 ? -1 : 0;
 }
 
@@ -164,13 +139,14 @@ static int own_walk(walk *self, PyObject *module) {
 static int visit_module(walk *self, PyObject *module) {
     const int added = set_add(&self->seen, module);
     if (added <= 0) return added;
-    PyObject *dict = PyObject_GenericGetDict(module, NULL);
+    const class_facts *facts = class_of(self->state, &self->classes, Py_TYPE(module));
+    PyObject *dict = facts ? PyObject_GenericGetDict(module, NULL) : NULL;
     if (dict == NULL) return -1;
     PyObject *children = PyDict_GetItemWithError(dict, self->state->names._modules);
     int rc = -1;
-    if (children != NULL && PyDict_Check(children) && plain_class(self, module)) {
+    if (children != NULL && PyDict_Check(children) && facts->plain) {
         Py_INCREF(children);
-        rc = PyDict_Size(children) ? push_children(self, module, children) : 0;
+        rc = PyDict_Size(children) ? push_children(self, facts, module, dict, children) : 0;
         Py_DECREF(children);
     } else if (!PyErr_Occurred()) {
         rc = own_walk(self, module);
@@ -180,8 +156,7 @@ static int visit_module(walk *self, PyObject *module) {
 }
 
 static int walk_run(walk *self, PyObject *root) {
-    self->plain = PyObject_GetAttr(self->state->objects.Module, self->state->names.named_modules);
-    int rc = self->plain ? push(self, root) : -1;
+    int rc = push(self, root);
     while (rc == 0 && self->depth > 0) {
         PyObject *module = self->stack[--self->depth];
         rc = visit_module(self, module) < 0 ? -1 : 0;
@@ -194,7 +169,7 @@ static void walk_free(walk *self) {
     while (self->depth > 0) Py_DECREF(self->stack[--self->depth]);
     PyMem_Free(self->stack);
     set_free(&self->seen);
-    Py_XDECREF(self->plain);
+    class_table_free(&self->classes);
 }
 
 /* --- find(model, *classes) --- */
@@ -239,30 +214,22 @@ done:
 
 /* --- the switches, on a list of layers --- */
 
-typedef int (*layer_switch)(const module_state *state, journal *log, PyObject *layer, PyObject *names, int flag);
-
-static int switch_enabled(const module_state *state, journal *log, PyObject *layer, PyObject *names, int flag) {
-    (void)names;
-    return layer_enable_adapters(state, log, layer, flag);
-}
+typedef int (*layer_switch)(switch_call *call, PyObject *layer, PyObject *names, int flag);
 
 /* Applies `act` to every layer of a list; takes everything back if one fails. */
 static PyObject *switch_all(PyObject *module, layer_switch act, PyObject *layers, PyObject *names, PyObject *flag) {
-    const module_state *state = state_of(module);
-    journal log = {0};
+    switch_call call = {.state = state_of(module)};
     int rc = PyList_Check(layers) ? 0 : -1;
     const int value = PyObject_IsTrue(flag);
     if (rc < 0) PyErr_SetString(PyExc_TypeError, "expected a list of tuner layers");
-    if (value < 0) rc = -1;
+    if (value < 0 || (rc == 0 && names != NULL && switch_names(&call, names) < 0)) rc = -1;
     for (Py_ssize_t i = 0; rc == 0 && i < PyList_Size(layers); i++) {
         PyObject *layer = PyList_GetItem(layers, i);
         Py_INCREF(layer);
-        rc = act(state, &log, layer, names, value);
+        rc = act(&call, layer, names, value);
         Py_DECREF(layer);
     }
-    if (rc < 0) journal_undo(state, &log);
-    journal_free(&log);
-    if (rc < 0) return NULL;
+    if (switch_end(&call, rc) < 0) return NULL;
     Py_RETURN_NONE;
 }
 
@@ -280,7 +247,7 @@ static PyObject *walk_set_adapter(PyObject *module, PyObject *const *args, Py_ss
 
 static PyObject *walk_enable_adapters(PyObject *module, PyObject *const *args, Py_ssize_t count) {
     if (expect("enable_adapters", count, 2) < 0) return NULL;
-    return switch_all(module, switch_enabled, args[0], NULL, args[1]);
+    return switch_all(module, layer_enable_adapters, args[0], NULL, args[1]);
 }
 
 static PyObject *walk_set_requires_grad(PyObject *module, PyObject *const *args, Py_ssize_t count) {
@@ -291,12 +258,16 @@ static PyObject *walk_set_requires_grad(PyObject *module, PyObject *const *args,
 /* flags(layer, also, skip): [(tensor, requires_grad)], see grads_list() */
 static PyObject *walk_flags(PyObject *module, PyObject *const *args, Py_ssize_t count) {
     if (expect("flags", count, 3) < 0) return NULL;
+    switch_call call = {.state = state_of(module)};
     PyObject *dict = PyObject_GenericGetDict(args[0], NULL), *list = dict ? PyList_New(0) : NULL;
-    PyObject *also = list ? PySequence_List(args[1]) : NULL, *skip = also ? PySet_New(args[2]) : NULL;
-    if (skip == NULL || grads_list(state_of(module), args[0], dict, also, skip, list) < 0) Py_CLEAR(list);
+    PyObject *skip = list ? PySet_New(args[2]) : NULL;
+    const class_facts *facts = skip ? class_of(call.state, &call.classes, Py_TYPE(args[0])) : NULL;
+    if (facts == NULL || switch_names(&call, args[1]) < 0 || grads_list(&call, facts, args[0], dict, skip, list) < 0) {
+        Py_CLEAR(list);
+    }
     Py_XDECREF(dict);
-    Py_XDECREF(also);
     Py_XDECREF(skip);
+    switch_end(&call, 0);
     return list;
 }
 

@@ -30,11 +30,11 @@ def _affected(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
                 yield child, True
 
 
-def _content(container: dict | list | set, appended_to: bool) -> dict | list | set | tuple | int:
+def _content(container: dict | list | set, appended_to: bool) -> dict | list | set | int:
     """What `_refill` needs: a copy or, for a large dict that is only appended to, its length."""
     if appended_to and len(container) > _LARGE and isinstance(container, dict):
         return len(container)
-    return container.copy() if container else ()
+    return container.copy()
 
 
 def _refill(container: dict | list | set, content: dict | list | set | tuple | int) -> None:
@@ -55,18 +55,20 @@ class _Snapshot:
         self.parameters = []
         for module, per_adapter in _affected(model):
             attributes = dict(module.__dict__)
-            containers = [(v, _content(v, per_adapter)) for v in attributes.values() if type(v) in _CONTAINERS]
-            self.modules.append((module, attributes, containers))
+            full = [(v, _content(v, per_adapter)) for v in attributes.values() if type(v) in _CONTAINERS and v]
+            self.modules.append((module, attributes, full))
             for param in () if per_adapter and len(module._parameters) > _LARGE else module._parameters.values():
                 if param is not None:
                     data = param.data if type(param) is nn.Parameter else None
                     self.parameters.append((param, param.requires_grad, data))
 
     def restore(self) -> None:
-        for module, attributes, containers in self.modules:
+        for module, attributes, full in self.modules:
             _refill(module.__dict__, attributes)
-            for container, content in containers:
-                _refill(container, content)
+            contents = {id(container): content for container, content in full}
+            for value in attributes.values():
+                if type(value) in _CONTAINERS:
+                    _refill(value, contents.get(id(value), ()))
         for param, requires_grad, data in self.parameters:
             if data is not None and data.device.type != "meta" and data.data_ptr() != param.data_ptr():
                 param.data = data

@@ -37,7 +37,7 @@ def set_adapter(
     """
     layers, wrappers = _C.find(model, layer_cls, AuxiliaryTrainingWrapper)
     chosen = [(wrapper, wrapper.check_set_adapter(adapter_name)) for wrapper in wrappers]
-    merged = [layer for layer in layers if layer.merged]
+    merged = [layer for layer in layers if layer.merged_adapters]
     for layer in merged:
         warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
         layer.unmerge()
