@@ -49,7 +49,7 @@ def one(row: str, call: Callable[[], object]) -> list[Step]:
 
 
 def _loops(steps: list[Step]) -> int:
-    """How often a lone short step is repeated inside one measurement, so that it lasts about 2 ms: warm caches, no waking."""
+    """How often a lone short step is repeated inside one measurement, so that it lasts about 2 ms and runs warm."""
     if len(steps) > 1:
         return 1
     start = time.perf_counter()

@@ -20,7 +20,7 @@ static int kernel_error(int rc) {
 }
 
 static bool is_large(const pk_mat *x, const pk_mat *y, int64_t rank) {
-    return 2.0 * (double)x->rows * (double)rank * (double)(x->cols + y->cols) > (double)FORWARD_PARALLEL_FLOPS;
+    return (double)(x->rows + FORWARD_READING) * (double)rank * (double)(x->cols + y->cols) > (double)FORWARD_PARALLEL;
 }
 
 int forward_run(const module_state *state, const forward_product *p) {

@@ -26,8 +26,9 @@
 
 #include "gate.h"
 
-/* The number of flops from which a kernel runs without the GIL, in torch's threads. */
-enum { FORWARD_PARALLEL_FLOPS = 200000 };
+/* From how many multiply-adds on, reading the factors counted as FORWARD_READING rows, a kernel runs without the GIL, in
+ * torch's threads. */
+enum { FORWARD_PARALLEL = 200000, FORWARD_READING = 8 };
 
 /* One call of the forward kernel: y (m, n) += terms of x (m, k); t: NULL data, or (m, R). */
 typedef struct {

@@ -53,7 +53,8 @@ typedef struct {
     /* out = round(w op d), and the steps back. *bad |= 1 if out has inf or NaN; there the step is RAW. op is OP_ADD or
      * OP_MUL; out, w do not overlap. steps has room for n rounded up to 64. */
     void (*record)(row_op op, const void *w, const void *d, void *out, int64_t n, int8_t *steps, int *bad);
-    /* t[i * ldt + j] = sum_k x[i * ldx + k] a[j * lda + k], i < m, j < r; a is S ([0]) or acc ([1]), t is acc */
+    /* t[i * ldt + j] = sum_k x[i * ldx + k] a[j * lda + k], i < m, j < r; a is S ([0]) or acc ([1]), t is acc. The bits of
+     * [0] and [1] are the same unless the ISA multiplies pairs (pk_isa.pairs, for bf16) */
     void (*dot[2])(const void *x, int64_t ldx, int64_t m, const void *a, int64_t lda, int64_t r, int64_t k, void *t,
                    int64_t ldt);
     /* 1 if all finite */
@@ -144,9 +145,5 @@ static inline void *work_take(work_area *a, int64_t bytes) {
 static inline size_t work_total(const work_area *a) {
     return a->peak ? a->peak + 64 : 0;
 }
-
-/* merge.c: y op= sum_i scale_i up_i down_i, op OP_ADD or OP_SET, plain */
-size_t product_work(const pk_mat *y, const pk_lowrank *f, int nf);
-int product_run(const pk_mat *y, const pk_lowrank *f, int nf, row_op op, void *work, pk_parallel_fn par);
 
 #endif

@@ -14,6 +14,7 @@
  *   and switch, too, with one exception: avx512bf16 sums bf16 factors of one scale and rank >= 4 into a bf16 weight by
  *   the CPU's bf16 dot products. Generic differs in the last bits of the delta. A record knows how its delta was summed,
  *   and unmerge does it the same way if any ISA of the machine can.
+ *   Contractions of bf16 x with bf16 factors (x A^T, g B) use these dot products as well: bf16 subnormals count as zero.
  * - workspace: `work` needs no alignment and no initial content. A size of 0 means that NULL will do.
  */
 #ifndef PEFT_C_KERNELS_H

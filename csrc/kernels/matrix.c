@@ -71,7 +71,7 @@ void bits_scatter(const pk_mat *a, int64_t i, int64_t j, int64_t n, const void *
 }
 
 int run_parallel(pk_parallel_fn par, int64_t n, int64_t work, pk_range_fn fn, void *ctx) {
-    const int64_t enough = 24000; /* cycles: some ten fork-joins */
+    const int64_t enough = 8000; /* cycles: a fork-join of a thread that is awake takes some 5000 */
     const int64_t grain = max64(1, enough / max64(work, 1));
     if (n <= 0) return PK_OK;
     if (!par || n <= grain) {

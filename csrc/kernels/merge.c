@@ -186,21 +186,3 @@ int pk_switch(const pk_mat *w, const pk_delta *old, const pk_record *old_record,
     if (rc == PK_OK && record) record_close(&job, new_, record);
     return rc == PK_OK && job.changed ? PK_CHANGED : rc;
 }
-
-size_t product_work(const pk_mat *y, const pk_lowrank *f, int nf) {
-    const pk_delta d = {PK_LOWRANK, f, nf, {0}, 1.0};
-    return pk_merge_work(y, &d, NULL);
-}
-
-int product_run(const pk_mat *y, const pk_lowrank *f, int nf, row_op op, void *work, pk_parallel_fn par) {
-    const pk_delta d = {PK_LOWRANK, f, nf, {0}, 1.0};
-    engine_job job;
-    delta_source s;
-    work_area area = work_start(work);
-    engine_setup(&job, y, walk_transposed(y));
-    const int rc = source_prepare(&s, &job, &d, job.isa->math, &area, par);
-    if (rc != PK_OK) return rc;
-    job.new_ = &s;
-    job.op = op;
-    return engine_run(&job, par);
-}

@@ -15,6 +15,7 @@ typedef __m512d vd;
 #define NV 4
 #define DOT_M 6
 #define WORDS_STEPS
+#define WORDS_SUMS
 
 static INLINE vf vf_load(const float *p) {
     return _mm512_loadu_ps(p);
@@ -45,6 +46,36 @@ static INLINE float vf_sum(vf a) {
     __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
     q = _mm_add_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+/* [a0 + a2, a1 + a3, b0 + b2, b1 + b3] of the quarters of a and b */
+static INLINE vf halves_sum(vf a, vf b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+}
+/* one quarter for each of four vectors: the sum of its quarters, added as vf_sum does */
+static INLINE vf quarters_sum(vf a, vf b, vf c, vf d) {
+    const vf ab = halves_sum(a, b), cd = halves_sum(c, d);
+    return _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+}
+static INLINE vf lanes_sum(vf a, vf b) {
+    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+}
+/* to[i] = vf_sum(c[i]), i < n: the same bits, sixteen at once */
+static INLINE void vf_sums(const vf *c, const int n, float *to) {
+    const vf zero = _mm512_setzero_ps();
+    for (int i = 0; i < n; i += 16) {
+        vf q[4];
+        for (int e = 0; e < 4; e++)
+            q[e] = quarters_sum(i + e < n ? c[i + e] : zero, i + 4 + e < n ? c[i + 4 + e] : zero,
+                                i + 8 + e < n ? c[i + 8 + e] : zero, i + 12 + e < n ? c[i + 12 + e] : zero);
+        const __m512d u = _mm512_castps_pd(lanes_sum(q[0], q[1]));
+        const __m512d v = _mm512_castps_pd(lanes_sum(q[2], q[3]));
+        const vf s =
+            _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(u, v)), _mm512_castpd_ps(_mm512_unpackhi_pd(u, v)));
+        if (i + 16 <= n)
+            _mm512_storeu_ps(to + i, s);
+        else
+            _mm512_mask_storeu_ps(to + i, (__mmask16)((1u << (n - i)) - 1), s);
+    }
 }
 static INLINE void steps16(const uint16_t *a, const uint16_t *b, int8_t *to) {
     const __m256i x = _mm256_loadu_si256((const __m256i *)(const void *)a);
@@ -92,6 +123,12 @@ static INLINE vf vf_quick_bf16(uint16_t *p, vf v) {
     const __m256i h = (__m256i)_mm512_cvtneps_pbh(v);
     _mm256_storeu_si256((__m256i *)(void *)p, h);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+static INLINE __m512bh vf_load_pairs(const uint16_t *p) {
+    return (__m512bh)_mm512_loadu_si512(p);
+}
+static INLINE vf vf_dot_pairs(__m512bh a, __m512bh b, vf c) {
+    return _mm512_dpbf16_ps(c, a, b);
 }
 static INLINE vf vf_put_bf16(uint16_t *p, vf v) {
     return __builtin_expect(vf_odd_bf16(0, v) != 0, 0) ? vf_put_bf16_by_hand(p, v) : vf_quick_bf16(p, v);

@@ -1,0 +1,110 @@
+/* backward.c: the products of a low-rank term's backward. */
+#include "dots.h"
+#include "dtype.h"
+#include "lowrank.h"
+
+enum { OUTER_ROWS = 48, OUTER_DEPTH = 64 };
+
+/* out (r, c) = scale * u^T x, u (m, r) acc with rows ldu apart, x (m, c) */
+typedef struct {
+    const pk_isa *isa;
+    pk_mat out, x;
+    const char *u;
+    int64_t ldu;
+    double scale;
+    int wide;
+} outer_job;
+
+/* out(r0 + i, j0 + j) = scale * d[i * nr + j], i < rows, j < n; d is used up */
+static void outer_put(const outer_job *o, int64_t r0, int64_t j0, int64_t rows, int64_t n, char *d) {
+    const pk_row_kernels *const acc = &o->isa->dtype[o->wide ? PK_F64 : PK_F32];
+    const int64_t nr = o->isa->nr[o->wide];
+    _Alignas(64) char turned[OUTER_ROWS * NR_MAX * 4];
+    if (o->out.cs == 1 || o->out.rs != 1) {
+        acc->pack(d, nr, 1, rows, n, d, nr, o->scale);
+        mat_unpack(o->isa, &o->out, r0, j0, rows, n, d, nr, 1.0, o->wide);
+    } else {
+        const pk_mat out = mat_transposed(o->out);
+        acc->pack(d, 1, nr, n, rows, turned, OUTER_ROWS, o->scale);
+        mat_unpack(o->isa, &out, j0, r0, n, rows, turned, OUTER_ROWS, 1.0, o->wide);
+    }
+}
+
+static void outer_range(int64_t begin, int64_t end, void *ctx) {
+    const outer_job *const o = ctx;
+    const int64_t nr = o->isa->nr[o->wide], size = acc_size(o->wide), m = o->x.rows, r = o->out.rows;
+    _Alignas(64) char panel[OUTER_DEPTH * NR_MAX * 4];
+    _Alignas(64) char d[OUTER_ROWS * NR_MAX * 4];
+    for (int64_t j = begin; j < end; j++) {
+        const int64_t n = min64(nr, o->out.cols - j * nr);
+        if (n < nr) memset(panel, 0, sizeof panel);
+        for (int64_t r0 = 0; r0 < r; r0 += OUTER_ROWS) {
+            const int64_t rows = min64(OUTER_ROWS, r - r0);
+            for (int64_t p = 0; p == 0 || p < m; p += OUTER_DEPTH) { /* once even for no rows: sums of nothing */
+                const int64_t np = min64(OUTER_DEPTH, m - p);
+                mat_pack(o->isa, &o->x, p, j * nr, np, n, panel, nr, 1.0, o->wide);
+                for (int64_t i = 0; i < rows; i += MR)
+                    o->isa->tile[o->wide](np, o->u + (p * o->ldu + r0 + i) * size, o->ldu, panel, d + i * nr * size,
+                                          nr, (int)min64(MR, rows - i), p > 0);
+            }
+            outer_put(o, r0, j * nr, rows, n, d);
+        }
+    }
+}
+
+static int outer(const pk_mat *out, const char *u, int64_t ldu, const pk_mat *x, double scale, int wide,
+                 pk_parallel_fn par) {
+    outer_job o = {pk_isa_now(), *out, *x, u, ldu, scale, wide};
+    const int64_t nr = o.isa->nr[wide];
+    return run_parallel(par, (out->cols + nr - 1) / nr, x->rows * nr * (out->rows + 8) / 12, outer_range, &o);
+}
+
+static int backward(const pk_backward *q, work_area *area, pk_parallel_fn par) {
+    const pk_mat *const a = &q->factor.down;
+    const int wide = q->g.dtype == PK_F64 || q->x.dtype == PK_F64 || (q->dx.data && q->dx.dtype == PK_F64);
+    const int64_t m = q->g.rows, r = a->rows, bytes = m * r * acc_size(wide);
+    const pk_lowrank part = {mat_transposed(q->factor.up), mat_transposed(*a), q->factor.scale};
+    int rc = PK_OK;
+    if (q->dx.data || q->da.data) {
+        char *const u = work_take(area, bytes);
+        if (q->dx.data)
+            rc = product_run(&q->dx, &q->g, &part, 1, wide, q->dx_add ? OP_ADD : OP_SET, u, area, par);
+        else
+            rc = dots_run(&q->g, &part.down, u, r, wide, area, par);
+        if (rc == PK_OK && q->da.data && area->base) rc = outer(&q->da, u, r, &q->x, q->factor.scale, wide, par);
+    }
+    if (rc == PK_OK && q->db.data) {
+        const pk_mat dbt = mat_transposed(q->db);
+        char *const t = work_take(area, bytes);
+        if (q->t.data && area->base)
+            mat_pack(pk_isa_now(), &q->t, 0, 0, m, r, t, r, 1.0, wide);
+        else if (!q->t.data)
+            rc = dots_run(&q->x, a, t, r, wide, area, par);
+        if (rc == PK_OK && area->base) rc = outer(&dbt, t, r, &q->g, q->factor.scale, wide, par);
+    }
+    return rc;
+}
+
+static int shaped(const pk_mat *a, int64_t rows, int64_t cols) {
+    return !a->data || (mat_valid(a) && a->rows == rows && a->cols == cols);
+}
+
+static int backward_valid(const pk_backward *q) {
+    if (!q || !mat_valid(&q->g)) return 0;
+    const int64_t m = q->g.rows, n = q->g.cols, r = q->factor.down.rows, k = q->factor.down.cols;
+    const int need_x = (q->da.data || (q->db.data && !q->t.data)) && m > 0 && k > 0;
+    return factors_fit(&q->factor, 1, n, k) && shaped(&q->x, m, k) && shaped(&q->t, m, r) && shaped(&q->dx, m, k) &&
+           shaped(&q->da, r, k) && shaped(&q->db, n, r) && (!need_x || q->x.data);
+}
+
+size_t pk_lowrank_backward_work(const pk_backward *q) {
+    work_area area = {NULL, 0, 0};
+    if (!backward_valid(q)) return 0;
+    backward(q, &area, NULL);
+    return work_total(&area);
+}
+
+int pk_lowrank_backward(const pk_backward *q, void *work, pk_parallel_fn par) {
+    work_area area = work_start(work);
+    return backward_valid(q) ? backward(q, &area, par) : PK_EINVAL;
+}
