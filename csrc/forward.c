@@ -259,6 +259,12 @@ static PyObject *call_linear(const module_state *state, const gate_plan *plan, P
     return PyObject_CallFunctionObjArgs(linear, x, plan->weight, plan->bias, NULL);
 }
 
+PyObject *forward_planned(module_state *state, const gate_plan *plan, PyObject *x, PyObject *args, PyObject *kwargs) {
+    const bool bare = (args == NULL || PyTuple_Size(args) == 0) && (kwargs == NULL || PyDict_Size(kwargs) == 0);
+    PyObject *y = plan->weight != NULL && bare ? call_linear(state, plan, x) : call_base(plan, x, args, kwargs);
+    return y != NULL ? add_terms(state, plan, x, y) : NULL;
+}
+
 static bool kwargs_are_special(const module_state *state, PyObject *kwargs) {
     return kwargs != NULL && PyDict_Size(kwargs) > 0 &&
            (PyDict_Contains(kwargs, state->names.adapter_names) != 0 ||
@@ -283,13 +289,7 @@ static PyObject *forward_lowrank(PyObject *module, PyObject *const *arguments, P
     if (reason == GATE_OK && (reason = gate_ambient(state)) == GATE_OK) {
         reason = gate_input(state, arguments[1], &plan, &view);
         if (reason == GATE_OK) {
-            if (plan.weight != NULL && (args == NULL || PyTuple_Size(args) == 0) &&
-                (kwargs == NULL || PyDict_Size(kwargs) == 0)) {
-                result = call_linear(state, &plan, arguments[1]);
-            } else {
-                result = call_base(&plan, arguments[1], args, kwargs);
-            }
-            if (result != NULL) result = add_terms(state, &plan, arguments[1], result);
+            result = forward_planned(state, &plan, arguments[1], args, kwargs);
             goto done;
         }
     }

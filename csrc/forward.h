@@ -46,6 +46,11 @@ bool forward_factor(const module_state *state, const gate_term *term, pk_lowrank
 /* Would autograd have to see what is computed from x with these terms now? */
 bool forward_wants_graph(const module_state *state, const gate_plan *plan, PyObject *x);
 
+/* base(x, *args, **kwargs) plus the plan's terms, which fit x (gate_input); args and kwargs may be NULL. New reference,
+ * or NULL with an exception. */
+PyObject *forward_planned(module_state *state, const gate_plan *plan, PyObject *x, PyObject *args, PyObject *kwargs);
+
+extern PyMethodDef terms_methods[];   /* lowrank_terms */
 extern PyMethodDef forward_methods[]; /* lowrank_forward, lowrank_apply, lowrank_backward */
 
 #endif

@@ -214,8 +214,7 @@ static void plan_linear(const module_state *state, PyObject *dict, gate_plan *pl
     plan->bias = bias;
 }
 
-/* Takes the base layer and asks whether its output is its own. */
-static gate_reason plan_base(const module_state *state, PyObject *dict, gate_plan *plan) {
+gate_reason gate_base(const module_state *state, PyObject *dict, gate_plan *plan) {
     PyObject *base = look(look(dict, state->names._modules), state->names.base_layer), *base_dict;
     if (base == NULL) return GATE_ODD;
     Py_INCREF(base);
@@ -245,7 +244,7 @@ gate_reason gate_adapter(const module_state *state, PyObject *layer, PyObject *o
     plan->status = VIEW_OK;
     names = dict ? PyObject_GetAttr((PyObject *)Py_TYPE(layer), state->names._lowrank_names) : NULL;
     if (names == NULL) goto done;
-    if ((reason = plan_base(state, dict, plan)) != GATE_OK) goto done;
+    if ((reason = gate_base(state, dict, plan)) != GATE_OK) goto done;
     merged = attribute(dict, layer, state->names.merged_adapters);
     disabled = attribute(dict, layer, state->names._disable_adapters);
     if (is_true(disabled)) {

@@ -74,6 +74,9 @@ static inline gate_reason gate_layer(const module_state *state, PyObject *layer,
     return gate_adapter(state, layer, NULL, plan);
 }
 
+/* Takes the base layer from the layer's instance dict into the plan, and asks whether its output is its own. */
+gate_reason gate_base(const module_state *state, PyObject *dict, gate_plan *plan);
+
 /* What surrounds the call: switch, autocast, modes, functorch, tracing, forward AD, global hooks. */
 gate_reason gate_ambient(const module_state *state);
 

@@ -12,7 +12,8 @@
 /* A unit with functions adds one line here: X(its method table) */
 #define METHOD_TABLES(X) \
     X(view_methods) \
-    X(gate_methods) X(forward_methods) X(mixed_methods) X(merge_methods) X(exchange_methods) X(walk_methods)
+    X(gate_methods) \
+    X(forward_methods) X(terms_methods) X(mixed_methods) X(merge_methods) X(exchange_methods) X(walk_methods)
 
 /* A unit with heap types or settings adds one line here: X(its init), int init(PyObject *module, module_state *state)
  */

@@ -48,6 +48,10 @@ class LowRank(NamedTuple):
         """The values as they are now."""
         return LowRank(self.A.detach().clone(), self.B.detach().clone(), float(self.scale))
 
+    def is_wide(self) -> bool:
+        """Whether a copy of the weight and one product take less time than the kernels' two and a small record."""
+        return self.A.shape[-2] > WIDE
+
     def delta(self) -> torch.Tensor:
         """scale * B @ A in the factors' dtype; half precision on the CPU is multiplied in fp32."""
         A, B = self.A, self.B
@@ -65,6 +69,7 @@ class Replace(NamedTuple):
 
 
 Change = LowRank | Callable[[], torch.Tensor] | Replace
+WIDE = 128  # rank
 LARGE = 1 << 16  # elements; a full delta with more is not kept for undoing, a copy of the old weight is
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -106,12 +107,21 @@ class Linear(AddRoom):
         tensor.register_hook(project)
         return tensor
 
-    def low_rank(self, name: str) -> LowRank:
+    def parts(self, name: str) -> list[torch.Tensor]:
+        """U, S, V and U0, S0, V0."""
         U0, S0, V0 = (getattr(self, container)[name] for container in self.other_param_names[:3])
         U, S, V = (self.osf_svd_params[name][part] for part in ("U_low", "S_low", "V_low"))
         U = self.guarded(U, self._osf_U_high[name] if name in self._osf_U_high else None, U0)
         V = self.guarded(V.T, self._osf_V_high[name].T if name in self._osf_V_high else None, V0.T).T
+        return [U, S, V, U0, S0, V0]
+
+    def low_rank(self, name: str) -> LowRank:
+        U, S, V, U0, S0, V0 = self.parts(name)
         return LowRank(torch.cat([V, V0]), torch.cat([U * S, -(U0 * S0)], dim=1), 1.0)
+
+    def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        U, S, V, U0, S0, V0 = self.parts(name)
+        return F.linear(F.linear(x, V) * S, U) - F.linear(F.linear(x, V0) * S0, U0)
 
 
 OSFLayer = Linear

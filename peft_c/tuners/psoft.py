@@ -112,6 +112,8 @@ class OrthLayer(nn.Module):
 class Linear(AddRoom):
     """W + scaling * B (R - I) A for nn.Linear; B (out, r) A (r, in) * scaling is the best approximation of W."""
 
+    factored = True
+    dropout = "psoft_dropout"
     adapter_layer_names = ("psoft_R",)
     other_param_names = (
         "r",
@@ -175,7 +177,7 @@ class Linear(AddRoom):
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         A, B = self._psoft_A_cache[name], self._psoft_B_cache[name]
-        inner = F.linear(self.psoft_dropout[name](x.to(A.dtype)), A)
+        inner = F.linear(x.to(A.dtype), A)
         change = F.linear(inner, self.psoft_R[name].get_matrix().to(A.dtype)) - inner
         return F.linear(change, B) * self.scaling[name]
 

@@ -40,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import _C
 from ..config import PeftConfig
 from ..utils import constants
 from ..utils.matching import get_pattern_key
@@ -257,8 +258,8 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         With disabled adapters the output is the base layer's, merged or not. Other arguments go to the base layer.
         """
         x = kwargs.pop(self.input_name) if x is None else x
-        rows = kwargs.pop("adapter_names", None)
-        own_kwargs = {key: kwargs.pop(key) for key in self.adapter_kwargs if key in kwargs}
+        rows = kwargs.pop("adapter_names", None) if kwargs else None
+        own_kwargs = {key: kwargs.pop(key) for key in self.adapter_kwargs if key in kwargs} if kwargs else kwargs
         if self.disable_adapters:
             law.suspend(self)
             return self.base_layer(x, *args, **kwargs)
@@ -267,8 +268,7 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         if self.merged:
             law.resume(self)
             return self.base_layer(x, *args, **kwargs)
-        own = self._merge_adapters()
-        names = [name for name in self.active_adapters if name in own]
+        names = [name for name in self.active_adapters if self.has_adapter(name)]
         if self.exclusive and len(names) > 1:
             raise ValueError(
                 f"Trying to run forward with {len(names)} active adapters ({', '.join(names)}), but "
@@ -286,10 +286,9 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        own = self._merge_adapters()
         result = self.base_layer(x, *args, **kwargs).clone()
         for name in dict.fromkeys(rows):
-            if name in own:  # not "__base__", nor adapters that only other layers have
+            if self.has_adapter(name):  # not "__base__", nor adapters that only other layers have
                 part = [i for i, row in enumerate(rows) if row == name]
                 result[part] = self.adapt([name], x[part], *args, **kwargs).to(result.dtype)
         return result
@@ -310,6 +309,10 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
     def _merge_adapters(self) -> Iterable[str]:
         """The adapters this layer has parameters for."""
         return self._get_available_adapters()
+
+    def has_adapter(self, name: str) -> bool:
+        """Whether `_merge_adapters` has the name."""
+        return any(name in self._modules[container] for container in self.adapter_layer_names)
 
     def _base_view(self) -> BaseView:
         return weight_view(self.get_base_layer())
@@ -355,6 +358,7 @@ class AddRoom(Room):
     adds: ClassVar[tuple[str, ...]] = ("weight",)  # what the adapters add to: "weight", "bias" or both
     dropout: ClassVar[str] = ""  # the ModuleDict with the dropout in front of each adapter, if there is one
     converts_to_lora: ClassVar[bool] = True  # whether PEFT converts the method's adapters to LoRA
+    factored: ClassVar[bool] = False  # whether a forward multiplies by the factors of `low_rank`, the cheapest way
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -367,7 +371,8 @@ class AddRoom(Room):
 
     def drops(self, name: str) -> bool:
         """Whether the adapter's dropout is active."""
-        return bool(self.dropout) and self.training and not isinstance(getattr(self, self.dropout)[name], nn.Identity)
+        module = self._modules[self.dropout][name] if self.dropout else None
+        return module is not None and module.training and not isinstance(module, nn.Identity)
 
     def delta(self, name: str) -> torch.Tensor:
         """The delta of an adapter as the matrix (out, in...) that `weight_view` shows."""
@@ -406,7 +411,7 @@ class AddRoom(Room):
         """The dtype an adapter wants its input in: that of its first parameter; None for token ids."""
         if isinstance(self.get_base_layer(), nn.Embedding):
             return None
-        entries = (getattr(self, layer) for layer in self.adapter_layer_names)
+        entries = (self._modules[layer] for layer in self.adapter_layer_names)
         entry = next(container[name] for container in entries if name in container)
         return (entry if isinstance(entry, torch.Tensor) else next(entry.parameters())).dtype
 
@@ -418,13 +423,26 @@ class AddRoom(Room):
             and all(self.dense(name) and not self.drops(name) for name in names)
         ):
             return self.adapt_dense(names, x)
+        if self.may_act_in_c(base, x) and not any(self.drops(name) for name in names):
+            result = _C.lowrank_terms(self, x, [self.low_rank(name) for name in names], args, kwargs)
+            if result is not NotImplemented:
+                return result
         output = result = self.base_layer(x, *args, **kwargs)
         for name in names:
             wanted = self.adapter_dtype(name)
             part = x if wanted is None else self._cast_input_dtype(x, wanted)
-            part = getattr(self, self.dropout)[name](part) if self.dropout and part.is_floating_point() else part
+            part = getattr(self, self.dropout)[name](part) if self.drops(name) and part.is_floating_point() else part
             result = result + self.term_beside(name, part, output)
         return result.to(output.dtype)
+
+    def may_act_in_c(self, base: nn.Module, x: torch.Tensor) -> bool:
+        """Whether it is worthwhile to ask C for the forward: x is on the CPU and needs no gradient."""
+        return (
+            self.factored
+            and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+            and x.is_cpu
+            and not isinstance(base, (*CONVOLUTIONS, nn.Embedding))
+        )
 
     def adapt_dense(self, names: list[str], x: torch.Tensor) -> torch.Tensor:
         """`adapt` by the weight with the deltas in it."""
@@ -447,7 +465,8 @@ class AddRoom(Room):
 
     def _merge_changes(self, name: str) -> dict[str, law.Change]:
         def weight() -> law.Change:
-            return self.low_rank(name) or (lambda: self.get_delta_weight(name))
+            factors = self.low_rank(name)
+            return (lambda: self.get_delta_weight(name)) if factors is None or factors.is_wide() else factors
 
         def bias() -> law.Change:  # known before the weight is changed, on which it may depend
             delta = self.bias_delta(name)

@@ -50,6 +50,9 @@ class SharedRoom(AddRoom):
     def _merge_adapters(self) -> list[str]:
         return list(getattr(self, self.own).keys())
 
+    def has_adapter(self, name: str) -> bool:
+        return name in getattr(self, self.own)
+
 
 class SharedRoomModel(RoomModel):
     """Injects rooms that share weights.

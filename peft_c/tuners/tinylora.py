@@ -52,6 +52,7 @@ class TinyLoraLayer(SharedRoom):
     """B R A with R = sum_i v[i] P[i]: A (r, in) and B (out, r) are the first singular vectors, each times the root of
     the singular value, P (u, r, r) is random, v (u,) is trained and shared by the layers of a group."""
 
+    factored = True
     adapter_layer_names = ("tinylora_v",)
     other_param_names = ("tinylora_A", "tinylora_B", "tinylora_P", "tinylora_dropout", "r", "u", "_tinylora_v_key")
     containers = dict.fromkeys(other_param_names[:3], partial(BufferDict, persistent=True))
@@ -76,7 +77,7 @@ class TinyLoraLayer(SharedRoom):
     def low_rank(self, name: str) -> LowRank:
         v = wide(self.tinylora_v[name][self._tinylora_v_key[name]])
         A, B, P = (getattr(self, part)[name].to(v.device, v.dtype) for part in self.other_param_names[:3])
-        return LowRank(A, B @ torch.einsum("i,ijk->jk", v, P), 1.0)
+        return LowRank(A, B @ (v @ P.flatten(1)).view(P.shape[1:]), 1.0)
 
 
 class Linear(TinyLoraLayer):

@@ -18,6 +18,8 @@ from ._buffer_dict import BufferDict
 if TYPE_CHECKING:
     from ..utils.quantization_utils import QuantizationBackend
 
+# what wraps no other module: asking these for a base layer would cost an exception
+INNERMOST = frozenset((nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d))
 # what holds one entry per adapter
 ADAPTER_CONTAINERS = (nn.ModuleDict, nn.ParameterDict, BufferDict)
 
@@ -116,7 +118,7 @@ class BaseTunerLayer(_C.Layer, ABC):
     def get_base_layer(self) -> nn.Module:
         """The wrapped module, below all tuner layers that may be nested in each other."""
         layer = self
-        while hasattr(layer, "base_layer"):
+        while type(layer) not in INNERMOST and hasattr(layer, "base_layer"):
             layer = layer.base_layer
         return layer
 

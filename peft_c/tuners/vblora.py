@@ -37,6 +37,7 @@ class Linear(SharedRoom):
     The logits are (r, in / v, vectors) for A and (out / v, r, vectors) for B.
     """
 
+    factored = True
     adapter_layer_names = ("vblora_logits_A", "vblora_logits_B", "vblora_vector_bank")
     other_param_names = ("r", "topk", "vblora_dropout")
     own, dropout = "vblora_logits_A", "vblora_dropout"

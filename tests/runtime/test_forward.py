@@ -289,3 +289,20 @@ def test_threads():
     with ThreadPoolExecutor(4) as pool:
         for result in pool.map(lambda _: layer(x), range(400)):
             close(result, expected)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda p: f"{p[0]}+{p[1]}".replace("torch.", ""))
+def test_terms_given_at_the_call(pair):
+    layer = make(dtype=pair[0], adapter_dtype=pair[1], adapters=("a", "b")).requires_grad_(False)
+    terms = [(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]) for name in "ab"]
+    x = torch.randn(5, 24, dtype=pair[0])
+    assert torch.equal(_C.lowrank_terms(layer, x, terms, (), {}), _C.lowrank_forward(layer, x))
+    A, B, scale = terms[0]
+    refused = ((A[:, 1:].clone(), B, scale), (A, B.int(), scale), (A, B.detach().requires_grad_(), scale))
+    assert all(_C.lowrank_terms(layer, x, [term], (), {}) is NotImplemented for term in refused)
+    assert _C.lowrank_terms(layer, x, terms * 9, (), {}) is NotImplemented
+    with torch.autocast("cpu"):
+        assert _C.lowrank_terms(layer, x, terms, (), {}) is NotImplemented
+    for wrong in (terms[0], [terms[0][:2]], [(A, B, "x")], [3]):
+        with pytest.raises(TypeError):
+            _C.lowrank_terms(layer, x, wrong, (), {})

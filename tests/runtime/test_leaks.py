@@ -86,6 +86,8 @@ BODIES = {
     "apply": "_C.lowrank_apply(y, x, t, (1.0,), (A, B)); fails(_C.lowrank_apply, y, x, t, (1.0,), (B, A))",
     "backward": "_C.lowrank_backward(g, x, t, (1.0,), (A, B), dx, (dA, dB))",
     "backward-refused": "_C.lowrank_backward(neg, x, t, (1.0,), (A, B), dx, (dA, dB)); fails(_C.lowrank_backward, 1)",
+    "terms": "with torch.no_grad(): _C.lowrank_terms(layer, x, [(A, B, 1.0)], (), {})",
+    "terms-refused": "_C.lowrank_terms(layer, leaf, [(A, B, 1)], (), {}); fails(_C.lowrank_terms, layer, x, [3])",
     "exchange": "_C.exchange(y, g.clone(), True, True, y); _C.digest(A); _C.digest(array); fails(_C.exchange, A)",
     "exchange-refused": "_C.exchange(A, A, False, True, A); _C.exchange(A, B, False, True, A); _C.exchange(*range(5))",
     "refused-by-torch": "fails(_C.describe, meta); _C.gate(layer, meta)",
