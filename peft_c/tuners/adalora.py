@@ -18,7 +18,7 @@ from .law import LowRank
 from .lora.config import LoraConfig
 from .lora.layer import LoraLayer
 from .lora.model import LoraModel
-from .room import AddRoom, RoomModel, option, register
+from .room import AddRoom, RoomModel, State, option, register
 
 
 @dataclass
@@ -222,15 +222,11 @@ class AdaLoraModel(RoomModel, LoraModel):
         return state_dict
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls, model: Any, config: Any, adapter_name: str, state_dict: Any, unwanted_adapter_names: Any
-    ) -> dict[str, torch.Tensor]:
-        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        own = {key: value for key, value in own.items() if not key.endswith(f".ranknum.{adapter_name}")}
+    def saving(cls, model: nn.Module, config: AdaLoraConfig, name: str, state: State, own: State) -> State:
+        own = {key: value for key, value in own.items() if not key.endswith(f".ranknum.{name}")}
         if config.rank_pattern is not None:
-            pattern = {key.replace(f".{adapter_name}", ""): left for key, left in config.rank_pattern.items()}
-            config.rank_pattern = pattern
-            own = model.resize_state_dict_by_rank_pattern(pattern, own, adapter_name)
+            config.rank_pattern = {key.replace(f".{name}", ""): left for key, left in config.rank_pattern.items()}
+            own = model.resize_state_dict_by_rank_pattern(config.rank_pattern, own, name)
         return own
 
     @classmethod

@@ -14,7 +14,7 @@ from torch import nn
 
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import AddRoom, LayersConfig, RoomModel, option, register
+from .room import AddRoom, LayersConfig, RoomModel, State, option, register
 
 
 @dataclass
@@ -25,7 +25,9 @@ class AdamssConfig(LayersConfig):
     num_subspaces: int = option(5, "Number of subspaces, that is of groups of the weight's rows.")
     subspace_rank: int = option(1, "Rank of each subspace.")
     init_weights: Literal["orthogonal"] | None = option(
-        "orthogonal", "'orthogonal': new adapters start as no change; None: at random, for tests."
+        "orthogonal",
+        "'orthogonal': new adapters start as no change; None: at random, for tests.",
+        choices=("orthogonal", None),
     )
     use_asa: bool = option(False, "Whether the least important subspaces are frozen in training (ASA).")
     asa_target_subspaces: int = option(50, "Number of subspaces, of all layers, that are trained in the end.")
@@ -40,11 +42,9 @@ class AdamssConfig(LayersConfig):
     random_seed: int = option(0, "Seed of the singular value decomposition.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.init_weights is False:
             self.init_weights = None
-        if self.init_weights not in ("orthogonal", None):
-            raise ValueError(f"init_weights must be 'orthogonal' or None, got {self.init_weights}")
+        super().__post_init__()
         for name in ("mask_interval", "asa_target_subspaces", "asa_schedule_exponent") if self.use_asa else ():
             if getattr(self, name) <= 0:
                 kind = "number" if name == "asa_schedule_exponent" else "integer"
@@ -207,15 +207,14 @@ class AdamssModel(RoomModel):
                     layer.reset_importance(name)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model: Any, config: Any, adapter_name: str, state_dict: Any) -> Any:
-        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        factors = [(name, p) for name, p in model.named_parameters() if ".adamss_" in name and name in state_dict]
-        others = [(name, p) for name, p in factors if p.shape != state_dict[name].shape]
-        for name, parameter in others:
-            parameter.data = parameter.data.new_empty(state_dict[name].shape)
+    def loading(cls, model: nn.Module, config: AdamssConfig, name: str, saved: State) -> State:
+        factors = [(key, p) for key, p in model.named_parameters() if ".adamss_" in key and key in saved]
+        others = [(key, p) for key, p in factors if p.shape != saved[key].shape]
+        for key, parameter in others:
+            parameter.data = parameter.data.new_empty(saved[key].shape)
         if others:
             warnings.warn(f"The base weight has other subspaces than the one that {others[0][0]} was trained for.")
-        return state_dict
+        return saved
 
     @staticmethod
     def _keep_best(scored: list[tuple[torch.Tensor, list[nn.Parameter]]], count: int) -> None:

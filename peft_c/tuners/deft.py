@@ -15,15 +15,13 @@ from .room import AddRoom, RoomModel, SelectiveConfig, Unscaled, dropout, option
 
 @dataclass
 class DeftConfig(SelectiveConfig):
-    """Options of DEFT.
-
-    Raises:
-        ValueError: an unknown `decomposition_method`.
-    """
+    """Options of DEFT."""
 
     r: int = option(8, "Dimension of the subspace; more than the layer's outputs counts as their number.")
     decomposition_method: Literal["relu", "qr"] = option(
-        "relu", "Projector onto the subspace: 'relu': P relu(P)^T; 'qr': Q Q^T with P = Q R, which is orthogonal."
+        "relu",
+        "Projector onto the subspace: 'relu': P relu(P)^T; 'qr': Q Q^T with P = Q R, which is orthogonal.",
+        choices=("qr", "relu"),
     )
     init_scale: float = option(1.0, "With `init_weights=False`: the injected matrix has deviation 0.02 times this.")
     alpha: int | None = option(None, "The injected term is scaled by alpha / r; None: by 1.")
@@ -32,13 +30,6 @@ class DeftConfig(SelectiveConfig):
     deft_dropout: float = option(0.0, "Dropout probability of the input of the injected term.")
     init_weights: bool = shared("init_weights")
     bias: str = shared("bias")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.decomposition_method not in ("qr", "relu"):
-            raise ValueError(
-                f"Unknown decomposition_method '{self.decomposition_method}', must be one of ['qr', 'relu']."
-            )
 
 
 class DeftLinear(Unscaled, AddRoom):

@@ -16,13 +16,9 @@ from .room import AddRoom, RoomModel, SelectiveConfig, kaiming, option, pattern_
 
 @dataclass
 class DeloraConfig(SelectiveConfig):
-    """Options of DeLoRA.
+    """Options of DeLoRA."""
 
-    Raises:
-        ValueError: `r` is not positive.
-    """
-
-    r: int = option(8, "Rank of the delta.")
+    r: int = option(8, "Rank of the delta.", positive=True)
     delora_lambda: int = option(15, "Start value of the bound of the delta's Frobenius norm.")
     module_dropout: float = option(0.0, "Dropout probability of the adapter's input.")
     bias: Literal["none", "all", "delora_only"] = shared("bias")
@@ -31,11 +27,6 @@ class DeloraConfig(SelectiveConfig):
     lambda_pattern: dict | None = option(
         {}, "Module name or regular expression -> lambda, where it differs from `delora_lambda`."
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.r <= 0:
-            raise ValueError(f"`r` must be a positive integer; got {self.r}.")
 
 
 class DeloraLinear(AddRoom):

@@ -11,7 +11,7 @@ from torch import nn
 
 from . import law
 from ._buffer_dict import BufferDict
-from .room import option, register, weight_view
+from .room import State, option, register, weight_view
 from .shared_room import ProjectionConfig, SeededModel, SharedRoom, check_projections, wide
 
 
@@ -229,15 +229,12 @@ class FrodModel(SeededModel):
                 layer.frod_U[adapter_name] = layer.frod_U[adapter_name].to(layer.get_base_layer().weight.dtype)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: FrodConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        prefixes = tuple(f"base_model.{name}." for name in cls.projections)
-        found = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefixes)}
-        result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+    def loading(cls, model: nn.Module, config: FrodConfig, name: str, saved: State) -> State:
+        prefixes = tuple(f"base_model.{part}." for part in cls.projections)
+        found = {key for key in saved if key.startswith(prefixes)}
         if found or config.save_projection:
             check_projections("FRoD projection tensors", config.save_projection, bool(found))
-        return {**result, **{f"{key}.{adapter_name}": tensor for key, tensor in found.items()}}
+        return {f"{key}.{name}" if key in found else key: tensor for key, tensor in saved.items()}
 
 
 register("frod", FrodConfig, FrodModel)

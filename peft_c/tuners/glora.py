@@ -11,39 +11,25 @@ from torch import nn
 
 from .room import AddRoom, RoomModel, TargetConfig, kaiming, option, register, shared
 
-FORMS = {
-    "config_A_B": ("constant", "lora", "none", "vector"),
-    "config_C": ("lora", "none", "vector"),
-    "config_D_E": ("constant", "none", "vector"),
-}
-
 
 @dataclass
 class GloraConfig(TargetConfig):
-    """Options of GLoRA.
-
-    Raises:
-        ValueError: an unknown form in `config_A_B`, `config_C` or `config_D_E`.
-    """
+    """Options of GLoRA. ValueError: an unknown form in `config_A_B`, `config_C` or `config_D_E`."""
 
     r: int = option(8, "Rank of the supports of form 'lora'.")
     bias: str = shared("bias")
     config_A_B: Literal["lora", "vector", "constant", "none"] = option(
-        "lora", "Form of A and B, which scale and shift the weight: low-rank, one number an output, one number, none."
+        "lora",
+        "Form of A and B, which scale and shift the weight: low-rank, one number an output, one number, none.",
+        choices=("constant", "lora", "none", "vector"),
     )
-    config_C: Literal["lora", "vector", "none"] = option("lora", "Form of C: W C is added to the bias.")
+    config_C: Literal["lora", "vector", "none"] = option(
+        "lora", "Form of C: W C is added to the bias.", choices=("lora", "none", "vector")
+    )
     config_D_E: Literal["vector", "constant", "none"] = option(
-        "constant", "Form of D and E, which scale and shift the bias."
+        "constant", "Form of D and E, which scale and shift the bias.", choices=("constant", "none", "vector")
     )
     init_weights: bool = shared("init_weights")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, forms in FORMS.items():
-            if getattr(self, name) not in forms:
-                raise ValueError(
-                    f"Invalid {name} value: {getattr(self, name)!r}. Valid values are: {', '.join(forms)}."
-                )
 
 
 class GloraPath(nn.Module):

@@ -12,24 +12,21 @@ from .room import AddRoom, LayersConfig, RoomModel, dropout, kaiming, option, po
 
 @dataclass
 class GraloraConfig(LayersConfig):
-    """Options of GraLoRA.
-
-    Raises:
-        ValueError: `gralora_k` is not positive or does not divide `r`.
-    """
+    """Options of GraLoRA. ValueError: `gralora_k` is not positive or does not divide `r`."""
 
     r: int = option(32, "Rank of each of the k rows of factors; has to be a multiple of `gralora_k`.")
     hybrid_r: int = option(0, "Rank of a plain low-rank term beside the blocks; 0: none.")
     alpha: int = option(64, "The delta is scaled by alpha / (r + hybrid_r).")
     gralora_dropout: float = option(0.0, "Dropout probability of the adapter's input.")
-    gralora_k: int = option(2, "Number of blocks along each side of the weight; 2 up to rank 32, 4 from rank 64.")
+    gralora_k: int = option(
+        2, "Number of blocks along each side of the weight; 2 up to rank 32, 4 from rank 64.", positive=True
+    )
     fan_in_fan_out: bool = shared("fan_in_fan_out")
     bias: str = shared("bias")
     init_weights: bool = shared("init_weights")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("gralora_k", self.gralora_k)
         if self.r % self.gralora_k:
             raise ValueError(f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}")
 

@@ -21,9 +21,7 @@ class HiraConfig(SelectiveConfig):
     hira_dropout: float = option(0.0, "Dropout probability of the adapter's input, but for embeddings.")
     fan_in_fan_out: bool = shared("fan_in_fan_out")
     init_weights: bool | Literal["gaussian"] | None = option(
-        True,
-        "Initialisation of A: True: kaiming uniform, 'gaussian': normal with deviation 1 / r (linear layers); B "
-        "starts at zero. False: both start at random, for tests.",
+        True, "Start of A, beside B = 0: True: kaiming uniform, 'gaussian': normal; False: both at random, for tests."
     )
     rank_pattern: dict | None = shared("rank_pattern")
 
@@ -110,14 +108,8 @@ class Embedding(HiraLayer):
 class HiraModel(RoomModel):
     """Injects HiRA."""
 
-    rooms = {
-        nn.Linear: Linear,
-        "Conv1D": Linear,
-        nn.Embedding: Embedding,
-        nn.Conv1d: Conv1d,
-        nn.Conv2d: Conv2d,
-        nn.Conv3d: Conv3d,
-    }
+    rooms = {nn.Linear: Linear, "Conv1D": Linear, nn.Embedding: Embedding}
+    rooms |= {nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}
     unsupported = ValueError
 
     def settings(self, config: HiraConfig, key: str, base: nn.Module) -> dict[str, Any]:

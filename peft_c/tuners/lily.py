@@ -14,11 +14,7 @@ from .room import AddRoom, RoomModel, SelectiveConfig, kaiming, option, positive
 
 @dataclass
 class LilyConfig(SelectiveConfig):
-    """Options of Lily.
-
-    Raises:
-        ValueError: `stride_A` is less than 1 or `num_B` less than 2.
-    """
+    """Options of Lily. ValueError: `stride_A` is less than 1 or `num_B` less than 2."""
 
     r: int = option(32, "Rank; as factors are shared, 2 to 4 times what LoRA would have.")
     stride_A: int = option(1, "Number of neighbouring layers that share one A.")

@@ -8,17 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .room import (
-    CONVOLUTIONS,
-    AddRoom,
-    RoomModel,
-    SelectiveConfig,
-    apply_weight,
-    kaiming,
-    pattern_value,
-    positive,
-    shared,
-)
+from .room import AddRoom, RoomModel, SelectiveConfig, apply_weight, kaiming, pattern_value, positive, shared
 
 
 @dataclass
@@ -35,7 +25,8 @@ class LycorisLayer(AddRoom):
     other_param_names = ("r", "alpha", "scaling", "rank_dropout", "rank_dropout_scale", "module_dropout")
 
     def create(self, name: str, config: Any, r: int, alpha: float) -> None:
-        self.r[name], self.alpha[name], self.scaling[name] = positive("r", r), alpha, alpha / r
+        positive("r", r)
+        self.r[name], self.alpha[name], self.scaling[name] = r, alpha, alpha / r
         self.rank_dropout[name], self.module_dropout[name] = config.rank_dropout, config.module_dropout
         self.rank_dropout_scale[name] = getattr(config, "rank_dropout_scale", True)
         self.create_factors(name, config, r)
@@ -99,7 +90,7 @@ class LycorisLayer(AddRoom):
                 self.scaling[name] = self.alpha[name] / self.r[name] if scale is None else self.scaling[name] / scale
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return not isinstance(self.get_base_layer(), CONVOLUTIONS)
+        return isinstance(self.get_base_layer(), nn.Linear)
 
 
 class LycorisTuner(RoomModel):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .room import MapRoom, RoomModel, SelectiveConfig, Unscaled, option, positive, register, shared
+from .room import MapRoom, RoomModel, SelectiveConfig, State, Unscaled, option, positive, register, shared
 
 
 @dataclass
@@ -198,11 +198,10 @@ class OFTModel(RoomModel):
             raise ValueError("Cannot merge OFT layers when the model is gptq quantized")
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model: Any, config: Any, adapter_name: str, state_dict: Any) -> Any:
-        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        if any(".oft_r." in key for key in state_dict):
+    def loading(cls, model: nn.Module, config: OFTConfig, name: str, saved: State) -> State:
+        if any(".oft_r." in key for key in saved):
             raise ValueError("This is an OFT adapter of PEFT <= 0.15.2, which does not fit; train a new one.")
-        return state_dict
+        return saved
 
 
 register("oft", OFTConfig, OFTModel)

@@ -34,13 +34,9 @@ def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 @dataclass
 class PeanutConfig(SelectiveConfig):
-    """Options of PEANuT.
+    """Options of PEANuT. ValueError: `r` is not positive, `depth` is negative, or `act_fn` is unknown."""
 
-    Raises:
-        ValueError: `r` is not positive, `depth` is negative, or `act_fn` is unknown.
-    """
-
-    r: int = option(32, "Width of the network, which is the rank of the delta.")
+    r: int = option(32, "Width of the network, which is the rank of the delta.", positive=True)
     depth: int = option(0, "Number of hidden layers in the encoder, and in the decoder.")
     act_fn: str = option("relu", "Activation function of the network, by transformers' name for it.")
     scaling: float = option(1.0, "Factor of the delta.")
@@ -48,8 +44,6 @@ class PeanutConfig(SelectiveConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r <= 0:
-            raise ValueError("`r` must be a positive integer.")
         if self.depth < 0:
             raise ValueError("`depth` can only be a non-negative integer.")
         activation(self.act_fn)

@@ -18,22 +18,20 @@ from .room import AddRoom, RoomModel, SelectiveConfig, dropout, option, register
 
 @dataclass
 class PsoftConfig(SelectiveConfig):
-    """Options of PSOFT.
+    """Options of PSOFT."""
 
-    Raises:
-        ValueError: `r` or `num_cayley_neumann_terms` is not positive, `ab_svd_init` or `psoft_svd` is unknown, or
-            `cayley_neumann_eps` is not between 0 and 1.
-    """
-
-    r: int = option(32, "Dimension of the principal subspace.")
+    r: int = option(32, "Dimension of the principal subspace.", positive=True)
     psoft_alpha: int = option(32, "The adapter's output is scaled by psoft_alpha / r, its subspace by the inverse.")
     psoft_dropout: float = option(0.0, "Dropout probability of the adapter's input.")
     fan_in_fan_out: bool = shared("fan_in_fan_out")
     ab_svd_init: Literal["psoft_init", "pissa_init"] = option(
         "psoft_init",
         "Where the singular values go: 'psoft_init': to B, A has orthonormal rows; 'pissa_init': half to each.",
+        choices=("psoft_init", "pissa_init"),
     )
-    psoft_svd: Literal["full", "lowrank"] = option("full", "Singular value decomposition: exact, or a randomised one.")
+    psoft_svd: Literal["full", "lowrank"] = option(
+        "full", "Singular value decomposition: exact, or a randomised one.", choices=("full", "lowrank")
+    )
     psoft_svd_lowrank_niter: int = option(10, "Number of power iterations of the randomised decomposition.")
     random_seed: int = option(0, "Seed of the randomised decomposition, which is made anew when an adapter is loaded.")
     psoft_orth: bool = option(True, "Whether R is kept orthogonal; False: any matrix.")
@@ -48,11 +46,6 @@ class PsoftConfig(SelectiveConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r <= 0:
-            raise ValueError(f"`r` must be a positive integer; got {self.r}.")
-        for name, known in (("ab_svd_init", ["pissa_init", "psoft_init"]), ("psoft_svd", ["full", "lowrank"])):
-            if getattr(self, name) not in known:
-                raise ValueError(f"`{name}` must be one of {known}; got {getattr(self, name)!r}.")
         eps, terms = self.cayley_neumann_eps, self.num_cayley_neumann_terms
         if self.use_cayley_neumann and terms <= 0:
             raise ValueError(f"`num_cayley_neumann_terms` must be a positive integer; got {terms}.")

@@ -17,13 +17,11 @@ VARIANTS = {"road_1": (1, 1), "road_2": (1, 2), "road_4": (2, 2)}
 
 @dataclass
 class RoadConfig(TargetConfig):
-    """Options of RoAd.
+    """Options of RoAd. ValueError: an unknown `variant`, or a `group_size` that is no positive even number."""
 
-    Raises:
-        ValueError: an unknown `variant`, or a `group_size` that is no positive even number.
-    """
-
-    variant: str | RoadVariant = option("road_1", "Parameters per pair of outputs: road_1: 2, road_2: 4, road_4: 8.")
+    variant: str | RoadVariant = option(
+        "road_1", "Parameters per pair of outputs: road_1: 2, road_2: 4, road_4: 8.", choices=tuple(VARIANTS)
+    )
     group_size: int = option(
         64, "Outputs i and i + group_size / 2 of a group form a pair; has to be even and divide the output size."
     )
@@ -31,8 +29,6 @@ class RoadConfig(TargetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.variant not in VARIANTS:
-            raise ValueError(f"Invalid variant {self.variant} specified. Please choose from road_1, road_2 or road_4")
         if self.group_size <= 0 or self.group_size % 2:
             raise ValueError(f"The group_size must be divisible by 2 when using RoadLayer, but got {self.group_size}.")
 

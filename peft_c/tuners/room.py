@@ -50,6 +50,7 @@ from .base_view import BaseView
 from .tuner_layer import BaseTunerLayer, _get_in_out_features, is_transformers_conv1d
 from .tuners_utils import BaseTuner, check_adapters_to_merge
 
+State = dict[str, torch.Tensor]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -57,7 +58,10 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A config field. Mutable defaults are copied for every config."""
+    """A config field. Mutable defaults are copied for every config.
+
+    metadata: `positive=True` refuses numbers that are not, `choices=(...)` all other values.
+    """
     metadata = {"help": help, **metadata}
     if isinstance(default, (dict, list, set)):
         return field(default_factory=partial(type(default), default), metadata=metadata)
@@ -101,11 +105,11 @@ class RoomConfig(PeftConfig):
     """Base of the methods' configs: what every one of them normalises and checks.
 
     Raises:
-        ValueError: `layers_to_transform` or `layers_pattern` beside a regular expression in `target_modules`, or
-            `layers_pattern` without `layers_to_transform`.
+        ValueError: a value that an option's metadata refuses, `layers_to_transform` or `layers_pattern` beside a
+            regular expression in `target_modules`, or `layers_pattern` without `layers_to_transform`.
     """
 
-    method: ClassVar[str]  # the name under which it is registered
+    method = ""  # the name under which it is registered
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,6 +119,12 @@ class RoomConfig(PeftConfig):
             if isinstance(value, list):
                 setattr(self, name, set(value))
         layers, pattern = getattr(self, "layers_to_transform", None), getattr(self, "layers_pattern", None)
+        for known in fields(self):
+            value, choices = getattr(self, known.name), known.metadata.get("choices")
+            if known.metadata.get("positive"):
+                positive(known.name, value)
+            if choices is not None and value not in choices:
+                raise ValueError(f"`{known.name}` must be one of {list(choices)}; got {value!r}.")
         if isinstance(getattr(self, "target_modules", None), str):
             for name, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
                 if value is not None:
@@ -543,6 +553,17 @@ class RoomModel(BaseTuner):
 
     rooms: ClassVar[dict[type | str, type[Room]]]
     unsupported: ClassVar[type[Exception] | None] = TypeError
+    title: ClassVar[str] = ""  # the method's name in messages
+    equal: ClassVar[dict[str, str]] = {}  # option that all adapters have to agree in -> what is said if they do not
+    unequal: ClassVar[type[Exception]] = ValueError  # what is raised then
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        super()._check_new_adapter_config(config)
+        for name, message in self.equal.items():
+            values = {getattr(known, name) for known in self.peft_config.values()}
+            if len(values) > 1:
+                message = message.format(title=self.title)
+                raise self.unequal(f"{message}, but got multiple different values: {sorted(values)}")
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """Context of one forward (or generate) call with an adapter for each sample, `adapter_names`."""
@@ -563,6 +584,30 @@ class RoomModel(BaseTuner):
 
     def finish(self, name: str) -> None:
         """Called when all layers of the adapter `name` have been created."""
+
+    @classmethod
+    def saving(cls, model: nn.Module, config: Any, name: str, state: State, own: State) -> State:
+        """What files have of an adapter: usually `own`, the layers' entries of the model's state dict."""
+        return own
+
+    @classmethod
+    def loading(cls, model: nn.Module, config: Any, name: str, saved: State) -> State:
+        """What is loaded: usually `saved`, the entries of a file, in which those of layers have the model's keys."""
+        return saved
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: State, unwanted_adapter_names: list[str]
+    ) -> State:
+        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return cls.saving(model, config, adapter_name, state_dict, own)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: State
+    ) -> State:
+        saved = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return cls.loading(model, config, adapter_name, saved)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds the adapter to the model, see `BaseTuner.inject_adapter`."""

@@ -136,23 +136,14 @@ class DetachedFluxShadowModel(nn.Module):
         mlp = Sizes(most, most if intermediate_size is None else int(intermediate_size))
         if not 1 <= mlp.shadow <= most:
             raise ValueError(f"`shadow_intermediate_size` must be between 1 and the base model's {most}.")
-        reduced = type(base_model).from_config(
-            {
-                **config,
-                "num_layers": num_layers,
-                "num_single_layers": num_single_layers,
-                "num_attention_heads": heads,
-                "mlp_ratio": mlp.shadow / hidden.shadow,
-            }
-        )
+        counts = {"num_layers": num_layers, "num_single_layers": num_single_layers, "num_attention_heads": heads}
+        reduced = type(base_model).from_config({**config, **counts, "mlp_ratio": mlp.shadow / hidden.shadow})
         sizes = {"H": hidden, "M": mlp}
-        blocks = {
-            f"{stack}.{i}": getattr(
-                getattr(base_model, stack)[source], "base_layer", getattr(base_model, stack)[source]
-            )
-            for stack, sources in chosen.items()
-            for i, source in enumerate(sources)
-        }
+        blocks = {}
+        for stack, sources in chosen.items():
+            for i, source in enumerate(sources):
+                block = getattr(base_model, stack)[source]
+                blocks[f"{stack}.{i}"] = getattr(block, "base_layer", block)
         for key, target in reduced.state_dict().items():
             block = ".".join(key.split(".")[:2])
             owner, name = (blocks[block], key.removeprefix(f"{block}.")) if block in blocks else (base_model, key)
@@ -188,15 +179,8 @@ class DetachedFluxShadowModel(nn.Module):
         return SimpleNamespace(last_hidden_state=hidden)
 
 
-_SAME = (
-    "in_channels",
-    "out_channels",
-    "joint_attention_dim",
-    "timestep_guidance_channels",
-    "attention_head_dim",
-    "axes_dims_rope",
-    "guidance_embeds",
-)
+_SAME = "in_channels out_channels joint_attention_dim timestep_guidance_channels attention_head_dim".split()
+_SAME += ["axes_dims_rope", "guidance_embeds"]
 
 
 class Flux2ShadowBackend:

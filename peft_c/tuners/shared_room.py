@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ._buffer_dict import BufferDict
-from .room import AddRoom, LayersConfig, RoomModel, option, shared
+from .room import AddRoom, LayersConfig, RoomModel, State, option, shared
 from .targets import _maybe_include_all_linear_layers, outer_modules
 from .tuner_layer import BaseTunerLayer, _get_in_out_features
 
@@ -55,15 +55,9 @@ class SharedRoom(AddRoom):
 
 
 class SharedRoomModel(RoomModel):
-    """Injects rooms that share weights.
-
-    equal: option -> message of the error `unequal` if adapters have different values of it, with `{title}` in it.
-    """
+    """Injects rooms that share weights."""
 
     uses_shared_state = True
-    title: ClassVar[str] = ""  # the method's name in messages
-    equal: ClassVar[dict[str, str]] = {}
-    unequal: ClassVar[type[Exception]] = ValueError
 
     def shared(self, name: str, config: Any) -> dict[str, nn.Module]:
         """The containers that layers share, by attribute, with an entry for the adapter."""
@@ -81,14 +75,6 @@ class SharedRoomModel(RoomModel):
                 base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
                 if self.room_for(base) is not None:
                     yield name, base
-
-    def _check_new_adapter_config(self, config: Any) -> None:
-        super()._check_new_adapter_config(config)
-        for field, message in self.equal.items():
-            values = {getattr(known, field) for known in self.peft_config.values()}
-            if len(values) > 1:
-                message = message.format(title=self.title)
-                raise self.unequal(f"{message}, but got multiple different values: {sorted(values)}")
 
 
 # ------------------------------------------------------------------------------------------------ random projections
@@ -231,52 +217,43 @@ class ProjectionModel(SeededModel):
         return A, B
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """As usual, and makes room for saved projections of another size if they serve all layers of the adapter: the
-        first adapter may have been another one when they were saved."""
-        result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        saved = [result.get(f"base_model.{name}.{adapter_name}") for name in cls.projections]
-        if any(tensor is None for tensor in saved):
-            return result
-        r, rows, columns = cls.sizes(*saved)
+    def loading(cls, model: nn.Module, config: Any, name: str, saved: State) -> State:
+        """Makes room for saved projections of another size if they serve all layers of the adapter: the first adapter
+        may have been another one when they were saved."""
+        tensors = [saved.get(f"base_model.{part}.{name}") for part in cls.projections]
+        if any(tensor is None for tensor in tensors):
+            return saved
+        r, rows, columns = cls.sizes(*tensors)
         layers = (layer for layer in model.modules() if isinstance(layer, cls.tuner_layer_cls))
-        needs = [cls.needed(x.out_features, x.in_features) for x in layers if adapter_name in x._merge_adapters()]
+        needs = [cls.needed(x.out_features, x.in_features) for x in layers if name in x._merge_adapters()]
         if r == config.r and all(out <= rows and in_ <= columns for out, in_ in needs):
-            for name, tensor in zip(cls.projections, saved, strict=True):
-                container = getattr(model, name)
-                if container[adapter_name].shape != tensor.shape:
-                    container[adapter_name] = torch.empty_like(tensor).to(container[adapter_name])
-        return result
+            for part, tensor in zip(cls.projections, tensors, strict=True):
+                container = getattr(model, part)
+                if container[name].shape != tensor.shape:
+                    container[name] = torch.empty_like(tensor).to(container[name])
+        return saved
 
 
 class SavedProjectionModel(ProjectionModel):
     """Saves the projections once, under the model's name of them."""
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict, unwanted_adapter_names: list[str]
-    ) -> dict[str, torch.Tensor]:
-        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        parts = tuple(f".{name}." for name in cls.projections)
-        selected = {key: value for key, value in selected.items() if not any(part in key for part in parts)}
+    def saving(cls, model: nn.Module, config: Any, name: str, state: State, own: State) -> State:
+        parts = tuple(f".{part}." for part in cls.projections)
+        own = {key: value for key, value in own.items() if not any(part in key for part in parts)}
         if config.save_projection:
-            keys = [f"base_model.{name}.{adapter_name}" for name in cls.projections]
-            if keys[0] not in state_dict:
+            keys = [f"base_model.{part}.{name}" for part in cls.projections]
+            if keys[0] not in state:
                 raise ValueError(
                     f"Model was initialised to not save {' and '.join(cls.projections)} but config now specifies to "
                     "save projection! Set `config.save_projection` to `False`."
                 )
-            selected.update({key: state_dict[key] for key in keys})
-        return selected
+            own.update({key: state[key] for key in keys})
+        return own
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+    def loading(cls, model: nn.Module, config: Any, name: str, saved: State) -> State:
         key = f"base_model.{cls.projections[0]}"
-        key = f"{key}.{adapter_name}" if config.save_projection else key
-        check_projections(" and ".join(cls.projections), config.save_projection, key in result)
-        return result
+        key = f"{key}.{name}" if config.save_projection else key
+        check_projections(" and ".join(cls.projections), config.save_projection, key in saved)
+        return super().loading(model, config, name, saved)

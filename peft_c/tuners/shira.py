@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .room import RoomModel, TargetConfig, option, positive, register, shared
+from .room import RoomModel, State, TargetConfig, option, positive, register, shared
 from .sparse_room import SparseRoom, _warn_once_about_module_hooks  # noqa: F401
 from .tuner_layer import _get_in_out_features
 
@@ -38,9 +38,7 @@ class ShiraConfig(TargetConfig):
     tensor like the weight, of r * (in + out) ones and else zeros. It is not saved; the elements' indices are.
     """
 
-    r: int = option(
-        32, "A layer gets as many parameters as a LoRA of this rank, r * (in + out); no bound on the rank."
-    )
+    r: int = option(32, "A layer gets as many parameters as a LoRA of this rank: r * (in + out).")
     mask_type: Literal["random"] = option("random", "How elements are chosen; any other value: set `mask_fn`.")
     random_seed: int | None = option(None, "Seed of the random mask.")
     fan_in_fan_out: bool = shared("fan_in_fan_out")
@@ -104,23 +102,19 @@ class ShiraModel(RoomModel):
     rooms = {nn.Linear: Linear}
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls, model: Any, config: Any, adapter_name: str, state_dict: Any, unwanted_adapter_names: Any
-    ) -> dict[str, torch.Tensor]:
-        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        for name, module in model.named_modules():
-            if isinstance(module, Linear) and adapter_name in module.shira_indices:
-                own[f"{name}.shira_indices.{adapter_name}"] = module.shira_indices[adapter_name].to(_SAVED_INDICES)
+    def saving(cls, model: nn.Module, config: ShiraConfig, name: str, state: State, own: State) -> State:
+        for key, layer in model.named_modules():
+            if isinstance(layer, Linear) and name in layer.shira_indices:
+                own[f"{key}.shira_indices.{name}"] = layer.shira_indices[name].to(_SAVED_INDICES)
         return own
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model: Any, config: Any, adapter_name: str, state_dict: Any) -> Any:
-        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        for name, module in model.named_modules():
-            indices = state_dict.pop(f"{name}.shira_indices", None) if isinstance(module, Linear) else None
+    def loading(cls, model: nn.Module, config: ShiraConfig, name: str, saved: State) -> State:
+        for key, layer in model.named_modules():
+            indices = saved.pop(f"{key}.shira_indices", None) if isinstance(layer, Linear) else None
             if indices is not None:
-                module.shira_indices[adapter_name] = indices.to(torch.int)
-        return state_dict
+                layer.shira_indices[name] = indices.to(torch.int)
+        return saved
 
 
 register("shira", ShiraConfig, ShiraModel, mixed=True, parts=("mask_functions",))

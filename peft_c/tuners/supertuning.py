@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -123,15 +122,7 @@ class SupertuningModel(RoomModel):
     """Injects Super-Tuning."""
 
     rooms = {nn.Linear: Linear}
-
-    def _check_new_adapter_config(self, config: Any) -> None:
-        super()._check_new_adapter_config(config)
-        values = {other.save_precomputed_indices for other in self.peft_config.values()}
-        if len(values) > 1:
-            raise ValueError(
-                "Super-Tuning indices must be saved for all adapters or none, but got multiple different values: "
-                f"{sorted(values)}"
-            )
+    equal = {"save_precomputed_indices": "Super-Tuning indices must be saved for all adapters or none"}
 
 
 register("supertuning", SupertuningConfig, SupertuningModel)

@@ -13,7 +13,7 @@ from torch import nn
 
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import option, positive, register, weight_view
+from .room import State, option, register, weight_view
 from .shared_room import SharedRoom, SharedRoomConfig, SharedRoomModel, check_projections, wide
 
 
@@ -21,8 +21,8 @@ from .shared_room import SharedRoom, SharedRoomConfig, SharedRoomModel, check_pr
 class TinyLoraConfig(SharedRoomConfig):
     """Options of TinyLoRA."""
 
-    r: int = option(2, "Number of singular vectors of each layer's weight.")
-    u: int = option(64, "Number of trained values of each group of layers.")
+    r: int = option(2, "Number of singular vectors of each layer's weight.", positive=True)
+    u: int = option(64, "Number of trained values of each group of layers.", positive=True)
     weight_tying: float = option(0.0, "From 0.0, each layer has values of its own, to 1.0, all layers share them.")
     projection_seed: int = option(42, "Seed of the random matrices; a layer's number is added to it.")
     save_projection: bool = option(
@@ -40,8 +40,6 @@ class TinyLoraConfig(SharedRoomConfig):
                 "`config.projection_seed`. Consider setting `config.save_projection` to `True` to guarantee restoring "
                 "the checkpoint correctly on all system configurations."
             )
-        for name in ("r", "u"):
-            positive(name, getattr(self, name))
         if not 0 <= self.weight_tying <= 1:
             raise ValueError(
                 f"`weight_tying` should be a float between 0.0 and 1.0 but the value passed is {self.weight_tying}"
@@ -124,31 +122,24 @@ class TinyLoraModel(SharedRoomModel):
             nn.init.uniform_(v, -config.init_v_bound, config.init_v_bound)
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls, model: nn.Module, config: TinyLoraConfig, adapter_name: str, state_dict: dict, unwanted_adapter_names: Any
-    ) -> dict[str, torch.Tensor]:
-        values = f"base_model.tinylora_v.{adapter_name}."
+    def saving(cls, model: nn.Module, config: TinyLoraConfig, name: str, state: State, own: State) -> State:
+        values = f"base_model.tinylora_v.{name}."
         selected = {}
-        for key, tensor in state_dict.items():
+        for key, tensor in state.items():
             if key.startswith(values):
                 selected["base_model.tinylora_v." + key.removeprefix(values)] = tensor
             elif ".tinylora_P." in key:
-                if config.save_projection and adapter_name in key:
+                if config.save_projection and name in key:
                     selected[key] = tensor
             elif cls.prefix in key and ".tinylora_v." not in key:
                 selected[key] = tensor
-        return selected | cls._get_learnable_bias_state_dict(model, state_dict, config)
+        return selected | cls._get_learnable_bias_state_dict(model, state, config)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: TinyLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        values = [key for key in state_dict if ".tinylora_v." in key]
-        values = {key.replace(".tinylora_v.", f".tinylora_v.{adapter_name}."): state_dict.pop(key) for key in values}
-        result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        present = any(".tinylora_P." in key for key in result)
+    def loading(cls, model: nn.Module, config: TinyLoraConfig, name: str, saved: State) -> State:
+        present = any(".tinylora_P." in key for key in saved)
         check_projections("tinylora_P", config.save_projection, present, required=False)
-        return {**result, **values}
+        return saved
 
 
 register("tinylora", TinyLoraConfig, TinyLoraModel)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import option, register
+from .room import State, option, register
 from .shared_room import SharedRoom, SharedRoomConfig, SharedRoomModel, wide
 
 
@@ -18,9 +17,9 @@ from .shared_room import SharedRoom, SharedRoomConfig, SharedRoomModel, wide
 class UniLoraConfig(SharedRoomConfig):
     """Options of Uni-LoRA."""
 
-    r: int = option(4, "Rank.")
+    r: int = option(4, "Rank.", positive=True)
     proj_seed: int = option(42, "Seed of the assignment of the vector's entries.")
-    theta_d_length: int = option(256, "Length of the trained vector.")
+    theta_d_length: int = option(256, "Length of the trained vector.", positive=True)
     unilora_dropout: float = option(0.0, "Probability of dropping an input feature of the adapter in training.")
     init_theta_d_bound: float = option(0.02, "The vector starts uniform in plus and minus this.")
     init_weights: bool = option(True, "Whether the vector starts uniform; False: standard normal.")
@@ -28,10 +27,7 @@ class UniLoraConfig(SharedRoomConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive = "a positive integer"
         for name, good, what in (
-            ("r", self.r > 0, positive),
-            ("theta_d_length", self.theta_d_length > 0, positive),
             ("unilora_dropout", 0 <= self.unilora_dropout <= 1, "between 0.0 and 1.0"),
             ("init_theta_d_bound", self.init_theta_d_bound > 0, "a positive float"),
             ("bias", self.bias in ("none", "all", "unilora_only"), "'none', 'all', or 'unilora_only'"),
@@ -128,18 +124,16 @@ class UniLoraModel(SharedRoomModel):
         return torch.as_tensor(indices, dtype=torch.long)
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls, model: nn.Module, config: UniLoraConfig, adapter_name: str, state_dict: dict, unwanted_adapter_names: Any
-    ) -> dict[str, torch.Tensor]:
-        theta = f"base_model.unilora_theta_d.{adapter_name}"
-        if theta not in state_dict:
+    def saving(cls, model: nn.Module, config: UniLoraConfig, name: str, state: State, own: State) -> State:
+        theta = f"base_model.unilora_theta_d.{name}"
+        if theta not in state:
             raise KeyError(f"Expected UniLora parameter '{theta}' in the model state dict.")
-        selected = {theta: state_dict[theta]}
+        selected = {theta: state[theta]}
         if config.save_indices:
             parts = ("unilora_indices", "unilora_scales")
-            keys = (k for k in state_dict if any(part in k for part in parts) and f".{adapter_name}" in k)
-            selected.update({key: state_dict[key] for key in keys})
-        return selected | cls._get_learnable_bias_state_dict(model, state_dict, config)
+            keys = (key for key in state if any(part in key for part in parts) and f".{name}" in key)
+            selected.update({key: state[key] for key in keys})
+        return selected | cls._get_learnable_bias_state_dict(model, state, config)
 
 
 register("unilora", UniLoraConfig, UniLoraModel)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from .law import LowRank
-from .room import option, register, shared
+from .room import State, option, positive, register, shared
 from .shared_room import SharedRoom, SharedRoomConfig, SharedRoomModel, wide
 
 
@@ -44,14 +43,11 @@ class Linear(SharedRoom):
 
     def create(self, name: str, config: VBLoRAConfig, shared: dict[str, nn.Module]) -> None:
         v = config.vector_length
-        for option_ in ("r", "topk"):
-            if getattr(config, option_) <= 0:
-                raise ValueError(f"`{option_}` {getattr(config, option_)} should be a positive integer value")
         for side in ("in_features", "out_features"):
             if getattr(self, side) % v:
                 raise ValueError(f"`{side}` {getattr(self, side)} must be divisible by `vector_length` {v}")
         self.share(shared)
-        self.r[name], self.topk[name] = config.r, config.topk
+        self.r[name], self.topk[name] = positive("r", config.r), positive("topk", config.topk)
         self.add_dropout(name, config.vblora_dropout)
         for container, shape in (
             (self.vblora_logits_A, (config.r, self.in_features // v)),
@@ -123,11 +119,9 @@ class VBLoRAModel(SharedRoomModel):
         )
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls, model: nn.Module, config: VBLoRAConfig, adapter_name: str, state_dict: dict, unwanted_adapter_names: Any
-    ) -> dict[str, torch.Tensor]:
-        bank = f"base_model.vblora_vector_bank.{adapter_name}"
-        selected = {key: value for key, value in state_dict.items() if "vblora_logits" in key}
+    def saving(cls, model: nn.Module, config: VBLoRAConfig, name: str, state: State, own: State) -> State:
+        bank = f"base_model.vblora_vector_bank.{name}"
+        selected = {key: value for key, value in state.items() if "vblora_logits" in key}
         if config.save_only_topk_weights:  # the last weight is what is missing to 1
             dtype = _index_dtype(config.num_vectors)
             best = {key: value.topk(config.topk) for key, value in selected.items()}
@@ -135,8 +129,7 @@ class VBLoRAModel(SharedRoomModel):
             for key, (logits, indices) in best.items():
                 selected[f"{key}_topk_indices"] = indices.to(dtype)
                 selected[f"{key}_topk_weights"] = logits.softmax(-1)[..., :-1].contiguous()
-        biases = cls._get_learnable_bias_state_dict(model, state_dict, config)
-        return {**selected, bank: state_dict[bank], **biases}
+        return {**selected, bank: state[bank], **cls._get_learnable_bias_state_dict(model, state, config)}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

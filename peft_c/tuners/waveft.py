@@ -18,11 +18,7 @@ from .tuner_layer import BaseTunerLayer, _get_in_out_features
 
 @dataclass
 class WaveFTConfig(SelectiveConfig):
-    """Options of WaveFT.
-
-    Raises:
-        ValueError: an unknown `wavelet_family`.
-    """
+    """Options of WaveFT. ValueError: an unknown `wavelet_family`."""
 
     n_frequency: int = option(2592, "Number of trained coefficients of each layer, from 1 to in * out.")
     scaling: float = option(25.0, "Factor of the delta.")
