@@ -41,8 +41,8 @@ def get_peft_model(
 
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         warnings.warn(
-            "You are trying to modify a model with PEFT for a second time: it already has adapter layers. If you want "
-            "to start again with another config, call `.unload()` first."
+            "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
+            "different config, make sure to call `.unload()` before."
         )
     if given is not None and given != name:
         warnings.warn(

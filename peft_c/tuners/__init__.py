@@ -10,9 +10,15 @@ from typing import Any
 _NAMES: dict[str, str] = {
     "adalora": "AdaLoraConfig AdaLoraModel",
     "adamss": "AdamssConfig AdamssModel",
+    "adaption_prompt": "AdaptionPromptConfig AdaptionPromptModel",
     "beft": "BeftConfig BeftModel",
     "boft": "BOFTConfig BOFTModel",
     "c3a": "C3AConfig C3AModel",
+    "cartridge": """
+        CartridgeConfig CartridgeEncoder compose_cartridge_adapters initialize_kv_prefix_from_past_key_values
+        initialize_kv_prefix_from_text prompt_embeddings_from_past_key_values
+        """,
+    "cpt": "CPTConfig CPTEmbedding",
     "deft": "DeftConfig DeftModel",
     "delora": "DeloraConfig DeloraModel",
     "fourierft": "FourierFTConfig FourierFTModel",
@@ -33,8 +39,12 @@ _NAMES: dict[str, str] = {
         """,
     "miss": "MissConfig MissModel",
     "mixed": "MixedModel",
+    "multitask_prompt_tuning": "MultitaskPromptEmbedding MultitaskPromptTuningConfig MultitaskPromptTuningInit",
     "oft": "OFTConfig OFTModel",
+    "p_tuning": "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType",
     "peanut": "PeanutConfig PeanutModel",
+    "prefix_tuning": "PrefixEncoder PrefixTuningConfig",
+    "prompt_tuning": "PromptEmbedding PromptTuningConfig PromptTuningInit",
     "psoft": "PsoftConfig PsoftModel",
     "pvera": "PveraConfig PveraModel",
     "randlora": "RandLoraConfig RandLoraModel",

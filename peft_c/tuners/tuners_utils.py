@@ -15,7 +15,14 @@ from torch import nn
 
 from .. import _C
 from ..config import PeftConfig
-from ..utils.constants import DUMMY_MODEL_CONFIG, EMBEDDING_LAYER_NAMES
+from ..utils.constants import (  # noqa: F401
+    DUMMY_MODEL_CONFIG,
+    DUMMY_TARGET_MODULES,
+    EMBEDDING_LAYER_NAMES,
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    MIN_TARGET_MODULES_FOR_OPTIMIZATION,
+    SEQ_CLS_HEAD_NAMES,
+)
 from ..utils.matching import _get_submodules  # noqa: F401
 from ..utils.other import (
     AuxiliaryTrainingWrapper,
