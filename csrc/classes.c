@@ -52,38 +52,51 @@ static void forget(class_facts *facts) {
     for (int k = 0; k < ATTRIBUTES; k++) Py_XDECREF(facts->attributes[k]);
     Py_XDECREF(facts->containers);
     Py_XDECREF(facts->type);
+    PyMem_Free(facts);
 }
 
-const class_facts *class_of(const module_state *state, class_table *table, PyTypeObject *type) {
-    const unsigned known = table->count < CLASSES ? table->count : CLASSES;
-    for (unsigned i = 0; i < known; i++) {
-        if (table->facts[i].type == type) return &table->facts[i];
-    }
-    class_facts facts = {.layer = PyType_IsSubtype(type, (PyTypeObject *)state->types.LayerBase)};
+static class_facts *ask(const module_state *state, PyTypeObject *type) {
+    class_facts *facts = PyMem_Calloc(1, sizeof *facts);
+    if (facts == NULL) return (class_facts *)PyErr_NoMemory();
     Py_INCREF(type);
-    facts.type = type;
-    if (facts.layer) {
-        facts.plain = 1;
-        if (ask_layer(state, &facts) < 0) goto failed;
-    } else {
-        facts.own = ~0u;
-        if ((facts.plain = shares(type, state->objects.Module, state->names.named_modules)) < 0) {
-            if (!PyErr_ExceptionMatches(PyExc_AttributeError)) goto failed;
-            PyErr_Clear();
-            facts.plain = 0;
-        }
+    facts->type = type;
+    facts->layer = PyType_IsSubtype(type, (PyTypeObject *)state->types.LayerBase);
+    if (facts->layer) {
+        facts->plain = 1;
+        if (ask_layer(state, facts) < 0) goto failed;
+        return facts;
     }
-    class_facts *slot = &table->facts[table->count++ % CLASSES];
-    if (table->count > CLASSES) forget(slot);
-    *slot = facts;
-    return slot;
+    facts->own = ~0u;
+    if ((facts->plain = shares(type, state->objects.Module, state->names.named_modules)) < 0) {
+        if (!PyErr_ExceptionMatches(PyExc_AttributeError)) goto failed;
+        PyErr_Clear();
+        facts->plain = 0;
+    }
+    return facts;
 failed:
-    forget(&facts);
+    forget(facts);
     return NULL;
 }
 
+const class_facts *class_of(const module_state *state, class_table *table, PyTypeObject *type) {
+    for (size_t i = 0; i < table->count; i++) {
+        if (table->items[i]->type == type) return table->items[i];
+    }
+    if (table->count == table->capacity) {
+        const size_t capacity = 2 * table->capacity + 8;
+        class_facts **items = PyMem_Realloc(table->items, capacity * sizeof *items);
+        if (items == NULL) return (class_facts *)PyErr_NoMemory();
+        table->items = items;
+        table->capacity = capacity;
+    }
+    class_facts *facts = ask(state, type);
+    if (facts != NULL) table->items[table->count++] = facts;
+    return facts;
+}
+
 void class_table_free(class_table *table) {
-    for (unsigned i = 0; i < CLASSES && i < table->count; i++) forget(&table->facts[i]);
+    for (size_t i = 0; i < table->count; i++) forget(table->items[i]);
+    PyMem_Free(table->items);
 }
 
 PyObject *layer_attribute(const module_state *state, const class_facts *facts, PyObject *layer, PyObject *dict,

@@ -18,14 +18,12 @@ typedef struct {
     PyObject *containers;             /* owned: frozenset of the LAYER_NAMES and PARAM_NAMES in `attributes` */
 } class_facts;
 
-enum { CLASSES = 16 };
-
 typedef struct {
-    class_facts facts[CLASSES];
-    unsigned count;
+    class_facts **items;
+    size_t count, capacity;
 } class_table; /* starts as zeros */
 
-/* Valid until the next call; NULL with an exception. */
+/* Valid until the table is freed; NULL with an exception. */
 const class_facts *class_of(const module_state *state, class_table *table, PyTypeObject *type);
 void class_table_free(class_table *table);
 /* An attribute of `layer`, whose __dict__ is `dict`: new reference. */

@@ -1,8 +1,6 @@
 /* grads.c: see grads.h. */
 #include "grads.h"
 
-#include "flags.h"
-
 #include <string.h>
 
 /* Puts a new reference to `value` in the place of an owned one. */
@@ -41,6 +39,43 @@ int switch_end(switch_call *call, int rc) {
     return rc;
 }
 
+/* --- layers and stages --- */
+
+void target_free(target *layer) {
+    Py_XDECREF(layer->layer);
+    Py_XDECREF(layer->dict);
+    Py_XDECREF(layer->in.names);
+    Py_XDECREF(layer->suspects);
+    Py_XDECREF(layer->trainable);
+    Py_XDECREF(layer->memory);
+}
+
+void stage_free(stage *self) {
+    work_free(&self->work);
+    containers_free(&self->pool);
+}
+
+static container *containers_of(const stage *self, const target *layer) {
+    return self->pool.items + layer->in.first;
+}
+
+/* Queues the entries of the adapters in `names` (a tuple). `notes`, if given, has a byte for each name and container. */
+static int queue(stage *self, const target *layer, PyObject *names, int act, char *notes) {
+    const container *all = containers_of(self, layer);
+    const size_t count = layer->in.count;
+    for (Py_ssize_t i = 0; i < PyTuple_Size(names); i++) {
+        PyObject *const name = PyTuple_GetItem(names, i);
+        for (size_t k = 0; k < count; k++) {
+            PyObject *entry = all[k].size ? container_get(&all[k], name) : NULL;
+            if (entry == NULL && PyErr_Occurred()) return -1;
+            if (entry != NULL && work_add(&self->work, entry, act, notes ? notes + (size_t)i * count + k : NULL) < 0) {
+                return -1;
+            }
+        }
+    }
+    return 0;
+}
+
 /* --- the ledger --- */
 
 static PyObject *ledger_of(const module_state *state, PyObject *dict) {
@@ -48,22 +83,21 @@ static PyObject *ledger_of(const module_state *state, PyObject *dict) {
     return ledger != NULL && PyTuple_Check(ledger) && PyTuple_Size(ledger) == 2 ? ledger : NULL;
 }
 
-/* Numbers of entries that a ledger (may be NULL) was written for; NULL if it is not for these containers. */
-static const int32_t *ledger_sizes(PyObject *ledger, const containers *all) {
+/* Numbers of entries that a ledger (may be NULL) was written for; NULL if it is not for these containers. `current`, if
+ * given, becomes 1 if they are the same now. */
+static const int32_t *ledger_sizes(PyObject *ledger, const container *all, size_t count, int *current) {
     PyObject *bytes = ledger ? PyTuple_GetItem(ledger, 1) : NULL;
+    int same = 1;
+    if (current != NULL) *current = 0;
     if (bytes == NULL || !PyBytes_Check(bytes)) return NULL;
     const int32_t *sizes = (const int32_t *)(const void *)PyBytes_AsString(bytes);
-    if (PyBytes_Size(bytes) != (Py_ssize_t)((size_t)all->count * sizeof *sizes)) return NULL;
-    for (int k = 0; k < all->count; k++) {
-        if (all->sizes[k] < sizes[k]) return NULL;
+    if (PyBytes_Size(bytes) != (Py_ssize_t)(count * sizeof *sizes)) return NULL;
+    for (size_t k = 0; k < count; k++) {
+        if (all[k].size < sizes[k]) return NULL;
+        same &= all[k].size == sizes[k];
     }
+    if (current != NULL) *current = same;
     return sizes;
-}
-
-/* Whether nothing was added to the containers since the ledger was written. */
-static int is_current(PyObject *ledger, const containers *all) {
-    const int32_t *sizes = ledger_sizes(ledger, all);
-    return sizes != NULL && memcmp(sizes, all->sizes, (size_t)all->count * sizeof *sizes) == 0;
 }
 
 static int set_update_last(PyObject *set, PyObject *order, Py_ssize_t count) {
@@ -100,13 +134,14 @@ static int covers(const switch_call *call, PyObject *active) {
 }
 
 /* Collects what `suspects` returns. */
-static PyObject *suspects_collect(switch_call *call, PyObject *ledger, PyObject *active, const containers *all) {
-    const int32_t *sizes = ledger_sizes(ledger, all);
+static PyObject *suspects_collect(switch_call *call, PyObject *ledger, PyObject *active, const container *all,
+                                  size_t count) {
+    const int32_t *sizes = ledger_sizes(ledger, all, count, NULL);
     PyObject *set = PySet_New(sizes ? PyTuple_GetItem(ledger, 0) : NULL), *result = NULL;
     if (set == NULL) return NULL;
-    for (int k = 0; k < all->count; k++) {
-        const Py_ssize_t added = all->sizes[k] - (sizes ? sizes[k] : 0);
-        if (added > 0 && set_update_last(set, all->items[k].order, added) < 0) goto done;
+    for (size_t k = 0; k < count; k++) {
+        const Py_ssize_t added = all[k].size - (sizes ? sizes[k] : 0);
+        if (added > 0 && set_update_last(set, all[k].order, added) < 0) goto done;
     }
     if (active != NULL && set_add(set, active) < 0) goto done;
     for (Py_ssize_t i = call->names ? PyTuple_Size(call->names) : 0; i-- > 0;) {
@@ -118,21 +153,25 @@ done:
     return result;
 }
 
-/* The names that may be trainable, by the ledger, by being active, or added since, and are not in call->names: a tuple
- * that belongs to the call, or NULL with an exception. */
-static PyObject *suspects(switch_call *call, PyObject *dict, const containers *all) {
-    PyObject *ledger = ledger_of(call->state, dict);
-    PyObject *active = PyErr_Occurred() ? NULL : PyDict_GetItemWithError(dict, call->state->names._active_adapter);
-    if (PyErr_Occurred()) return NULL;
-    const int current = is_current(ledger, all);
-    const int known = current && ledger == call->ledger ? covers(call, active) : 0;
-    if (known != 0) return known < 0 ? NULL : call->suspects;
-    PyObject *names = suspects_collect(call, ledger, active, all);
-    if (names == NULL) return NULL;
-    replace(&call->ledger, current ? ledger : NULL);
-    replace(&call->suspects, names);
-    Py_DECREF(names);
-    return call->suspects;
+/* Finds the names that may be trainable, by the ledger, by being active, or added since, and are not in call->names. */
+static int find_suspects(switch_call *call, const stage *self, target *layer) {
+    const container *all = containers_of(self, layer);
+    int current, known = 0;
+    PyObject *ledger = ledger_of(call->state, layer->dict);
+    PyObject *active =
+        PyErr_Occurred() ? NULL : PyDict_GetItemWithError(layer->dict, call->state->names._active_adapter);
+    if (PyErr_Occurred()) return -1;
+    ledger_sizes(ledger, all, layer->in.count, &current);
+    if (current && ledger == call->ledger && (known = covers(call, active)) < 0) return -1;
+    if (!known) {
+        PyObject *names = suspects_collect(call, ledger, active, all, layer->in.count);
+        if (names == NULL) return -1;
+        replace(&call->ledger, current ? ledger : NULL);
+        replace(&call->suspects, names);
+        Py_DECREF(names);
+    }
+    replace(&layer->suspects, call->suspects);
+    return 0;
 }
 
 /* 1 if a set has exactly the names of a tuple. */
@@ -143,25 +182,35 @@ static int same_names(PyObject *set, PyObject *names) {
     return same;
 }
 
+/* A ledger of the adapters in `names` for containers of these sizes: new reference. */
+static PyObject *ledger_new(PyObject *names, const container *all, size_t count) {
+    PyObject *set = PyFrozenSet_New(names), *result = NULL;
+    PyObject *bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(count * sizeof all->size));
+    for (size_t k = 0; bytes != NULL && k < count; k++) {
+        memcpy(PyBytes_AsString(bytes) + k * sizeof all->size, &all[k].size, sizeof all->size);
+    }
+    if (set != NULL && bytes != NULL) result = PyTuple_Pack(2, set, bytes);
+    Py_XDECREF(set);
+    Py_XDECREF(bytes);
+    return result;
+}
+
 /* Writes the ledger of the adapters in `names` (a tuple), the same in all of one call. */
-static int ledger_write(switch_call *call, PyObject *dict, const containers *all, PyObject *names) {
-    if (!is_current(call->written, all)) {
-        PyObject *known = ledger_of(call->state, dict), *set = NULL, *bytes = NULL, *ledger = NULL;
-        if (known != NULL && is_current(known, all) && same_names(PyTuple_GetItem(known, 0), names) > 0) {
-            ledger = Py_NewRef(known);
-        } else if (!PyErr_Occurred()) {
-            set = PyFrozenSet_New(names);
-            bytes = PyBytes_FromStringAndSize((const char *)all->sizes,
-                                              (Py_ssize_t)((size_t)all->count * sizeof all->sizes[0]));
-            if (set != NULL && bytes != NULL) ledger = PyTuple_Pack(2, set, bytes);
-        }
-        Py_XDECREF(set);
-        Py_XDECREF(bytes);
+static int ledger_write(switch_call *call, const stage *self, const target *layer, PyObject *names) {
+    const container *all = containers_of(self, layer);
+    int current;
+    ledger_sizes(call->written, all, layer->in.count, &current);
+    if (!current) {
+        PyObject *ledger = ledger_of(call->state, layer->dict);
+        if (PyErr_Occurred()) return -1;
+        ledger_sizes(ledger, all, layer->in.count, &current);
+        if (current && (current = same_names(PyTuple_GetItem(ledger, 0), names)) < 0) return -1;
+        ledger = current ? Py_NewRef(ledger) : ledger_new(names, all, layer->in.count);
         if (ledger == NULL) return -1;
         replace(&call->written, ledger);
         Py_DECREF(ledger);
     }
-    return dict_write(&call->log, dict, call->state->names._adapter_ledger, call->written);
+    return dict_write(&call->log, layer->dict, call->state->names._adapter_ledger, call->written);
 }
 
 /* Adds a name to a ledger: a new one, or a new reference to the old one if it has the name. */
@@ -198,148 +247,118 @@ static int ledger_add(switch_call *call, PyObject *dict) {
 
 /* --- the operations --- */
 
-int grads_set_adapter(switch_call *call, const class_facts *facts, PyObject *layer, PyObject *dict, int frozen) {
-    containers all;
-    if (containers_open(call->state, facts, layer, dict, &all) < 0) return -1;
-    int rc = -1;
-    const visitor off = {call->state, &call->log, OFF, NULL}, on = {call->state, &call->log, frozen ? OFF : ON, NULL};
-    PyObject *others = suspects(call, dict, &all), *nobody = frozen ? PyTuple_New(0) : NULL;
-    if (others == NULL || (frozen && nobody == NULL)) goto done;
-    if (names_visit(&off, &all, others, NULL) < 0 || names_visit(&on, &all, call->names, NULL) < 0) goto done;
-    rc = ledger_write(call, dict, &all, frozen ? nobody : call->names);
-done:
+int grads_plan_set_adapter(switch_call *call, stage *self, target *layer, int frozen) {
+    if (find_suspects(call, self, layer) < 0 || queue(self, layer, layer->suspects, OFF, NULL) < 0) return -1;
+    return queue(self, layer, call->names, frozen ? OFF : ON, NULL);
+}
+
+int grads_note_set_adapter(switch_call *call, stage *self, target *layer, int frozen) {
+    PyObject *nobody = frozen ? PyTuple_New(0) : NULL;
+    const int rc = frozen && nobody == NULL ? -1 : ledger_write(call, self, layer, frozen ? nobody : call->names);
     Py_XDECREF(nobody);
-    containers_free(&all);
     return rc;
 }
 
-int grads_set(switch_call *call, const class_facts *facts, PyObject *layer, PyObject *dict, int flag) {
-    containers all;
-    if (containers_open(call->state, facts, layer, dict, &all) < 0) return -1;
-    const visitor turn = {call->state, &call->log, flag ? ON : OFF, NULL};
-    int rc = flag ? ledger_add(call, dict) : 0;
-    if (rc == 0) rc = names_visit(&turn, &all, call->names, NULL);
-    containers_free(&all);
-    return rc;
+int grads_plan_set(switch_call *call, stage *self, target *layer, int flag) {
+    if (flag && ledger_add(call, layer->dict) < 0) return -1;
+    return queue(self, layer, call->names, flag ? ON : OFF, NULL);
 }
 
-/* The pairs (container, adapter) of which `trainable` has a 1: new tuple. Layers that are alike share it. */
-static PyObject *paused_pairs(switch_call *call, const containers *all, PyObject *names, PyObject *trainable) {
-    if (call->paused.names == names && call->paused.containers == all->names) {
-        const int same = PyObject_RichCompareBool(call->paused.trainable, trainable, Py_EQ);
+int grads_plan_disable(switch_call *call, stage *self, target *layer) {
+    if (find_suspects(call, self, layer) < 0) return -1;
+    const size_t size = (size_t)PyTuple_Size(layer->suspects) * layer->in.count;
+    if ((layer->trainable = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)size)) == NULL) return -1;
+    char *const notes = PyBytes_AsString(layer->trainable);
+    memset(notes, 0, size);
+    return queue(self, layer, layer->suspects, OFF, notes);
+}
+
+/* The pairs (container, adapter) that were trainable: new tuple. Layers that are alike share it. */
+static PyObject *paused_pairs(switch_call *call, const target *layer) {
+    if (call->paused.names == layer->suspects && call->paused.containers == layer->in.names) {
+        const int same = PyObject_RichCompareBool(call->paused.trainable, layer->trainable, Py_EQ);
         if (same != 0) return same < 0 ? NULL : Py_NewRef(call->paused.pairs);
     }
-    const char *flags = PyBytes_AsString(trainable);
+    const char *flags = PyBytes_AsString(layer->trainable);
+    const Py_ssize_t count = (Py_ssize_t)layer->in.count;
     PyObject *list = PyList_New(0), *pairs = NULL;
-    for (Py_ssize_t i = 0, count = PyBytes_Size(trainable); list != NULL && i < count; i++) {
+    for (Py_ssize_t i = 0; list != NULL && i < PyBytes_Size(layer->trainable); i++) {
         if (!flags[i]) continue;
-        PyObject *pair = PyTuple_Pack(2, all->items[i % all->count].name, PyTuple_GetItem(names, i / all->count));
+        PyObject *pair =
+            PyTuple_Pack(2, PyTuple_GetItem(layer->in.names, i % count), PyTuple_GetItem(layer->suspects, i / count));
         if (pair == NULL || PyList_Append(list, pair) < 0) Py_CLEAR(list);
         Py_XDECREF(pair);
     }
     if (list != NULL) pairs = PyList_AsTuple(list);
     Py_XDECREF(list);
     if (pairs != NULL) {
-        replace(&call->paused.names, names);
-        replace(&call->paused.containers, all->names);
-        replace(&call->paused.trainable, trainable);
+        replace(&call->paused.names, layer->suspects);
+        replace(&call->paused.containers, layer->in.names);
+        replace(&call->paused.trainable, layer->trainable);
         replace(&call->paused.pairs, pairs);
     }
     return pairs;
 }
 
-int grads_disable(switch_call *call, const class_facts *facts, PyObject *layer, PyObject *dict, int remember) {
-    containers all;
-    if (containers_open(call->state, facts, layer, dict, &all) < 0) return -1;
-    int rc = -1;
-    const visitor off = {call->state, &call->log, OFF, NULL};
-    PyObject *names = suspects(call, dict, &all), *trainable = NULL, *pairs = NULL;
-    if (names == NULL) goto done;
-    if ((trainable = PyBytes_FromStringAndSize(NULL, PyTuple_Size(names) * all.count)) == NULL) goto done;
-    if (names_visit(&off, &all, names, PyBytes_AsString(trainable)) < 0) goto done;
-    rc = 0;
-    if (remember) {
-        pairs = paused_pairs(call, &all, names, trainable);
-        rc = pairs ? dict_write(&call->log, dict, call->state->names._disabled_trainable, pairs) : -1;
-    }
-done:
-    Py_XDECREF(trainable);
+int grads_note_disable(switch_call *call, target *layer) {
+    PyObject *pairs = paused_pairs(call, layer);
+    const int rc = pairs ? dict_write(&call->log, layer->dict, call->state->names._disabled_trainable, pairs) : -1;
     Py_XDECREF(pairs);
-    containers_free(&all);
     return rc;
 }
 
-/* Makes the entries trainable that a pair (container, adapter) names, and notes it in the ledger. */
-static int restore_pair(switch_call *call, PyObject *dict, const containers *all, PyObject *pair) {
-    const visitor on = {call->state, &call->log, ON, NULL};
+/* Queues the entry that a pair (container, adapter) names, to become trainable, and notes it in the ledger. */
+static int restore_pair(switch_call *call, stage *self, const target *layer, PyObject *pair) {
+    const container *all = containers_of(self, layer);
     PyObject *const list = PyTuple_GetItem(pair, 0), *const name = PyTuple_GetItem(pair, 1);
-    PyObject *ledger = name ? ledger_of(call->state, dict) : NULL, *more = ledger ? ledger_with(ledger, name) : NULL;
-    int rc = more ? dict_write(&call->log, dict, call->state->names._adapter_ledger, more) : 0;
+    PyObject *ledger = name ? ledger_of(call->state, layer->dict) : NULL;
+    PyObject *more = ledger ? ledger_with(ledger, name) : NULL;
+    int rc = more ? dict_write(&call->log, layer->dict, call->state->names._adapter_ledger, more) : 0;
     Py_XDECREF(more);
-    for (int k = 0; rc >= 0 && !PyErr_Occurred() && k < all->count; k++) {
-        if (all->items[k].name != list && PyUnicode_Compare(all->items[k].name, list) != 0) continue;
-        PyObject *entry = container_get(&all->items[k], name);
-        if (entry != NULL) rc = entry_visit(&on, entry);
-        Py_XDECREF(entry);
+    for (size_t k = 0; rc == 0 && !PyErr_Occurred() && k < layer->in.count; k++) {
+        if (all[k].name != list && PyUnicode_Compare(all[k].name, list) != 0) continue;
+        PyObject *entry = container_get(&all[k], name);
+        if (entry != NULL) rc = work_add(&self->work, entry, ON, NULL);
     }
     return rc < 0 || PyErr_Occurred() ? -1 : 0;
 }
 
-int grads_restore(switch_call *call, const class_facts *facts, PyObject *layer, PyObject *dict, PyObject *memory,
-                  PyObject *strict) {
-    containers all;
-    if (containers_open(call->state, facts, layer, dict, &all) < 0) return -1;
-    const visitor off = {call->state, &call->log, OFF, NULL};
+int grads_plan_restore(switch_call *call, stage *self, target *layer, PyObject *memory, PyObject *strict) {
     PyObject *active = strict ? PySequence_Tuple(strict) : NULL;
-    int rc = strict != NULL ? (active ? names_visit(&off, &all, active, NULL) : -1) : 0;
+    int rc = strict != NULL ? (active ? queue(self, layer, active, OFF, NULL) : -1) : 0;
     for (Py_ssize_t i = 0; rc == 0 && i < PyTuple_Size(memory); i++) {
-        rc = restore_pair(call, dict, &all, PyTuple_GetItem(memory, i));
+        rc = restore_pair(call, self, layer, PyTuple_GetItem(memory, i));
     }
-    if (rc == 0) rc = dict_write(&call->log, dict, call->state->names._disabled_trainable, NULL);
     Py_XDECREF(active);
-    containers_free(&all);
     return rc;
 }
 
-int grads_list(switch_call *call, const class_facts *facts, PyObject *layer, PyObject *dict, PyObject *skip,
-               PyObject *list) {
-    containers all;
-    if (containers_open(call->state, facts, layer, dict, &all) < 0) return -1;
-    int rc = -1;
-    const visitor look = {call->state, &call->log, LIST, list};
-    PyObject *names = suspects(call, dict, &all), *set = names ? PySet_New(call->names) : NULL, *tuple = NULL;
-    for (Py_ssize_t i = set ? PyTuple_Size(names) : 0; i-- > 0;) {
-        if (PySet_Add(set, PyTuple_GetItem(names, i)) < 0) goto done;
-    }
-    PyObject *others = set ? PyNumber_Subtract(set, skip) : NULL;
-    if (others != NULL && (tuple = PySequence_Tuple(others)) != NULL) rc = names_visit(&look, &all, tuple, NULL);
-    Py_XDECREF(others);
-done:
-    Py_XDECREF(set);
-    Py_XDECREF(tuple);
-    containers_free(&all);
-    return rc;
-}
-
-int grads_freeze(switch_call *call, const class_facts *facts, PyObject *layer, PyObject *dict, PyObject *declared,
-                 PyObject *names) {
-    containers all;
-    if (containers_open(call->state, facts, layer, dict, &all) < 0) return -1;
-    const visitor off = {call->state, &call->log, OFF, NULL};
+int grads_plan_freeze(stage *self, const target *layer, PyObject *declared, PyObject *names) {
+    const container *all = containers_of(self, layer);
     PyObject *iterator = PyObject_GetIter(names), *name;
     int rc = iterator ? 0 : -1;
-    while (rc >= 0 && (name = PyIter_Next(iterator)) != NULL) {
+    while (rc == 0 && (name = PyIter_Next(iterator)) != NULL) {
         PyObject *frozen = PyDict_GetItemWithError(declared, name); /* the containers' names */
-        for (int k = 0; frozen != NULL && rc >= 0 && k < all.count; k++) {
-            const int listed = PySequence_Contains(frozen, all.items[k].name);
-            PyObject *entry = listed > 0 ? container_get(&all.items[k], name) : NULL;
-            rc = entry ? entry_visit(&off, entry) : PyErr_Occurred() ? -1 : 0;
-            Py_XDECREF(entry);
+        for (size_t k = 0; frozen != NULL && rc == 0 && k < layer->in.count; k++) {
+            const int listed = PySequence_Contains(frozen, all[k].name);
+            PyObject *entry = listed > 0 ? container_get(&all[k], name) : NULL;
+            rc = entry ? work_add(&self->work, entry, OFF, NULL) : PyErr_Occurred() ? -1 : 0;
         }
         Py_DECREF(name);
         if (PyErr_Occurred()) rc = -1;
     }
     Py_XDECREF(iterator);
-    containers_free(&all);
     return rc < 0 || PyErr_Occurred() ? -1 : 0;
+}
+
+int grads_plan_list(switch_call *call, stage *self, target *layer, PyObject *skip) {
+    if (find_suspects(call, self, layer) < 0) return -1;
+    PyObject *all = PySequence_Concat(layer->suspects, call->names), *set = all ? PySet_New(all) : NULL;
+    PyObject *others = set ? PyNumber_Subtract(set, skip) : NULL, *names = others ? PySequence_Tuple(others) : NULL;
+    const int rc = names ? queue(self, layer, names, LIST, NULL) : -1;
+    Py_XDECREF(all);
+    Py_XDECREF(set);
+    Py_XDECREF(others);
+    Py_XDECREF(names);
+    return rc;
 }

@@ -9,12 +9,13 @@
  * ledger is missing or a container has shrunk behind its back, every entry is. Layers in the same state share one
  * ledger, so that what follows from it is found once a call.
  *
- * `dict` is the layer's __dict__. Everything here needs the GIL and returns 0, or -1 with an exception. */
+ * A switch is planned for all layers, which queues flags to turn, then the flags are turned, then each layer notes it.
+ * Everything here needs the GIL and returns 0, or -1 with an exception. */
 #ifndef PEFT_C_GRADS_H
 #define PEFT_C_GRADS_H
 
-#include "classes.h"
-#include "journal.h"
+#include "containers.h"
+#include "work.h"
 
 /* One call: its undo log, and what it found out for one layer that mostly holds for the next. All owned. */
 typedef struct {
@@ -35,22 +36,39 @@ int switch_names(switch_call *call, PyObject *names);
 /* Ends a call: takes everything back if rc < 0. Returns rc. */
 int switch_end(switch_call *call, int rc);
 
+/* A layer in a call. */
+typedef struct {
+    const class_facts *facts; /* borrowed from the call */
+    PyObject *layer, *dict;   /* owned: the layer and its __dict__ */
+    containers in;            /* its containers in the pool of the stage */
+    PyObject *suspects;       /* owned: the names that were looked at */
+    PyObject *trainable;      /* owned: bytes, 1 for each of them and each container that had a flag set */
+    PyObject *memory;         /* owned: what enabling restores */
+} target;
+
+/* What is done to several layers at once. */
+typedef struct {
+    container_pool pool;
+    worklist work;
+} stage; /* starts as zeros */
+
+void target_free(target *layer);
+void stage_free(stage *self);
+
 /* Trainable: the entries of the adapters in call->names unless frozen; every other entry is frozen. */
-int grads_set_adapter(switch_call *call, const class_facts *facts, PyObject *layer, PyObject *dict, int frozen);
+int grads_plan_set_adapter(switch_call *call, stage *self, target *layer, int frozen);
+int grads_note_set_adapter(switch_call *call, stage *self, target *layer, int frozen);
 /* Turns the flag of the entries of the adapters in call->names. */
-int grads_set(switch_call *call, const class_facts *facts, PyObject *layer, PyObject *dict, int flag);
-/* Freezes all entries; with `remember` notes which were trainable in _disabled_trainable. */
-int grads_disable(switch_call *call, const class_facts *facts, PyObject *layer, PyObject *dict, int remember);
-/* Restores what `memory`, from _disabled_trainable, says and removes it there. With `strict`, entries of the adapters in
- * `strict` (any iterable) that are not in it are frozen. */
-int grads_restore(switch_call *call, const class_facts *facts, PyObject *layer, PyObject *dict, PyObject *memory,
-                  PyObject *strict);
+int grads_plan_set(switch_call *call, stage *self, target *layer, int flag);
+/* Freezes all entries; the note says in _disabled_trainable which were trainable. */
+int grads_plan_disable(switch_call *call, stage *self, target *layer);
+int grads_note_disable(switch_call *call, target *layer);
+/* Restores what `memory`, from _disabled_trainable, says. With `strict`, entries of the adapters in `strict` (any
+ * iterable) that are not in it are frozen. */
+int grads_plan_restore(switch_call *call, stage *self, target *layer, PyObject *memory, PyObject *strict);
 /* Freezes the entries that `declared` (adapter -> names of containers) lists for the adapters in `names` (an iterable). */
-int grads_freeze(switch_call *call, const class_facts *facts, PyObject *layer, PyObject *dict, PyObject *declared,
-                 PyObject *names);
-/* Appends to `list` (tensor, flag) of the entries that may be trainable and of the adapters in call->names, without
- * those of the adapters in `skip` (a set). */
-int grads_list(switch_call *call, const class_facts *facts, PyObject *layer, PyObject *dict, PyObject *skip,
-               PyObject *list);
+int grads_plan_freeze(stage *self, const target *layer, PyObject *declared, PyObject *names);
+/* Lists the entries that may be trainable and those of the adapters in call->names, without those in `skip` (a set). */
+int grads_plan_list(switch_call *call, stage *self, target *layer, PyObject *skip);
 
 #endif

@@ -13,22 +13,44 @@
  */
 #include "layer.h"
 
-/* What the switches below work on. */
+/* A switch: what it queues for a layer, and what it notes on the layer when the flags are turned. */
 typedef struct {
-    const class_facts *facts; /* borrowed */
-    PyObject *layer;          /* borrowed */
-    PyObject *dict;           /* owned: its __dict__ */
-} target;
+    int (*plan)(switch_call *call, stage *work, target *self, int flag);
+    int (*note)(switch_call *call, stage *work, target *self, int flag);
+} layer_switch;
+
+/* Does a switch to layers whose `facts`, `layer` and `dict` are given. */
+static int perform(switch_call *call, const layer_switch *what, target *layers, size_t count, int flag) {
+    stage work = {0};
+    int rc = 0;
+    for (size_t i = 0; rc == 0 && i < count; i++) {
+        target *const self = &layers[i];
+        rc = containers_find(call->state, self->facts, self->layer, self->dict, &work.pool, &self->in);
+    }
+    if (rc == 0) rc = containers_open(call->state, &work.pool);
+    for (size_t i = 0; rc == 0 && i < count; i++) rc = what->plan(call, &work, &layers[i], flag);
+    if (rc == 0) rc = work_run(call->state, &call->log, &work.work, NULL);
+    for (size_t i = 0; rc == 0 && i < count; i++) rc = what->note(call, &work, &layers[i], flag);
+    stage_free(&work);
+    return rc;
+}
 
 /* Freezes what frozen_peft_weight_names declares for `names` (an iterable; NULL: the active ones). */
 static int freeze(switch_call *call, const target *self, PyObject *names) {
-    PyObject *frozen = layer_attribute(call->state, self->facts, self->layer, self->dict, FROZEN_NAMES);
-    PyObject *active = NULL;
+    const module_state *state = call->state;
+    PyObject *frozen = layer_attribute(state, self->facts, self->layer, self->dict, FROZEN_NAMES), *active = NULL;
     int rc = frozen ? PyObject_IsTrue(frozen) : -1;
-    if (rc > 0 && names == NULL) {
-        names = active = PyObject_GetAttr(self->layer, call->state->names.active_adapters);
+    if (rc > 0) {
+        stage work = {0};
+        target inner = {self->facts, self->layer, self->dict, .in = {0}};
+        if (names == NULL) names = active = PyObject_GetAttr(self->layer, state->names.active_adapters);
+        rc = names ? containers_find(state, self->facts, self->layer, self->dict, &work.pool, &inner.in) : -1;
+        if (rc == 0) rc = containers_open(state, &work.pool);
+        if (rc == 0) rc = grads_plan_freeze(&work, &inner, frozen, names);
+        if (rc == 0) rc = work_run(state, &call->log, &work.work, NULL);
+        Py_XDECREF(inner.in.names);
+        stage_free(&work);
     }
-    if (rc > 0) rc = names ? grads_freeze(call, self->facts, self->layer, self->dict, frozen, names) : -1;
     Py_XDECREF(frozen);
     Py_XDECREF(active);
     return rc;
@@ -60,11 +82,11 @@ static PyObject *memory_of(switch_call *call, const target *self) {
 
 /* --- the switches --- */
 
-static int set_adapter(switch_call *call, const target *self, int inference_mode) {
+static int note_set_adapter(switch_call *call, stage *work, target *self, int inference_mode) {
     const module_state *state = call->state;
     int rc = -1;
     PyObject *list = PySequence_List(call->names), *memory = NULL;
-    if (list == NULL || grads_set_adapter(call, self->facts, self->layer, self->dict, inference_mode) < 0) goto done;
+    if (list == NULL || grads_note_set_adapter(call, work, self, inference_mode) < 0) goto done;
     if (freeze_declared(call, self, list) < 0) goto done;
     const int off = disabled(call, self);
     if (off < 0) goto done;
@@ -79,18 +101,14 @@ done:
     return rc;
 }
 
-static int disable(switch_call *call, const target *self) {
-    const int off = disabled(call, self);
-    if (off < 0 || grads_disable(call, self->facts, self->layer, self->dict, !off) < 0) return -1;
-    return dict_write(&call->log, self->dict, call->state->names._disable_adapters, Py_True);
-}
+static const layer_switch set_adapter = {grads_plan_set_adapter, note_set_adapter};
 
 /* Calls the layer's own set_adapter(names, inference_mode=...). */
-static int own_set_adapter(switch_call *call, PyObject *layer, PyObject *names, int inference_mode) {
-    PyObject *method = PyObject_GetAttr(layer, call->state->names.set_adapter), *done = NULL;
+static int own_set_adapter(const module_state *state, PyObject *layer, PyObject *names, int inference_mode) {
+    PyObject *method = PyObject_GetAttr(layer, state->names.set_adapter), *done = NULL;
     PyObject *args = PyTuple_Pack(1, names), *kwargs = PyDict_New();
     if (method != NULL && args != NULL && kwargs != NULL &&
-        PyDict_SetItem(kwargs, call->state->names.inference_mode, inference_mode ? Py_True : Py_False) == 0) {
+        PyDict_SetItem(kwargs, state->names.inference_mode, inference_mode ? Py_True : Py_False) == 0) {
         done = PyObject_Call(method, args, kwargs);
     }
     Py_XDECREF(method);
@@ -102,29 +120,46 @@ static int own_set_adapter(switch_call *call, PyObject *layer, PyObject *names, 
 
 /* Activates what is active already, for which a set_adapter of the layer's own is called. */
 static int activate(switch_call *call, const target *self, PyObject *active) {
-    if (self->facts->own & 1u << SET_ADAPTER) return own_set_adapter(call, self->layer, active, 0);
-    return switch_names(call, active) < 0 ? -1 : set_adapter(call, self, 0);
+    if (self->facts->own & 1u << SET_ADAPTER) return own_set_adapter(call->state, self->layer, active, 0);
+    target inner = {self->facts, Py_NewRef(self->layer), Py_NewRef(self->dict), .in = {0}};
+    int rc = switch_names(call, active);
+    if (rc == 0) rc = perform(call, &set_adapter, &inner, 1, 0);
+    target_free(&inner);
+    return rc;
 }
 
-static int enable(switch_call *call, const target *self) {
+static int plan_enable(switch_call *call, stage *work, target *self) {
     int rc = -1;
     const int off = disabled(call, self), own = (self->facts->own & 1u << SET_ADAPTER) != 0;
-    PyObject *memory = off > 0 ? memory_of(call, self) : NULL, *active = NULL;
+    PyObject *active = NULL;
+    self->memory = off > 0 ? memory_of(call, self) : NULL;
+    Py_XINCREF(self->memory);
     if (PyErr_Occurred()) return -1;
-    Py_XINCREF(memory);
-    if (memory == NULL || own) {
+    if (self->memory == NULL || own) {
         active = PyObject_GetAttr(self->layer, call->state->names.active_adapters);
         if (active == NULL || activate(call, self, active) < 0) goto done;
     }
-    if (memory != NULL) {
-        if (grads_restore(call, self->facts, self->layer, self->dict, memory, active) < 0) goto done;
-        if (freeze_declared(call, self, NULL) < 0) goto done;
-    }
-    rc = dict_write(&call->log, self->dict, call->state->names._disable_adapters, Py_False);
+    rc = self->memory ? grads_plan_restore(call, work, self, self->memory, active) : 0;
 done:
     Py_XDECREF(active);
-    Py_XDECREF(memory);
     return rc;
+}
+
+static int plan_enable_adapters(switch_call *call, stage *work, target *self, int enabled) {
+    return enabled ? plan_enable(call, work, self) : grads_plan_disable(call, work, self);
+}
+
+static int note_enable_adapters(switch_call *call, stage *work, target *self, int enabled) {
+    (void)work;
+    const module_state *state = call->state;
+    if (enabled) {
+        if (self->memory != NULL && freeze_declared(call, self, NULL) < 0) return -1;
+        if (dict_write(&call->log, self->dict, state->names._disabled_trainable, NULL) < 0) return -1;
+    } else {
+        const int off = disabled(call, self);
+        if (off < 0 || (!off && grads_note_disable(call, self) < 0)) return -1;
+    }
+    return dict_write(&call->log, self->dict, state->names._disable_adapters, enabled ? Py_False : Py_True);
 }
 
 /* Removes the adapters in call->names from what enabling restores. */
@@ -147,57 +182,73 @@ done:
     return rc;
 }
 
-static int set_requires_grad(switch_call *call, const target *self, int flag) {
-    if (grads_set(call, self->facts, self->layer, self->dict, flag) < 0) return -1;
+static int note_set_requires_grad(switch_call *call, stage *work, target *self, int flag) {
+    (void)work;
     return flag ? freeze_declared(call, self, call->names) : memory_forget(call, self);
 }
 
-/* Opens a layer for a switch that is its method `method`. 1: done; 0: its class has a method of its own; -1: exception. */
-static int target_open(switch_call *call, PyObject *layer, int method, target *self) {
-    const class_facts *facts = class_of(call->state, &call->classes, Py_TYPE(layer));
-    if (facts == NULL || (method < METHODS && (facts->own & 1u << method))) return facts ? 0 : -1;
-    *self = (target){facts, layer, PyObject_GenericGetDict(layer, NULL)};
-    return self->dict ? 1 : -1;
+static const layer_switch *switch_of(int method) {
+    static const layer_switch enable = {plan_enable_adapters, note_enable_adapters};
+    static const layer_switch set_grad = {grads_plan_set, note_set_requires_grad};
+    return method == SET_ADAPTER ? &set_adapter : method == ENABLE_ADAPTERS ? &enable : &set_grad;
 }
 
-int layer_set_adapter(switch_call *call, PyObject *layer, PyObject *names, int inference_mode) {
-    target self;
-    const int opened = target_open(call, layer, SET_ADAPTER, &self);
-    if (opened <= 0) return opened < 0 ? -1 : own_set_adapter(call, layer, names, inference_mode);
-    const int rc = set_adapter(call, &self, inference_mode);
-    Py_DECREF(self.dict);
-    return rc;
-}
-
-int layer_enable_adapters(switch_call *call, PyObject *layer, PyObject *names, int enabled) {
-    (void)names;
-    target self;
-    PyObject *done;
-    const int opened = target_open(call, layer, ENABLE_ADAPTERS, &self);
-    if (opened < 0) return -1;
-    if (opened > 0) {
-        const int rc = enabled ? enable(call, &self) : disable(call, &self);
-        Py_DECREF(self.dict);
-        return rc;
-    }
-    done = PyObject_CallMethodObjArgs(layer, call->state->names.enable_adapters, enabled ? Py_True : Py_False, NULL);
+/* Calls the layer's own method. */
+static int own_method(const module_state *state, int method, PyObject *layer, PyObject *names, int flag) {
+    if (method == SET_ADAPTER) return own_set_adapter(state, layer, names, flag);
+    PyObject *const value = flag ? Py_True : Py_False;
+    PyObject *done = method == ENABLE_ADAPTERS
+                         ? PyObject_CallMethodObjArgs(layer, state->names.enable_adapters, value, NULL)
+                         : PyObject_CallMethodObjArgs(layer, state->names.set_requires_grad, names, value, NULL);
     Py_XDECREF(done);
     return done ? 0 : -1;
 }
 
-int layer_set_requires_grad(switch_call *call, PyObject *layer, PyObject *names, int flag) {
-    target self;
-    PyObject *done;
-    const int opened = target_open(call, layer, SET_REQUIRES_GRAD, &self);
-    if (opened < 0) return -1;
-    if (opened > 0) {
-        const int rc = set_requires_grad(call, &self, flag);
-        Py_DECREF(self.dict);
-        return rc;
+static int target_open(switch_call *call, PyObject *layer, target *self) {
+    *self = (target){class_of(call->state, &call->classes, Py_TYPE(layer)), Py_NewRef(layer), NULL, .in = {0}};
+    if (self->facts != NULL) self->dict = PyObject_GenericGetDict(layer, NULL);
+    return self->dict ? 0 : -1;
+}
+
+int layers_switch(const module_state *state, int method, PyObject *layers, PyObject *names, int flag) {
+    switch_call call = {.state = state};
+    size_t count = 0;
+    const Py_ssize_t size = PyList_Size(layers);
+    target *targets = PyMem_Calloc((size_t)size + 1, sizeof *targets);
+    int rc = targets ? 0 : -1;
+    if (targets == NULL) PyErr_NoMemory();
+    if (rc == 0 && names != NULL) rc = switch_names(&call, names);
+    for (Py_ssize_t i = 0; rc == 0 && i < size && i < PyList_Size(layers); i++) {
+        target *const self = &targets[count++];
+        rc = target_open(&call, PyList_GetItem(layers, i), self);
+        if (rc == 0) PREFETCH(self->dict);
+        if (rc == 0 && (self->facts->own & 1u << method)) {
+            rc = own_method(state, method, self->layer, names, flag);
+            target_free(&targets[--count]);
+        }
     }
-    done = PyObject_CallMethod(layer, "set_requires_grad", "OO", names, flag ? Py_True : Py_False);
-    Py_XDECREF(done);
-    return done ? 0 : -1;
+    if (rc == 0) rc = perform(&call, switch_of(method), targets, count, flag);
+    while (count > 0) target_free(&targets[--count]);
+    PyMem_Free(targets);
+    return switch_end(&call, rc);
+}
+
+PyObject *layer_flags(const module_state *state, PyObject *layer, PyObject *also, PyObject *skip) {
+    switch_call call = {.state = state};
+    stage work = {0};
+    target self;
+    PyObject *list = PyList_New(0);
+    int rc = target_open(&call, layer, &self);
+    if (rc == 0 && list != NULL) rc = switch_names(&call, also);
+    if (rc == 0) rc = containers_find(state, self.facts, layer, self.dict, &work.pool, &self.in);
+    if (rc == 0) rc = containers_open(state, &work.pool);
+    if (rc == 0) rc = grads_plan_list(&call, &work, &self, skip);
+    if (rc == 0) rc = work_run(state, &call.log, &work.work, list);
+    if (rc < 0) Py_CLEAR(list);
+    target_free(&self);
+    stage_free(&work);
+    switch_end(&call, rc);
+    return list;
 }
 
 /* --- the Python type --- */
@@ -240,16 +291,19 @@ static const module_state *state_of_class(PyTypeObject *cls) {
 
 /* Ends the call of a method: None, or NULL after everything was taken back. */
 static PyObject *finish(switch_call *call, target *self, int rc) {
-    rc = switch_end(call, rc);
-    Py_XDECREF(self->dict);
-    if (rc < 0) return NULL;
+    target_free(self);
+    if (switch_end(call, rc) < 0) return NULL;
     Py_RETURN_NONE;
 }
 
-/* Opens `layer` for its method in C, which a method of its own may have called. */
-static int begin(switch_call *call, PyTypeObject *cls, PyObject *layer, target *self) {
-    call->state = state_of_class(cls);
-    return target_open(call, layer, METHODS, self) < 0 ? -1 : 0;
+/* Runs a switch's method in C, which a method of its own may have called. */
+static PyObject *run(PyTypeObject *cls, int method, PyObject *layer, PyObject *names, int flag) {
+    switch_call call = {.state = state_of_class(cls)};
+    target self;
+    int rc = target_open(&call, layer, &self);
+    if (rc == 0 && names != NULL) rc = switch_names(&call, names);
+    if (rc == 0) rc = perform(&call, switch_of(method), &self, 1, flag);
+    return finish(&call, &self, rc);
 }
 
 static PyObject *layer_py_set_adapter(PyObject *self, PyTypeObject *cls, PyObject *const *args, Py_ssize_t count,
@@ -257,25 +311,16 @@ static PyObject *layer_py_set_adapter(PyObject *self, PyTypeObject *cls, PyObjec
     static const char *const words[] = {"adapter_names", "inference_mode", "set_adapter"};
     PyObject *names = NULL;
     int inference_mode = 0;
-    switch_call call = {0};
-    target layer = {0};
     if (parse(args, count, keywords, words, &names, &inference_mode, 0) < 0) return NULL;
-    int rc = begin(&call, cls, self, &layer);
-    if (rc == 0) rc = switch_names(&call, names);
-    if (rc == 0) rc = set_adapter(&call, &layer, inference_mode);
-    return finish(&call, &layer, rc);
+    return run(cls, SET_ADAPTER, self, names, inference_mode);
 }
 
 static PyObject *layer_py_enable_adapters(PyObject *self, PyTypeObject *cls, PyObject *const *args, Py_ssize_t count,
                                           PyObject *keywords) {
     static const char *const words[] = {"", "enabled", "enable_adapters"};
     int enabled = 1;
-    switch_call call = {0};
-    target layer = {0};
     if (parse(args, count, keywords, words, NULL, &enabled, 1) < 0) return NULL;
-    int rc = begin(&call, cls, self, &layer);
-    if (rc == 0) rc = enabled ? enable(&call, &layer) : disable(&call, &layer);
-    return finish(&call, &layer, rc);
+    return run(cls, ENABLE_ADAPTERS, self, NULL, enabled);
 }
 
 static PyObject *layer_py_set_requires_grad(PyObject *self, PyTypeObject *cls, PyObject *const *args, Py_ssize_t count,
@@ -283,26 +328,21 @@ static PyObject *layer_py_set_requires_grad(PyObject *self, PyTypeObject *cls, P
     static const char *const words[] = {"adapter_names", "requires_grad", "set_requires_grad"};
     PyObject *names = NULL;
     int flag = 1;
-    switch_call call = {0};
-    target layer = {0};
     if (parse(args, count, keywords, words, &names, &flag, 0) < 0) return NULL;
-    int rc = begin(&call, cls, self, &layer);
-    if (rc == 0) rc = switch_names(&call, names);
-    if (rc == 0) rc = set_requires_grad(&call, &layer, flag);
-    return finish(&call, &layer, rc);
+    return run(cls, SET_REQUIRES_GRAD, self, names, flag);
 }
 
 static PyObject *layer_py_freeze(PyObject *self, PyTypeObject *cls, PyObject *const *args, Py_ssize_t count,
                                  PyObject *keywords) {
-    switch_call call = {0};
-    target layer = {0};
     if (count + (keywords ? PyTuple_Size(keywords) : 0) > 1) {
         PyErr_SetString(PyExc_TypeError, "_freeze_non_trainable_peft_weights() takes at most 1 argument");
         return NULL;
     }
     const int given = count + (keywords ? PyTuple_Size(keywords) : 0) == 1 && args[0] != Py_None;
+    switch_call call = {.state = state_of_class(cls)};
+    target layer;
     PyObject *names = NULL;
-    int rc = begin(&call, cls, self, &layer);
+    int rc = target_open(&call, self, &layer);
     if (rc == 0 && given) rc = switch_names(&call, args[0]);
     if (rc == 0 && !given) names = PyObject_GetAttr(self, call.state->names.frozen_peft_weight_names);
     if (rc == 0) rc = given || names ? freeze(&call, &layer, given ? call.names : names) : -1;

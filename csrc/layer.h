@@ -1,8 +1,7 @@
-/* layer.h: the C base of BaseTunerLayer, `_C.Layer`, and its three switches, for one layer each.
+/* layer.h: the C base of BaseTunerLayer, `_C.Layer`, and its three switches, for a list of layers.
  *
- * layer_* act on any object that has BaseTunerLayer's attributes. Where the object's class overrides the method of the
- * same name they call that instead. `names` is what the user gave, and was given to switch_names. 0, or -1 with an
- * exception. */
+ * A layer is any object that has BaseTunerLayer's attributes. Where its class overrides the method of the same name as
+ * the switch, that is called instead, before anything else changes. */
 #ifndef PEFT_C_LAYER_H
 #define PEFT_C_LAYER_H
 
@@ -10,8 +9,11 @@
 
 int layer_init(PyObject *module, module_state *state);
 
-int layer_set_adapter(switch_call *call, PyObject *layer, PyObject *names, int inference_mode);
-int layer_enable_adapters(switch_call *call, PyObject *layer, PyObject *names, int enabled);
-int layer_set_requires_grad(switch_call *call, PyObject *layer, PyObject *names, int flag);
+/* layer.set_adapter(names, inference_mode=flag), .enable_adapters(flag) or .set_requires_grad(names, flag), which `method`
+ * (see classes.h) says, for all of `layers`; takes everything back if one fails. 0, or -1 with an exception. */
+int layers_switch(const module_state *state, int method, PyObject *layers, PyObject *names, int flag);
+/* [(tensor, requires_grad)] of the entries of one layer that may be trainable and of those of the adapters in `also`,
+ * without those in `skip` (a set): new reference. */
+PyObject *layer_flags(const module_state *state, PyObject *layer, PyObject *also, PyObject *skip);
 
 #endif

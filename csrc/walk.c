@@ -1,84 +1,93 @@
 /* walk.c: walks over the live `_modules` dicts, and the switches for all tuner layers of a model.
  *
  * The walk visits what model.modules() visits, in its order, each module once, but leaves out the adapter containers of
- * tuner layers (they may hold thousands of adapters and hold no tuner layers). It keeps nothing between two calls. */
+ * tuner layers (they may hold thousands of adapters and hold no tuner layers). It keeps nothing between two calls.
+ *
+ * It reads the tree level by level, each step for all modules of a level, so that the processor waits for many of them at
+ * once instead of one after the other (see work.h), and then orders what it found. */
 #include "walk.h"
 
 #include "layer.h"
 
-/* --- modules seen, in order --- */
-
+/* A module. Its children are `count` indices in `edges` from `first` on. */
 typedef struct {
-    PyObject **slots; /* open addressing by address; borrowed from `order` */
-    size_t mask;
-    PyObject **order; /* strong references */
-    size_t count;
-} module_set;
+    PyObject *module;         /* owned */
+    PyObject *dict;           /* owned while its level is read: its __dict__, then its `_modules` */
+    const class_facts *facts; /* once queued */
+    size_t first, count;
+    bool queued; /* its children are or will be read */
+    bool flat;   /* it has said itself what modules there are below it; theirs are not asked for */
+    bool seen;   /* is in the order */
+} node;
 
-static size_t slot_of(const module_set *set, const PyObject *object) {
-    size_t at = ((uintptr_t)object >> 4) * (size_t)0x9E3779B97F4A7C15u;
-    for (at = (at >> 20) & set->mask; set->slots[at] != NULL && set->slots[at] != object;) at = (at + 1) & set->mask;
-    return at;
-}
-
-static int set_grow(module_set *set) {
-    const size_t mask = set->slots ? 2 * set->mask + 1 : 4095;
-    PyObject **slots = PyMem_Calloc(mask + 1, sizeof *slots);
-    PyObject **order = PyMem_Realloc(set->order, (mask / 2 + 1) * sizeof *order);
-    if (order != NULL) set->order = order;
-    if (slots == NULL || order == NULL) {
-        PyMem_Free(slots);
-        PyErr_NoMemory();
-        return -1;
-    }
-    PyMem_Free(set->slots);
-    set->slots = slots;
-    set->mask = mask;
-    for (size_t i = 0; i < set->count; i++) set->slots[slot_of(set, set->order[i])] = set->order[i];
-    return 0;
-}
-
-/* 1: added; 0: was there; -1: no memory. */
-static int set_add(module_set *set, PyObject *object) {
-    if (2 * set->count > set->mask || set->slots == NULL) {
-        if (set_grow(set) < 0) return -1;
-    }
-    const size_t at = slot_of(set, object);
-    if (set->slots[at] != NULL) return 0;
-    Py_INCREF(object);
-    set->slots[at] = set->order[set->count++] = object;
-    return 1;
-}
-
-static void set_free(module_set *set) {
-    for (size_t i = 0; i < set->count; i++) Py_DECREF(set->order[i]);
-    PyMem_Free(set->order);
-    PyMem_Free(set->slots);
-}
-
-/* --- the walk --- */
+/* What was found in a `_modules`. */
+typedef struct {
+    PyObject *module; /* owned */
+    int listed;       /* it has the name of an adapter container */
+} found;
 
 typedef struct {
     const module_state *state;
     class_table classes;
-    module_set seen;
-    PyObject **stack; /* strong references: modules to visit, the next one last */
-    size_t depth, capacity;
+    node *nodes;
+    size_t *slots; /* open addressing by address: index of the node + 1 */
+    size_t *edges, *queue, *order;
+    found *row; /* what the level has below it */
+    size_t node_count, node_capacity, slot_mask, edge_count, edge_capacity, queue_count, queue_capacity, row_count,
+        row_capacity, order_count;
 } walk;
 
-static int push(walk *self, PyObject *object) {
-    if (self->depth == self->capacity) {
-        const size_t capacity = self->capacity ? 2 * self->capacity : 256;
-        PyObject **stack = PyMem_Realloc(self->stack, capacity * sizeof *stack);
-        if (stack == NULL) {
-            PyErr_NoMemory();
-            return -1;
-        }
-        self->stack = stack;
-        self->capacity = capacity;
+/* `items` with room for one more of `size` bytes, perhaps elsewhere; NULL with an exception, and `items` as they were. */
+static void *with_room(void *items, size_t count, size_t *capacity, size_t size) {
+    if (count < *capacity) return items;
+    const size_t wanted = *capacity ? 2 * *capacity : 1024;
+    void *bigger = PyMem_Realloc(items, wanted * size);
+    if (bigger == NULL) return PyErr_NoMemory();
+    *capacity = wanted;
+    return bigger;
+}
+
+static size_t slot_of(const walk *self, const PyObject *module) {
+    size_t at = (((uintptr_t)module >> 4) * (size_t)0x9E3779B97F4A7C15u >> 20) & self->slot_mask;
+    while (self->slots[at] != 0 && self->nodes[self->slots[at] - 1].module != module) at = (at + 1) & self->slot_mask;
+    return at;
+}
+
+static int grow_slots(walk *self) {
+    const size_t mask = self->slots ? 2 * self->slot_mask + 1 : 2047;
+    size_t *slots = PyMem_Calloc(mask + 1, sizeof *slots);
+    if (slots == NULL) {
+        PyErr_NoMemory();
+        return -1;
     }
-    Py_INCREF(object);
-    self->stack[self->depth++] = object;
+    PyMem_Free(self->slots);
+    self->slots = slots;
+    self->slot_mask = mask;
+    for (size_t i = 0; i < self->node_count; i++) self->slots[slot_of(self, self->nodes[i].module)] = i + 1;
+    return 0;
+}
+
+/* Adds a module below the one that is read now, if it is none of its adapter containers. */
+static int add_edge(walk *self, PyObject *module, int expand) {
+    if (2 * self->node_count >= self->slot_mask && grow_slots(self) < 0) return -1;
+    node *nodes = with_room(self->nodes, self->node_count, &self->node_capacity, sizeof *nodes);
+    if (nodes != NULL) self->nodes = nodes;
+    size_t *edges = with_room(self->edges, self->edge_count, &self->edge_capacity, sizeof *edges);
+    if (edges != NULL) self->edges = edges;
+    size_t *queue = with_room(self->queue, self->queue_count, &self->queue_capacity, sizeof *queue);
+    if (queue != NULL) self->queue = queue;
+    if (nodes == NULL || edges == NULL || queue == NULL) return -1;
+    const size_t at = slot_of(self, module);
+    if (self->slots[at] == 0) {
+        self->nodes[self->node_count] = (node){.module = Py_NewRef(module)};
+        self->slots[at] = ++self->node_count;
+    }
+    const size_t index = self->slots[at] - 1;
+    self->edges[self->edge_count++] = index;
+    if (expand && !self->nodes[index].queued) {
+        self->nodes[index].queued = true;
+        self->queue[self->queue_count++] = index;
+    }
     return 0;
 }
 
@@ -98,37 +107,36 @@ static PyObject *container_names(const walk *self, const class_facts *facts, PyO
     return result;
 }
 
-/* Pushes the children of a module, the last first. */
-static int push_children(walk *self, const class_facts *facts, PyObject *module, PyObject *dict, PyObject *children) {
-    const size_t start = self->depth;
+static int add_found(walk *self, PyObject *module, int listed) {
+    found *row = with_room(self->row, self->row_count, &self->row_capacity, sizeof *row);
+    if (row == NULL) return -1;
+    self->row = row;
+    PREFETCH(module);
+    self->row[self->row_count++] = (found){Py_NewRef(module), listed};
+    return 0;
+}
+
+/* Adds the children of a plain module to the row. `dict` is its __dict__, `children` its `_modules`. */
+static int read_children(walk *self, const node *parent, PyObject *dict, PyObject *children) {
     Py_ssize_t position = 0;
-    PyObject *containers = facts->layer ? container_names(self, facts, module, dict) : NULL, *name, *child;
-    int rc = facts->layer && containers == NULL ? -1 : 0;
-    while (rc >= 0 && PyDict_Next(children, &position, &name, &child)) {
-        PyObject *const type = (PyObject *)Py_TYPE(child);
-        if (child == Py_None) continue;
-        rc = 0;
-        if (containers && (type == self->state->objects.ModuleDict || type == self->state->objects.ParameterDict)) {
-            rc = PySet_Contains(containers, name);
-        }
-        if (rc == 0) rc = push(self, child);
+    const int layer = parent->facts->layer;
+    PyObject *names = layer ? container_names(self, parent->facts, parent->module, dict) : NULL, *name, *child;
+    int rc = layer && names == NULL ? -1 : 0;
+    while (rc == 0 && PyDict_Next(children, &position, &name, &child)) {
+        const int listed = names && child != Py_None ? PySet_Contains(names, name) : 0;
+        if (child != Py_None) rc = listed < 0 ? -1 : add_found(self, child, listed);
     }
-    for (size_t low = start, high = self->depth; low + 1 < high; low++) {
-        PyObject *const swapped = self->stack[--high];
-        self->stack[high] = self->stack[low];
-        self->stack[low] = swapped;
-    }
-    Py_XDECREF(containers);
-    return rc < 0 ? -1 : 0;
+    Py_XDECREF(names);
+    return rc;
 }
 
 /* A class with its own idea of its modules: asks module.modules(). */
-static int own_walk(walk *self, PyObject *module) {
+static int ask_modules(walk *self, PyObject *module) {
     PyObject *all = PyObject_CallMethod(module, "modules", NULL);
     PyObject *iterator = all ? PyObject_GetIter(all) : NULL, *child;
     int rc = iterator ? 0 : -1;
     while (rc == 0 && (child = PyIter_Next(iterator)) != NULL) {
-        if (set_add(&self->seen, child) < 0) rc = -1;
+        rc = add_found(self, child, 0);
         Py_DECREF(child);
     }
     Py_XDECREF(iterator);
@@ -136,39 +144,110 @@ static int own_walk(walk *self, PyObject *module) {
     return rc < 0 || PyErr_Occurred() ? -1 : 0;
 }
 
-static int visit_module(walk *self, PyObject *module) {
-    const int added = set_add(&self->seen, module);
-    if (added <= 0) return added;
-    const class_facts *facts = class_of(self->state, &self->classes, Py_TYPE(module));
-    PyObject *dict = facts ? PyObject_GenericGetDict(module, NULL) : NULL;
-    if (dict == NULL) return -1;
-    PyObject *children = PyDict_GetItemWithError(dict, self->state->names._modules);
+/* Reads what lies below the module self->nodes[index] into the row. */
+static int read_node(walk *self, size_t index) {
+    node *const parent = &self->nodes[index];
+    PyObject *dict = parent->dict, *children = PyDict_GetItemWithError(dict, self->state->names._modules);
     int rc = -1;
-    if (children != NULL && PyDict_Check(children) && facts->plain) {
+    parent->dict = NULL;
+    if (children != NULL && PyDict_Check(children) && parent->facts->plain) {
         Py_INCREF(children);
-        rc = PyDict_Size(children) ? push_children(self, facts, module, dict, children) : 0;
+        rc = PyDict_Size(children) ? read_children(self, parent, dict, children) : 0;
         Py_DECREF(children);
     } else if (!PyErr_Occurred()) {
-        rc = own_walk(self, module);
+        parent->flat = true;
+        rc = ask_modules(self, parent->module);
     }
     Py_DECREF(dict);
     return rc;
 }
 
-static int walk_run(walk *self, PyObject *root) {
-    int rc = push(self, root);
-    while (rc == 0 && self->depth > 0) {
-        PyObject *module = self->stack[--self->depth];
-        rc = visit_module(self, module) < 0 ? -1 : 0;
-        Py_DECREF(module);
+/* Reads the modules in the queue from `start` to `end`; those below them are queued. */
+static int read_level(walk *self, size_t start, size_t end) {
+    const module_state *state = self->state;
+    for (size_t i = start; i < end; i++) {
+        node *const parent = &self->nodes[self->queue[i]];
+        if ((parent->facts = class_of(state, &self->classes, Py_TYPE(parent->module))) == NULL) return -1;
+        if ((parent->dict = PyObject_GenericGetDict(parent->module, NULL)) == NULL) return -1;
+        PREFETCH(parent->dict);
     }
-    return rc;
+    for (size_t i = start; i < end; i++) {
+        PyObject *children = PyDict_GetItemWithError(self->nodes[self->queue[i]].dict, state->names._modules);
+        if (children != NULL) PREFETCH(children);
+    }
+    for (size_t i = start; i < end; i++) {
+        const size_t index = self->queue[i];
+        self->nodes[index].first = self->row_count;
+        if (read_node(self, index) < 0) return -1;
+        self->nodes[index].count = self->row_count - self->nodes[index].first;
+    }
+    size_t at = 0;
+    for (size_t i = start; i < end; i++) {
+        const size_t index = self->queue[i], last = self->nodes[index].first + self->nodes[index].count;
+        const bool flat = self->nodes[index].flat;
+        self->nodes[index].first = self->edge_count;
+        for (; at < last; at++) {
+            PyObject *const module = self->row[at].module, *const type = (PyObject *)Py_TYPE(module);
+            if (self->row[at].listed && (type == state->objects.ModuleDict || type == state->objects.ParameterDict)) {
+                continue;
+            }
+            if (add_edge(self, module, !flat) < 0) return -1;
+        }
+        self->nodes[index].count = self->edge_count - self->nodes[index].first;
+    }
+    for (size_t i = 0; i < self->row_count; i++) Py_DECREF(self->row[i].module);
+    self->row_count = 0;
+    return 0;
+}
+
+/* Puts the modules in the order in which model.modules() has them. */
+static int put_in_order(walk *self) {
+    size_t *stack = PyMem_Malloc((self->edge_count + 1) * sizeof *stack), depth = 0;
+    self->order = PyMem_Malloc((self->node_count + 1) * sizeof *self->order);
+    if (stack == NULL || self->order == NULL) {
+        PyMem_Free(stack);
+        PyErr_NoMemory();
+        return -1;
+    }
+    stack[depth++] = 0;
+    while (depth > 0) {
+        node *const next = &self->nodes[stack[--depth]];
+        if (next->seen) continue;
+        next->seen = true;
+        self->order[self->order_count++] = (size_t)(next - self->nodes);
+        for (size_t i = 0; next->flat && i < next->count; i++) {
+            node *const below = &self->nodes[self->edges[next->first + i]];
+            if (!below->seen) self->order[self->order_count++] = self->edges[next->first + i];
+            below->seen = true;
+        }
+        for (size_t i = next->flat ? 0 : next->count; i-- > 0;) stack[depth++] = self->edges[next->first + i];
+    }
+    PyMem_Free(stack);
+    return 0;
+}
+
+static int walk_run(walk *self, PyObject *root) {
+    int rc = add_edge(self, root, 1);
+    for (size_t start = 0; rc == 0 && start < self->queue_count;) {
+        const size_t end = self->queue_count;
+        rc = read_level(self, start, end);
+        start = end;
+    }
+    return rc < 0 ? -1 : put_in_order(self);
 }
 
 static void walk_free(walk *self) {
-    while (self->depth > 0) Py_DECREF(self->stack[--self->depth]);
-    PyMem_Free(self->stack);
-    set_free(&self->seen);
+    for (size_t i = 0; i < self->node_count; i++) {
+        Py_DECREF(self->nodes[i].module);
+        Py_XDECREF(self->nodes[i].dict);
+    }
+    for (size_t i = 0; i < self->row_count; i++) Py_DECREF(self->row[i].module);
+    PyMem_Free(self->nodes);
+    PyMem_Free(self->slots);
+    PyMem_Free(self->edges);
+    PyMem_Free(self->queue);
+    PyMem_Free(self->order);
+    PyMem_Free(self->row);
     class_table_free(&self->classes);
 }
 
@@ -199,9 +278,10 @@ static PyObject *walk_find(PyObject *module, PyObject *const *args, Py_ssize_t c
     for (Py_ssize_t k = 1; k < count; k++) {
         PyObject *list = PyList_New(0);
         if (list == NULL || PyTuple_SetItem(result, k - 1, list) < 0) goto failed;
-        for (size_t i = 0; i < self.seen.count; i++) {
-            const int match = is_a(self.seen.order[i], args[k]);
-            if (match < 0 || (match && PyList_Append(list, self.seen.order[i]) < 0)) goto failed;
+        for (size_t i = 0; i < self.order_count; i++) {
+            PyObject *const found_module = self.nodes[self.order[i]].module;
+            const int match = is_a(found_module, args[k]);
+            if (match < 0 || (match && PyList_Append(list, found_module) < 0)) goto failed;
         }
     }
     goto done;
@@ -214,25 +294,6 @@ done:
 
 /* --- the switches, on a list of layers --- */
 
-typedef int (*layer_switch)(switch_call *call, PyObject *layer, PyObject *names, int flag);
-
-/* Applies `act` to every layer of a list; takes everything back if one fails. */
-static PyObject *switch_all(PyObject *module, layer_switch act, PyObject *layers, PyObject *names, PyObject *flag) {
-    switch_call call = {.state = state_of(module)};
-    int rc = PyList_Check(layers) ? 0 : -1;
-    const int value = PyObject_IsTrue(flag);
-    if (rc < 0) PyErr_SetString(PyExc_TypeError, "expected a list of tuner layers");
-    if (value < 0 || (rc == 0 && names != NULL && switch_names(&call, names) < 0)) rc = -1;
-    for (Py_ssize_t i = 0; rc == 0 && i < PyList_Size(layers); i++) {
-        PyObject *layer = PyList_GetItem(layers, i);
-        Py_INCREF(layer);
-        rc = act(&call, layer, names, value);
-        Py_DECREF(layer);
-    }
-    if (switch_end(&call, rc) < 0) return NULL;
-    Py_RETURN_NONE;
-}
-
 /* 0 if the call has `wanted` arguments. */
 static int expect(const char *name, Py_ssize_t count, Py_ssize_t wanted) {
     if (count == wanted) return 0;
@@ -240,34 +301,33 @@ static int expect(const char *name, Py_ssize_t count, Py_ssize_t wanted) {
     return -1;
 }
 
+static PyObject *switch_list(PyObject *module, int method, PyObject *layers, PyObject *names, PyObject *flag) {
+    const int value = PyObject_IsTrue(flag);
+    if (!PyList_Check(layers)) PyErr_SetString(PyExc_TypeError, "expected a list of tuner layers");
+    if (PyErr_Occurred() || layers_switch(state_of(module), method, layers, names, value) < 0) return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyObject *walk_set_adapter(PyObject *module, PyObject *const *args, Py_ssize_t count) {
     if (expect("set_adapter", count, 3) < 0) return NULL;
-    return switch_all(module, layer_set_adapter, args[0], args[1], args[2]);
+    return switch_list(module, SET_ADAPTER, args[0], args[1], args[2]);
 }
 
 static PyObject *walk_enable_adapters(PyObject *module, PyObject *const *args, Py_ssize_t count) {
     if (expect("enable_adapters", count, 2) < 0) return NULL;
-    return switch_all(module, layer_enable_adapters, args[0], NULL, args[1]);
+    return switch_list(module, ENABLE_ADAPTERS, args[0], NULL, args[1]);
 }
 
 static PyObject *walk_set_requires_grad(PyObject *module, PyObject *const *args, Py_ssize_t count) {
     if (expect("set_requires_grad", count, 3) < 0) return NULL;
-    return switch_all(module, layer_set_requires_grad, args[0], args[1], args[2]);
+    return switch_list(module, SET_REQUIRES_GRAD, args[0], args[1], args[2]);
 }
 
-/* flags(layer, also, skip): [(tensor, requires_grad)], see grads_list() */
+/* flags(layer, also, skip): [(tensor, requires_grad)], see layer_flags() */
 static PyObject *walk_flags(PyObject *module, PyObject *const *args, Py_ssize_t count) {
     if (expect("flags", count, 3) < 0) return NULL;
-    switch_call call = {.state = state_of(module)};
-    PyObject *dict = PyObject_GenericGetDict(args[0], NULL), *list = dict ? PyList_New(0) : NULL;
-    PyObject *skip = list ? PySet_New(args[2]) : NULL;
-    const class_facts *facts = skip ? class_of(call.state, &call.classes, Py_TYPE(args[0])) : NULL;
-    if (facts == NULL || switch_names(&call, args[1]) < 0 || grads_list(&call, facts, args[0], dict, skip, list) < 0) {
-        Py_CLEAR(list);
-    }
-    Py_XDECREF(dict);
+    PyObject *skip = PySet_New(args[2]), *list = skip ? layer_flags(state_of(module), args[0], args[1], skip) : NULL;
     Py_XDECREF(skip);
-    switch_end(&call, 0);
     return list;
 }
 

@@ -1,0 +1,157 @@
+/* work.c: see work.h. */
+#include "work.h"
+
+int work_add(worklist *work, PyObject *entry, int act, char *note) {
+    if (work->count == work->capacity) {
+        const size_t capacity = work->capacity ? 2 * work->capacity : 64;
+        work_item *items = PyMem_Realloc(work->items, capacity * sizeof *items);
+        if (items == NULL) {
+            PyErr_NoMemory();
+            Py_DECREF(entry);
+            return -1;
+        }
+        work->items = items;
+        work->capacity = capacity;
+    }
+    PREFETCH(entry);
+    work->items[work->count++] = (work_item){entry, NULL, note, act, 0};
+    return 0;
+}
+
+void work_free(worklist *work) {
+    for (size_t i = 0; i < work->count; i++) {
+        Py_DECREF(work->items[i].object);
+        Py_XDECREF(work->items[i].dict);
+    }
+    PyMem_Free(work->items);
+}
+
+/* --- from entries to tensors --- */
+
+/* 1 if an entry is a tensor, 0 if not, -1 with an exception. */
+static int is_tensor(const module_state *state, PyObject *entry) {
+    PyObject *const type = (PyObject *)Py_TYPE(entry);
+    if (type == state->objects.Parameter) return 1;
+    return type == state->objects.Linear ? 0 : PyObject_IsInstance(entry, state->objects.Tensor);
+}
+
+/* Replaces the __dict__ of a module without children, such as nn.Linear, by its parameters, of others by NULL. */
+static int find_parameters(const module_state *state, work_item *item) {
+    PyObject *dict = item->dict, *parameters = PyDict_GetItemWithError(dict, state->names._parameters);
+    PyObject *modules = parameters ? PyDict_GetItemWithError(dict, state->names._modules) : NULL;
+    const int plain = modules != NULL && PyDict_CheckExact(modules) && PyDict_CheckExact(parameters);
+    item->dict = plain && PyDict_Size(modules) == 0 ? Py_NewRef(parameters) : NULL;
+    if (item->dict != NULL) PREFETCH(item->dict);
+    Py_DECREF(dict);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+/* Adds the tensors of one entry: itself, its parameters, or what it calls so. */
+static int add_tensors(const work_item *item, int tensor, worklist *tensors) {
+    if (tensor) return work_add(tensors, Py_NewRef(item->object), item->act, item->note);
+    PyObject *key, *value;
+    int rc = 0;
+    if (item->dict != NULL) {
+        Py_ssize_t position = 0;
+        while (rc == 0 && PyDict_Next(item->dict, &position, &key, &value)) {
+            if (value != Py_None) rc = work_add(tensors, Py_NewRef(value), item->act, item->note);
+        }
+        return rc;
+    }
+    PyObject *all = PyObject_CallMethod(item->object, "parameters", NULL),
+             *iterator = all ? PyObject_GetIter(all) : NULL;
+    while (rc == 0 && iterator != NULL && (value = PyIter_Next(iterator)) != NULL) {
+        rc = work_add(tensors, value, item->act, item->note);
+    }
+    Py_XDECREF(all);
+    Py_XDECREF(iterator);
+    return rc < 0 || PyErr_Occurred() ? -1 : 0;
+}
+
+static int find_tensors(const module_state *state, worklist *work, worklist *tensors) {
+    for (size_t i = 0; i < work->count; i++) {
+        work_item *const item = &work->items[i];
+        if ((item->old = is_tensor(state, item->object)) < 0) return -1;
+        if (item->old || (item->dict = PyObject_GenericGetDict(item->object, NULL)) != NULL) {
+            PREFETCH(item->old ? item->object : item->dict);
+        } else {
+            PyErr_Clear(); /* an object without one: asked below */
+        }
+    }
+    for (size_t i = 0; i < work->count; i++) {
+        if (work->items[i].dict != NULL && find_parameters(state, &work->items[i]) < 0) return -1;
+    }
+    for (size_t i = 0; i < work->count; i++) {
+        if (add_tensors(&work->items[i], work->items[i].old, tensors) < 0) return -1;
+    }
+    return 0;
+}
+
+/* --- flags --- */
+
+/* Whether the tensor's class has torch.Tensor's own requires_grad. */
+static int is_direct(const module_state *state, PyObject *tensor) {
+    PyObject *const type = (PyObject *)Py_TYPE(tensor);
+    return (type == state->objects.Parameter || type == state->objects.Tensor) && state->requires_grad_get != NULL &&
+           state->requires_grad_set != NULL;
+}
+
+/* 1 or 0: the flag of a tensor; -1 with an exception. */
+static int flag_of(const module_state *state, PyObject *tensor) {
+    PyObject *flag = is_direct(state, tensor)
+                         ? state->requires_grad_get(state->objects.requires_grad, tensor, (PyObject *)Py_TYPE(tensor))
+                         : PyObject_GetAttr(tensor, state->names.requires_grad);
+    const int value = flag ? PyObject_IsTrue(flag) : -1;
+    Py_XDECREF(flag);
+    return value;
+}
+
+/* After a flag could not be cleared: 0 and no exception if the tensor is the result of a computation, which keeps it. */
+static int excuse(const module_state *state, PyObject *tensor) {
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyObject *leaf = PyObject_GetAttr(tensor, state->names.is_leaf);
+    const int is_leaf = leaf ? PyObject_IsTrue(leaf) : -1;
+    Py_XDECREF(leaf);
+    if (is_leaf != 0) {
+        PyErr_Restore(type, value, trace);
+        return -1;
+    }
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(trace);
+    return 0;
+}
+
+static int turn(const module_state *state, journal *log, PyObject *tensor, int act, int old) {
+    PyObject *const flag = act == ON ? Py_True : Py_False;
+    const int failed = is_direct(state, tensor) ? state->requires_grad_set(state->objects.requires_grad, tensor, flag)
+                                                : PyObject_SetAttr(tensor, state->names.requires_grad, flag);
+    if (failed) return act == OFF ? excuse(state, tensor) : -1;
+    return journal_add(log, tensor, NULL, old ? Py_True : Py_False);
+}
+
+/* Does one tensor, whose flag was read before those above it in the list were turned. */
+static int do_item(const module_state *state, journal *log, work_item *item, PyObject *list) {
+    if (item->old && item->note != NULL) *item->note = 1;
+    if (item->act == LIST) {
+        PyObject *pair = PyTuple_Pack(2, item->object, item->old ? Py_True : Py_False);
+        const int rc = pair ? PyList_Append(list, pair) : -1;
+        Py_XDECREF(pair);
+        return rc;
+    }
+    if (item->old == item->act) item->old = flag_of(state, item->object); /* it may be in the list twice */
+    if (item->old < 0 || item->old == item->act) return item->old < 0 ? -1 : 0;
+    return turn(state, log, item->object, item->act, item->old);
+}
+
+int work_run(const module_state *state, journal *log, worklist *work, PyObject *list) {
+    worklist tensors = {0};
+    int rc = find_tensors(state, work, &tensors);
+    for (size_t i = 0; rc == 0 && i < tensors.count; i++) {
+        if ((tensors.items[i].old = flag_of(state, tensors.items[i].object)) < 0) rc = -1;
+    }
+    for (size_t i = 0; rc == 0 && i < tensors.count; i++) rc = do_item(state, log, &tensors.items[i], list);
+    work_free(&tensors);
+    return rc;
+}
