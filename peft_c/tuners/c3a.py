@@ -63,9 +63,13 @@ class C3ALinear(AddRoom):
             raise ValueError(f"Unknown init_weights: {scheme}")
 
     def delta(self, name: str) -> torch.Tensor:
-        kernel = self.c3a_kernel[name].float()
-        identity = torch.eye(self.in_features, device=kernel.device)
-        return (convolve(identity, kernel).T / self.in_features).to(self.get_base_layer().weight.dtype)
+        kernel = (self.c3a_kernel[name].float() / self.in_features).to(self.get_base_layer().weight.dtype)
+        size = kernel.shape[-1]  # row t of a block is the kernel moved on by t
+        rows = torch.cat([kernel, kernel], dim=-1).unfold(-1, size, 1)[:, :, 1:].flip(2)
+        return rows.transpose(1, 2).reshape(self.out_features, self.in_features)
+
+    def dense(self, name: str, x: torch.Tensor) -> bool:
+        return x.shape[:-1].numel() > 32 and not torch.is_grad_enabled()
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return convolve(x.float(), self.c3a_kernel[name].float()) / self.in_features

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .law import LowRank
 from .room import AddRoom, RoomModel, SelectiveConfig, Unscaled, dropout, option, positive, register, shared
 
 
@@ -87,9 +86,9 @@ class DeftLinear(Unscaled, AddRoom):
         """s R."""
         return 0.0 if self.deft_para[name] else self.deft_R[name].float() * self.deft_scaling[name]
 
-    def low_rank(self, name: str) -> LowRank:
+    def delta(self, name: str) -> torch.Tensor:
         L, M = self.project(name, self.deft_P[name])
-        return LowRank(self.injected(name) - M.T @ self.bare_weight().float(), L, 1.0)
+        return L @ (self.injected(name) - M.T @ self.bare_weight().float())
 
     def term_beside(self, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         L, M = self.project(name, self.deft_P[name])

@@ -52,12 +52,37 @@ class FourierFTLinear(AddRoom):
         spectrum = torch.randn(n_frequency)
         self.fourierft_spectrum[name] = nn.Parameter(torch.zeros_like(spectrum) if config.init_weights else spectrum)
 
+    def half(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and columns of the places, those beyond the middle column seen from the other end: there the spectrum
+        of a real matrix has the conjugate values."""
+        rows, columns = self.indices[name].to(self.fourierft_spectrum[name].device)
+        beyond = columns > self.in_features // 2
+        return (
+            torch.where(beyond, -rows % self.out_features, rows),
+            torch.where(beyond, self.in_features - columns, columns),
+        )
+
     def delta(self, name: str) -> torch.Tensor:
-        spectrum = self.fourierft_spectrum[name]
-        rows, columns = self.indices[name].to(spectrum.device)
-        dense = torch.zeros(self.out_features, self.in_features, device=spectrum.device)
-        dense[rows, columns] = spectrum.float()
-        return (torch.fft.ifft2(dense).real * self.fourierft_scaling[name]).to(spectrum.dtype)
+        """The real part of the inverse transform: that of the spectrum's symmetric part, of which half is enough."""
+        spectrum, (rows, columns) = self.fourierft_spectrum[name], self.half(name)
+        size, width = (self.out_features, self.in_features), self.in_features // 2 + 1
+        values = spectrum.float() * (self.fourierft_scaling[name] / 2)
+        alone = (columns == 0) | (2 * columns == self.in_features)  # columns that have their conjugates in themselves
+        flat = values.new_zeros(size[0] * width).index_add(0, rows * width + columns, values)
+        flat = flat.index_add(0, -rows % size[0] * width + columns, values * alone)
+        return torch.fft.irfft2(flat.view(size[0], width), s=size).to(spectrum.dtype)
+
+    def dense(self, name: str, x: torch.Tensor) -> bool:
+        return x.shape[:-1].numel() > 128
+
+    def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """The delta's product in three steps: transform x, multiply by the sparse spectrum, transform back."""
+        spectrum, (rows, columns) = self.fourierft_spectrum[name], self.half(name)
+        flat = torch.fft.rfft(x.reshape(-1, x.shape[-1]).float()).T
+        scale = self.fourierft_scaling[name] / (self.in_features * self.out_features)
+        parts = flat[columns] * (spectrum.float() * scale).unsqueeze(1)
+        sums = parts.new_zeros(self.out_features, parts.shape[1]).index_add(0, rows, parts)
+        return torch.fft.fft(sums, dim=0).real.T.reshape(*x.shape[:-1], -1).to(x.dtype)
 
 
 FourierFTLayer = FourierFTLinear

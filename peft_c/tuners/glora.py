@@ -84,7 +84,7 @@ class GloraLinear(AddRoom):
     def adapter_dtype(self, name: str) -> torch.dtype:
         return self.get_base_layer().weight.dtype
 
-    def dense(self, name: str) -> bool:
+    def dense(self, name: str, x: torch.Tensor) -> bool:
         return self.glora_A[name].form == "lora"
 
     def delta(self, name: str) -> torch.Tensor:

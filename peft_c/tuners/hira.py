@@ -60,12 +60,12 @@ class HiraLayer(AddRoom):
         """A (r, in...) and B (out, r) of an adapter."""
         return [getattr(self, container)[name].flatten(1) for container in self.own]
 
-    def dense(self, name: str) -> bool:
+    def dense(self, name: str, x: torch.Tensor) -> bool:
         return True
 
     def delta(self, name: str) -> torch.Tensor:
         A, B = self.factors(name)
-        return self.bare_weight() * (wide(B) @ wide(A)).to(A.dtype)
+        return (wide(B) @ wide(A)).to(A.dtype) * self.bare_weight()
 
 
 class Linear(HiraLayer):
@@ -93,7 +93,7 @@ class Embedding(HiraLayer):
         A, B = torch.randn(r, self.in_features), torch.randn(self.out_features, r)
         return (A, B) if scheme is False else (nn.init.zeros_(A), nn.init.normal_(B))
 
-    def dense(self, name: str) -> bool:
+    def dense(self, name: str, x: torch.Tensor) -> bool:
         return False
 
     def delta(self, name: str) -> torch.Tensor:

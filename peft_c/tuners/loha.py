@@ -51,11 +51,14 @@ class LoHaLayer(LycorisLayer):
     def factors(self, name: str) -> list[torch.Tensor]:
         return [getattr(self, factor)[name] for factor in self.adapter_layer_names[:4]]
 
+    def dense(self, name: str, x: torch.Tensor) -> bool:
+        return not self.drops_parts(name)
+
     def low_rank(self, name: str) -> LowRank | None:
-        """The product as one low-rank matrix of rank r * r, unless that is no gain."""
+        """The product as one low-rank matrix of rank r * r, where that is small."""
         a1, b1, a2, b2 = self.factors(name)
         r = self.r[name]
-        if name in self.hada_t1 or 2 * r * r > min(len(a1), b1.shape[1]):
+        if name in self.hada_t1 or 16 * r * r > min(len(a1), b1.shape[1]):
             return None
         A = (b1.unsqueeze(1) * b2.unsqueeze(0)).flatten(0, 1)
         B = (a1.unsqueeze(2) * a2.unsqueeze(1)).flatten(1)
@@ -64,7 +67,7 @@ class LoHaLayer(LycorisLayer):
     def delta(self, name: str) -> torch.Tensor:
         a1, b1, a2, b2 = self.factors(name)
         if name not in self.hada_t1:
-            return (a1 @ b1) * (a2 @ b2) * self.scaling[name]
+            return (a1 @ b1) * (a2 * self.scaling[name] @ b2)
         both = zip((self.hada_t1[name], self.hada_t2[name]), (a1, a2), (b1, b2), strict=True)
         first, second = (torch.einsum("ijkl,jc,io->ockl", t, b, a) for t, a, b in both)
         return (first * second * self.scaling[name]).flatten(1)

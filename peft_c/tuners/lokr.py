@@ -87,7 +87,11 @@ class LoKrLayer(LycorisLayer):
         w1, w2 = self.matrices(name)
         if w2.ndim != 3:  # PEFT's Kronecker product with a one-dimensional kernel aligns W1 with (in, kernel): keep it
             w2 = w2.flatten(1)
-        return torch.kron(w1, w2.contiguous()).reshape(self.out_features, -1) * self.scaling[name]
+        return torch.kron(w1 * self.scaling[name], w2.contiguous()).reshape(self.out_features, -1)
+
+    def dense(self, name: str, x: torch.Tensor) -> bool:
+        rows, linear = x.shape[:-1].numel(), isinstance(self.get_base_layer(), nn.Linear)
+        return not (torch.is_grad_enabled() or self.drops_parts(name)) and (rows > 128 or not linear)
 
     def activations(self, name: str, x: torch.Tensor) -> torch.Tensor:
         if not isinstance(self.get_base_layer(), nn.Linear):

@@ -49,6 +49,10 @@ class LycorisLayer(AddRoom):
 
     # --- dropout ---
 
+    def drops_parts(self, name: str) -> bool:
+        """Whether rank or module dropout is active."""
+        return self.training and bool(self.rank_dropout[name] or self.module_dropout[name])
+
     def get_delta_weight(self, adapter_name: str, *, apply_rank_dropout: bool = False) -> torch.Tensor:
         """What merging adds to the weight, with its shape; in training optionally with rows dropped at random."""
         delta = super().get_delta_weight(adapter_name).reshape(self.get_base_layer().weight.shape)

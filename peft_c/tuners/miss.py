@@ -54,7 +54,7 @@ class MissLinear(Unscaled, AddRoom):
             kaiming(block)
         self.miss_block[name] = nn.Parameter(block)
 
-    def dense(self, name: str) -> bool:
+    def dense(self, name: str, x: torch.Tensor) -> bool:
         return self.miss_fn[name] == "bat"
 
     def block(self, name: str) -> torch.Tensor:

@@ -396,8 +396,8 @@ class AddRoom(Room):
         """The delta of the bias, if `adds` names it."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it adds to the bias")
 
-    def dense(self, name: str) -> bool:
-        """Whether `term` would build the delta anyway: it is added to the weight then, for one product in all."""
+    def dense(self, name: str, x: torch.Tensor) -> bool:
+        """Whether for x it is best to build the delta and add it to the weight, for one product in all."""
         return False
 
     def term_beside(self, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -430,7 +430,7 @@ class AddRoom(Room):
         if (
             not (args or kwargs)
             and self.base_layer is base
-            and all(self.dense(name) and not self.drops(name) for name in names)
+            and all(self.dense(name, x) and not self.drops(name) for name in names)
         ):
             return self.adapt_dense(names, x)
         if self.may_act_in_c(base, x) and not any(self.drops(name) for name in names):

@@ -105,6 +105,9 @@ class WaveFTLinear(AddRoom):
             ).T
         return delta
 
+    def dense(self, name: str, x: torch.Tensor) -> bool:
+        return x.shape[:-1].numel() > 128 and not torch.is_grad_enabled()
+
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         spectrum, flat = self.waveft_spectrum[name], x.reshape(-1, x.shape[-1])
         if 16 * len(spectrum) > self.in_features * self.out_features:  # then the matrix is less work
