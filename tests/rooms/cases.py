@@ -95,7 +95,9 @@ def kinds_of(method):
     return ["LayerNorm" if name == "Module" else name for name in names]
 
 
-METHODS = sorted(kind.value.lower() for kind in PEFT_TYPE_TO_TUNER_MAPPING if kind.value.lower() not in WHOLE_MODELS)
+TUNERS = {kind.value.lower(): tuner for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()}
+METHODS = sorted({"lora", "trainable_tokens"} | {name for name, tuner in TUNERS.items() if hasattr(tuner, "rooms")})
+METHODS = [name for name in METHODS if name not in WHOLE_MODELS]
 PAIRS = [(method, kind) for method in METHODS for kind in kinds_of(method)]
 MERGEABLE = [(method, kind) for method, kind in PAIRS if method not in NO_MERGE | NO_UNMERGE]
 
