@@ -133,3 +133,21 @@ def test_adapters_that_depend_on_the_weight_merge_in_any_grouping():
             with pytest.warns(UserWarning, match="additionally merging"):
                 model.merge_adapter(["other"])
             torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["bat", "mini", False])
+def test_every_form_of_miss_converts_to_lora(form):
+    base, x = build("even")
+    options = {"r": 8, "init_weights": form, "mini_r": 4}
+    model = peft_c.get_peft_model(base, peft_c.MissConfig(target_modules=["0", "2"], **options)).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    expected = model(x)
+    config, state = peft_c.convert_to_lora(model, rank=16)
+    converted = peft_c.get_peft_model(model.unload(), config).eval()
+    peft_c.set_peft_model_state_dict(converted, state)
+    if form == "bat":  # a fit, not an identity
+        assert (converted(x) - expected).square().mean() < (converted.unload()(x) - expected).square().mean()
+    else:
+        torch.testing.assert_close(converted(x), expected, rtol=1e-4, atol=1e-4)

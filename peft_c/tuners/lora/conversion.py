@@ -44,13 +44,12 @@ def _convert_miss_module_to_lora(
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """A, B and rank of a MiSS layer. Its "bat" mode is fitted; the others sum the inputs over residues modulo r, which
     is an exact factor: `A[j, i] = 1 if i % r == j`."""
-    block = module.miss_block[adapter_name]
-    if module.miss_fn == "bat":
-        base_weight = module.get_base_layer().weight.data.clone()
-        A, B, r = _fit(module.get_delta_weight(adapter_name, base_weight), rank)
+    block, form = module.miss_block[adapter_name], module.miss_fn[adapter_name]
+    if form == "bat":
+        A, B, r = _fit(module.get_delta_weight(adapter_name), rank)
         return A.to(block.dtype), B.to(block.dtype), r
     B = block
-    if module.miss_fn == "mini":
+    if form == "mini":
         B = B.repeat(1, module.out_features // module.miss_mini_r[adapter_name])
     r = len(block)
     index = torch.arange(module.in_features, device=block.device)
