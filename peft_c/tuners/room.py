@@ -44,7 +44,7 @@ from .. import _C
 from ..config import PeftConfig
 from ..utils import constants
 from ..utils.matching import get_pattern_key
-from ..utils.peft_types import PeftType, register_peft_method
+from ..utils.peft_types import PeftType, add_peft_type, register_peft_method
 from . import law
 from .base_view import BaseView
 from .tuner_layer import BaseTunerLayer, _get_in_out_features, is_transformers_conv1d
@@ -671,7 +671,10 @@ class RoomModel(BaseTuner):
 def documented(config: type) -> str:
     """The docstring of a config class: what it says itself, and the help of its options."""
     options = [field for field in fields(config) if field.init and "help" in field.metadata]
-    rows = [f"    {field.name} ({field.type}): {' '.join(field.metadata['help'].split())}" for field in options]
+    rows = [
+        f"    {field.name} ({getattr(field.type, '__name__', field.type)}): {' '.join(field.metadata['help'].split())}"
+        for field in options
+    ]
     return "\n".join([inspect.cleandoc(config.__doc__ or ""), "", "Args:", *rows, ""])
 
 
@@ -682,22 +685,24 @@ def register(
     mixed: bool = False,
     parts: tuple[str, ...] = (),
 ) -> None:
-    """Register a room's method, and let PEFT's paths (`<method>.config`, `.layer`, `.model`, and those named by
-    `parts`) lead to its module, which gets the name of the table of default targets, too.
+    """Register a room's method, under a lower-case name; one that `PeftType` does not have is added to it.
 
     What the classes do not say themselves follows: the model's `prefix` from the name, its `tuner_layer_cls` from its
     rooms, its `target_module_mapping` from `utils.constants`; the config's docstring from the help of its options.
+    PEFT's paths (`<method>.config`, `.layer`, `.model`, those named by `parts`) lead to a room in this package.
     """
-    module = sys.modules[config.__module__]
-    for part in ("config", "layer", "model", *parts):
-        sys.modules.setdefault(f"{module.__name__}.{part}", module)
-        if not hasattr(module, part):
-            setattr(module, part, module)
-    module.__path__ = []
-    config.method, config.__doc__ = name, documented(config)
     table = f"TRANSFORMERS_MODELS_TO_{name.replace('_', '').upper()}_TARGET_MODULES_MAPPING"
-    setattr(module, table, getattr(constants, table, {}))
-    defaults = {"prefix": f"{name}_", "target_module_mapping": getattr(module, table)}
+    defaults = {"prefix": f"{name}_", "target_module_mapping": getattr(constants, table, {})}
+    module = sys.modules[config.__module__]
+    if module.__package__ == __package__:
+        setattr(module, table, defaults["target_module_mapping"])
+        for part in ("config", "layer", "model", *parts):
+            sys.modules.setdefault(f"{module.__name__}.{part}", module)
+            if not hasattr(module, part):
+                setattr(module, part, module)
+        module.__path__ = []
+    add_peft_type(name.upper())
+    config.method, config.__doc__ = name, documented(config)
     if issubclass(model, RoomModel):
         first, *others = dict.fromkeys(model.rooms.values())
         defaults["tuner_layer_cls"] = next(c for c in first.__mro__ if all(issubclass(room, c) for room in others))

@@ -67,6 +67,17 @@ class TaskType(str, enum.Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+def add_peft_type(name: str) -> PeftType:
+    """The member of `PeftType` of that name; a new one, for a method outside of this package, if there is none."""
+    if name not in PeftType.__members__:
+        member = str.__new__(PeftType, name)
+        member._name_ = member._value_ = name
+        type.__setattr__(PeftType, name, member)
+        PeftType._member_names_.append(name)
+        PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
+    return PeftType[name]
+
+
 def register_peft_method(
     *, name: str, config_cls: Any, model_cls: Any, prefix: str | None = None, is_mixed_compatible: bool = False
 ) -> None:

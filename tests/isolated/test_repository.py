@@ -2,6 +2,7 @@
 
 import ast
 import re
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -126,3 +127,18 @@ def test_no_heavy_imports_at_module_level():
 def test_every_module_says_what_it_is():
     silent = [str(p.relative_to(ROOT)) for p in PYTHON if not ast.get_docstring(ast.parse(text_of(p)))]
     assert not silent, f"no docstring: {', '.join(silent)}"
+
+
+def rooms() -> dict[str, list[Path]]:
+    """The files of each method that is written as a room."""
+    tuners = ROOT / "peft_c" / "tuners"
+    names = [path.stem for path in tuners.glob("*.py") if re.search(r"^register\(", text_of(path), flags=re.M)]
+    return {name: [tuners / f"{name}.py", *sorted(tuners.glob(f"{name}_*.py"))] for name in names}
+
+
+def test_rooms_are_small():
+    lengths = {name: len(text_of(files[0]).splitlines()) for name, files in rooms().items()}
+    assert len(lengths) >= 36
+    assert statistics.median(lengths.values()) <= 120
+    long = [path.name for files in rooms().values() for path in files if len(text_of(path).splitlines()) > 250]
+    assert not long
