@@ -312,7 +312,7 @@ class BaseTuner(nn.Module, ABC):
         setattr(parent, child_name, new_module)
         child = getattr(child, "base_layer", child)
         wraps = hasattr(new_module, "base_layer")
-        if not wraps:
+        if not wraps and hasattr(child, "weight"):  # a module saved in full may have none of its own
             new_module.weight = child.weight
             if hasattr(child, "bias"):
                 new_module.bias = child.bias

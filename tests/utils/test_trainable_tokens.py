@@ -58,6 +58,17 @@ def test_merge_and_unmerge_are_exact_and_in_place(dtype, safe):
     assert layer.base_layer.weight is weight and weight.data_ptr() == pointer
 
 
+def test_adapters_of_other_layers_are_not_merged():
+    model, layer = adapted(pair("")[1], [1, 3])
+    before = layer.base_layer.weight.clone()
+    layer.merge(adapter_names=["elsewhere"])
+    assert not layer.merged_adapters and torch.equal(layer.base_layer.weight, before)
+    layer.merge(adapter_names=["elsewhere", "a0"])
+    assert layer.merged_adapters == ["a0"]
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, before)
+
+
 def test_unmerge_restores_what_was_there_at_the_merge():
     import peft_c
 

@@ -47,7 +47,7 @@ def apply(wrapper, step):
 def outcome(wrapper, step):
     try:
         return apply(wrapper, step), None
-    except (ValueError, KeyError) as exc:
+    except (ValueError, KeyError, IndexError) as exc:
         return None, type(exc)
 
 
@@ -76,6 +76,9 @@ def test_programs(program):
     for one in program:
         before = state(ours)
         expected, got = outcome(theirs, one), outcome(ours, one)
+        if expected[1] is IndexError:  # PEFT cannot delete an adapter while none is active
+            assert got[1] is None
+            return
         assert got == expected
         if got[1] is not None:
             # PEFT has already frozen the active adapter when it finds the name unknown

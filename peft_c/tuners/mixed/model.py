@@ -67,7 +67,7 @@ class MixedModel(BaseTuner):
         base = getattr(child, "quant_linear_module", child)
         child = child.get_base_layer() if hasattr(child, "base_layer") else base
         wraps = hasattr(new_module, "base_layer")
-        if not wraps:
+        if not wraps and hasattr(child, "weight"):  # a module saved in full may have none of its own
             new_module.weight = child.weight
             if hasattr(child, "bias"):
                 new_module.bias = child.bias

@@ -153,7 +153,8 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
         With `safe_merge`, ValueError if a row is not finite. ValueError if adapters overlap. In any error nothing has
         been written.
         """
-        adapter_names = check_adapters_to_merge(self, adapter_names)
+        asked = check_adapters_to_merge(self, adapter_names)
+        adapter_names = [name for name in asked if name in self.trainable_tokens_delta]
         if not adapter_names:
             return
         self._check_overlapping_tokens(adapter_names)
