@@ -311,15 +311,7 @@ class BaseTuner(nn.Module, ABC):
         """Puts `new_module` in place of the child, with the child's weights, and its adapters on their device."""
         setattr(parent, child_name, new_module)
         child = getattr(child, "base_layer", child)
-        wraps = hasattr(new_module, "base_layer")
-        if not wraps and hasattr(child, "weight"):  # a module saved in full may have none of its own
-            new_module.weight = child.weight
-            if hasattr(child, "bias"):
-                new_module.bias = child.bias
-        if getattr(child, "state", None) is not None:  # of bitsandbytes
-            (new_module.base_layer if wraps else new_module).state = child.state
-            new_module.to(child.weight.device)
-
+        _hand_over(child, new_module)
         device = None
         for name, module in new_module.named_modules():
             if self.prefix in name and not any(p.device.type == "meta" for p in module.parameters()):
@@ -617,6 +609,18 @@ class BaseTuner(nn.Module, ABC):
 
 def _is_embedding(name: str) -> bool:
     return name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
+
+
+def _hand_over(child: nn.Module, new_module: nn.Module) -> None:
+    """Gives a module that takes the child's place, and does not wrap it, the child's weights."""
+    wraps = hasattr(new_module, "base_layer")
+    if not wraps and hasattr(child, "weight"):  # a module saved in full may have none of its own
+        new_module.weight = child.weight
+        if hasattr(child, "bias"):
+            new_module.bias = child.bias
+    if getattr(child, "state", None) is not None:  # of bitsandbytes
+        (new_module.base_layer if wraps else new_module).state = child.state
+        new_module.to(child.weight.device)
 
 
 def _any_weight(module: nn.Module) -> torch.Tensor:

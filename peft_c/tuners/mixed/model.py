@@ -13,7 +13,7 @@ from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPIN
 from ...utils.peft_types import PeftType
 from ..merging import Unloading
 from ..switching import _check_adapters_not_merged, _delete_auxiliary_adapter, set_adapter
-from ..tuners_utils import BaseTuner, BaseTunerLayer, _any_weight, _freeze_base
+from ..tuners_utils import BaseTuner, BaseTunerLayer, _any_weight, _freeze_base, _hand_over
 
 # methods whose layers may wrap each other
 COMPATIBLE_TUNER_TYPES = (PeftType.LORA, PeftType.LOHA, PeftType.LOKR, PeftType.ADALORA, PeftType.OFT, PeftType.SHIRA)
@@ -66,14 +66,7 @@ class MixedModel(BaseTuner):
         setattr(parent, child_name, new_module)
         base = getattr(child, "quant_linear_module", child)
         child = child.get_base_layer() if hasattr(child, "base_layer") else base
-        wraps = hasattr(new_module, "base_layer")
-        if not wraps and hasattr(child, "weight"):  # a module saved in full may have none of its own
-            new_module.weight = child.weight
-            if hasattr(child, "bias"):
-                new_module.bias = child.bias
-        if getattr(child, "state", None) is not None:
-            (new_module.base_layer if wraps else new_module).state = child.state
-            new_module.to(child.weight.device)
+        _hand_over(child, new_module)
         prefixes = self.prefixes
         for name, module in new_module.named_modules():
             if any(prefix in name for prefix in prefixes):
