@@ -1,106 +1,7 @@
-/* forward.c: y = base(x) + sum_i s_i (x A_i^T) B_i^T around the kernels, and its backward. */
+/* forward.c: y = base(x) + sum_i s_i (x A_i^T) B_i^T for a layer. */
 #include "forward.h"
 
-#include <stdlib.h>
 #include <string.h>
-
-enum {
-    STACK_WORK = 8192 /* bytes of kernel workspace on the stack; more comes from the heap */
-};
-
-/* ---------------------------------------------------------------------------------------------------- kernel calls */
-
-static int kernel_error(int rc) {
-    if (rc == PK_EPARALLEL) {
-        PyErr_SetString(PyExc_RuntimeError, "torch's thread pool could not run the low-rank kernel");
-    } else {
-        PyErr_Format(PyExc_ValueError, "the low-rank kernel refused its operands (%d): shapes do not fit", rc);
-    }
-    return -1;
-}
-
-static bool is_large(const pk_mat *x, const pk_mat *y, int64_t rank) {
-    return (double)(x->rows + FORWARD_READING) * (double)rank * (double)(x->cols + y->cols) > (double)FORWARD_PARALLEL;
-}
-
-int forward_run(const module_state *state, const forward_product *p) {
-    const size_t size = pk_lowrank_apply_work(&p->y, &p->x, p->factors, p->count);
-    const pk_mat *t = p->t.data != NULL ? &p->t : NULL;
-    char stack[STACK_WORK];
-    void *work = size <= sizeof stack ? stack : malloc(size);
-    int64_t rank = 0;
-    int rc;
-    if (work == NULL) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    for (int i = 0; i < p->count; i++) rank += p->factors[i].down.rows;
-    if (is_large(&p->x, &p->y, rank)) {
-        PyThreadState *thread = PyEval_SaveThread();
-        rc = pk_lowrank_apply(&p->y, &p->x, p->factors, p->count, t, work, state->torch.torch_parallel_for);
-        PyEval_RestoreThread(thread);
-    } else {
-        rc = pk_lowrank_apply(&p->y, &p->x, p->factors, p->count, t, work, NULL);
-    }
-    if (work != stack) free(work);
-    return rc == PK_OK ? 0 : kernel_error(rc);
-}
-
-/* 0, or -1 with an exception. */
-static int backward_run(const module_state *state, const pk_backward *q) {
-    const size_t size = pk_lowrank_backward_work(q);
-    char stack[STACK_WORK];
-    void *work = size <= sizeof stack ? stack : malloc(size);
-    int rc;
-    if (work == NULL) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    if (is_large(&q->x, &q->g, q->factor.down.rows)) {
-        PyThreadState *thread = PyEval_SaveThread();
-        rc = pk_lowrank_backward(q, work, state->torch.torch_parallel_for);
-        PyEval_RestoreThread(thread);
-    } else {
-        rc = pk_lowrank_backward(q, work, NULL);
-    }
-    if (work != stack) free(work);
-    return rc == PK_OK ? 0 : kernel_error(rc);
-}
-
-/* ------------------------------------------------------------------------------------------------- tensors to rows */
-
-/* `tensor` as rows of its last dimension. When its leading strides are not one stride, a contiguous copy is made and
- * put into *copy (owned by the caller, to be released after the kernel). False, without an exception, when it has no
- * such view. */
-static bool rows_of(const module_state *state, PyObject *tensor, pk_mat *out, PyObject **copy) {
-    TensorView view;
-    if (view_again(state, tensor, &view) != VIEW_OK) return false;
-    if (view_as_rows(&view, out)) return true;
-    if (view.ndim == 0 || copy == NULL) return false;
-    *copy = PyObject_CallMethodObjArgs(tensor, state->names.contiguous, NULL);
-    if (*copy == NULL) {
-        PyErr_Clear();
-        return false;
-    }
-    return view_again(state, *copy, &view) == VIEW_OK && view_as_rows(&view, out);
-}
-
-static bool matrix_of(const module_state *state, PyObject *tensor, pk_mat *out) {
-    TensorView view;
-    return view_again(state, tensor, &view) == VIEW_OK && view.ndim == 2 && view_as_rows(&view, out);
-}
-
-/* One factor from its two weights. */
-static bool factor_of(const module_state *state, PyObject *down, PyObject *up, double scale, pk_lowrank *out) {
-    out->scale = scale;
-    return matrix_of(state, down, &out->down) && matrix_of(state, up, &out->up) && out->down.rows == out->up.cols;
-}
-
-bool forward_factor(const module_state *state, const gate_term *term, pk_lowrank *out) {
-    return factor_of(state, term->down, term->up, term->scale, out);
-}
-
-/* ----------------------------------------------------------------------------------------------------- the forward */
 
 static bool wants_grad(const module_state *state, PyObject *tensor) {
     PyObject *flag = PyObject_GetAttr(tensor, state->names.requires_grad);
@@ -129,29 +30,37 @@ static bool plan_drops(const gate_plan *plan) {
 /* How _finish of peft_c/fast.py is to add the terms. */
 enum { FINISH_COMPOSED = 0, FINISH_COPY = 1, FINISH_IN_PLACE = 2 };
 
-/* fast._finish(y, x, how, terms): the part of a forward that needs the graph, dropout or plain torch. New reference.
- */
-static PyObject *finish(module_state *state, const gate_plan *plan, PyObject *x, PyObject *y, int how) {
-    PyObject *terms = NULL, *mode = NULL, *result = NULL;
-    if (state->finish == NULL) {
-        PyObject *fast = PyImport_ImportModule("peft_c.fast");
-        PyObject *function = fast ? PyObject_GetAttrString(fast, "_finish") : NULL;
-        Py_XDECREF(fast);
-        if (function == NULL) return NULL;
-        if (state->finish == NULL)
-            state->finish = function;
-        else
-            Py_DECREF(function);
-    }
-    terms = PyTuple_New(plan->count);
+/* peft_c.fast's function of that name, imported when first needed; borrowed from *kept. */
+static PyObject *fast_function(PyObject **kept, const char *name) {
+    PyObject *fast = *kept == NULL ? PyImport_ImportModule("peft_c.fast") : NULL;
+    PyObject *function = fast ? PyObject_GetAttrString(fast, name) : NULL;
+    Py_XDECREF(fast);
+    if (*kept == NULL)
+        *kept = function;
+    else
+        Py_XDECREF(function);
+    return *kept;
+}
+
+/* A tuple of (A, B, scale, dropout or None, keep) for each term. New reference. */
+static PyObject *plan_tuples(const gate_plan *plan) {
+    PyObject *terms = PyTuple_New(plan->count);
     for (int i = 0; terms != NULL && i < plan->count; i++) {
         const gate_term *term = &plan->terms[i];
         PyObject *item = Py_BuildValue("(OOdOd)", term->down, term->up, term->scale,
                                        term->dropout ? term->dropout : Py_None, term->keep);
         if (item == NULL || PyTuple_SetItem(terms, i, item) < 0) Py_CLEAR(terms);
     }
-    mode = PyLong_FromLong(how);
-    if (terms != NULL && mode != NULL) result = PyObject_CallFunctionObjArgs(state->finish, y, x, mode, terms, NULL);
+    return terms;
+}
+
+/* fast._finish(y, x, how, terms): the part of a forward that needs the graph, dropout or plain torch. New reference.
+ */
+static PyObject *finish(module_state *state, const gate_plan *plan, PyObject *x, PyObject *y, int how) {
+    PyObject *function = fast_function(&state->finish, "_finish"), *terms = plan_tuples(plan), *result = NULL;
+    PyObject *mode = PyLong_FromLong(how);
+    if (function != NULL && terms != NULL && mode != NULL)
+        result = PyObject_CallFunctionObjArgs(function, y, x, mode, terms, NULL);
     Py_XDECREF(terms);
     Py_XDECREF(mode);
     return result;
@@ -187,7 +96,7 @@ static int add_raw(const module_state *state, const gate_plan *plan, PyObject *x
     int rc = 0;
     p.count = plan->count;
     p.t.data = NULL;
-    if (!rows_of(state, x, &p.x, &copy) || !rows_of(state, out, &p.y, NULL)) goto done;
+    if (!forward_rows(state, x, &p.x, &copy) || !forward_rows(state, out, &p.y, NULL)) goto done;
     for (int i = 0; i < p.count; i++) {
         const gate_term *term = &plan->terms[i];
         const pk_lowrank *f = &p.factors[i];
@@ -252,16 +161,56 @@ static PyObject *call_base(const gate_plan *plan, PyObject *x, PyObject *args, P
     return result;
 }
 
-/* The same when nothing but F.linear would happen: without the module's call around it. */
-static PyObject *call_linear(const module_state *state, const gate_plan *plan, PyObject *x) {
-    PyObject *linear = PyDict_GetItemWithError(state->objects.functional, state->names.linear);
-    if (linear == NULL) return PyErr_Occurred() ? NULL : call_base(plan, x, NULL, NULL);
-    return PyObject_CallFunctionObjArgs(linear, x, plan->weight, plan->bias, NULL);
+/* Can base layer and terms be one node of the graph? Only when the base is frozen and the terms fit its output. */
+static bool linear_is_frozen(const module_state *state, const gate_plan *plan) {
+    TensorView weight, up;
+    if (plan_drops(plan) || !view_is_plain(state, plan->weight) || wants_grad(state, plan->weight)) return false;
+    if (plan->bias != Py_None && (!view_is_plain(state, plan->bias) || wants_grad(state, plan->bias))) return false;
+    if (view_peek(state, plan->weight, &weight) != VIEW_OK || weight.ndim != 2) return false;
+    for (int i = 0; i < plan->count; i++) {
+        if (view_again(state, plan->terms[i].up, &up) != VIEW_OK || up.shape[0] != weight.shape[0]) return false;
+    }
+    return true;
+}
+
+/* fast._linear(None, x, weight, bias, scales, True, A_0, B_0, ...): base layer and terms as one node. New reference. */
+static PyObject *graph_linear(module_state *state, const gate_plan *plan, PyObject *x) {
+    PyObject *function = fast_function(&state->linear, "_linear"), *scales = PyTuple_New(plan->count);
+    PyObject *args = PyTuple_New(6 + 2 * plan->count), *result = NULL;
+    PyObject *const head[] = {Py_None, x, plan->weight, plan->bias, scales, Py_True};
+    if (function == NULL || scales == NULL || args == NULL) goto done;
+    for (int i = 0; i < plan->count; i++) {
+        PyObject *scale = PyFloat_FromDouble(plan->terms[i].scale);
+        if (scale == NULL || PyTuple_SetItem(scales, i, scale) < 0) goto done;
+        Py_INCREF(plan->terms[i].down);
+        PyTuple_SetItem(args, 6 + 2 * i, plan->terms[i].down);
+        Py_INCREF(plan->terms[i].up);
+        PyTuple_SetItem(args, 7 + 2 * i, plan->terms[i].up);
+    }
+    for (int i = 0; i < 6; i++) {
+        Py_INCREF(head[i]);
+        PyTuple_SetItem(args, i, head[i]);
+    }
+    result = PyObject_Call(function, args, NULL);
+done:
+    Py_XDECREF(scales);
+    Py_XDECREF(args);
+    return result;
+}
+
+/* The layer's output when its base is an nn.Linear and nothing but F.linear would happen in a call of it. */
+static PyObject *forward_linear(module_state *state, const gate_plan *plan, PyObject *x) {
+    PyObject *y;
+    if (forward_wants_graph(state, plan, x) && linear_is_frozen(state, plan)) return graph_linear(state, plan, x);
+    y = PyObject_CallFunctionObjArgs(state->objects.linear, x, plan->weight, plan->bias, NULL);
+    return y != NULL ? add_terms(state, plan, x, y) : NULL;
 }
 
 PyObject *forward_planned(module_state *state, const gate_plan *plan, PyObject *x, PyObject *args, PyObject *kwargs) {
     const bool bare = (args == NULL || PyTuple_Size(args) == 0) && (kwargs == NULL || PyDict_Size(kwargs) == 0);
-    PyObject *y = plan->weight != NULL && bare ? call_linear(state, plan, x) : call_base(plan, x, args, kwargs);
+    PyObject *y;
+    if (plan->weight != NULL && bare) return forward_linear(state, plan, x);
+    y = call_base(plan, x, args, kwargs);
     return y != NULL ? add_terms(state, plan, x, y) : NULL;
 }
 
@@ -304,134 +253,11 @@ done:
     return result;
 }
 
-/* ------------------------------------------------------------------------- the two halves of the autograd.Function */
-
-/* factors = (A_0, B_0, ...), scales = (s_0, ...) into p. 1, 0 without a view, -1 with an exception. */
-static int parse_factors(const module_state *state, PyObject *scales, PyObject *factors, pk_lowrank *out, int *count) {
-    const Py_ssize_t n = PyTuple_Size(scales);
-    if (n < 0) return -1;
-    if (n > GATE_MAX_TERMS || PyTuple_Size(factors) != 2 * n) {
-        PyErr_Format(PyExc_ValueError, "expected at most %d scales and two factors for each, got %zd and %zd",
-                     GATE_MAX_TERMS, n, PyTuple_Size(factors));
-        return -1;
-    }
-    for (Py_ssize_t i = 0; i < n; i++) {
-        const double scale = PyFloat_AsDouble(PyTuple_GetItem(scales, i));
-        if (scale == -1.0 && PyErr_Occurred()) return -1;
-        if (!factor_of(state, PyTuple_GetItem(factors, 2 * i), PyTuple_GetItem(factors, 2 * i + 1), scale, &out[i]))
-            return 0;
-    }
-    *count = (int)n;
-    return 1;
-}
-
-static PyObject *forward_apply(PyObject *module, PyObject *args) {
-    const module_state *state = state_of(module);
-    PyObject *y, *x, *t, *scales, *factors, *copy = NULL, *result = NULL;
-    TensorView view;
-    forward_product p;
-    int rc;
-    if (!PyArg_ParseTuple(args, "OOOO!O!:lowrank_apply", &y, &x, &t, &PyTuple_Type, &scales, &PyTuple_Type, &factors))
-        return NULL;
-    p.t.data = NULL;
-    if (view_get(state, y, "y", true, &view) < 0) return NULL;
-    if ((rc = parse_factors(state, scales, factors, p.factors, &p.count)) < 0) return NULL;
-    if (rc == 0 || !rows_of(state, y, &p.y, NULL) || (t != Py_None && !matrix_of(state, t, &p.t)) ||
-        !rows_of(state, x, &p.x, &copy)) {
-        PyErr_SetString(PyExc_ValueError,
-                        "lowrank_apply: y, t and the factors must be strided CPU matrices, A (r, k), B (n, r)");
-        goto done;
-    }
-    if (forward_run(state, &p) < 0) goto done;
-    result = Py_None;
-    Py_INCREF(result);
-done:
-    Py_XDECREF(copy);
-    return result;
-}
-
-/* `tensor` as rows into `out`, or data NULL for None. */
-static bool rows_or_none(const module_state *state, PyObject *tensor, pk_mat *out, PyObject **copy) {
-    memset(out, 0, sizeof *out);
-    return tensor == Py_None || rows_of(state, tensor, out, copy);
-}
-
-typedef struct {
-    pk_mat g, x, t, dx;
-    pk_lowrank factors[GATE_MAX_TERMS];
-    int count;
-} gradient;
-
-/* Factor i: its own columns of t, its own outputs. 1, 0 without a view, -1 with an exception. */
-static int gradient_run(const module_state *state, const gradient *all, int i, int64_t column, PyObject *grads) {
-    pk_backward q;
-    q.g = all->g;
-    q.x = all->x;
-    q.t = all->t;
-    q.dx = all->dx;
-    q.dx_add = i > 0;
-    q.factor = all->factors[i];
-    if (q.t.data != NULL) {
-        q.t.data = (char *)q.t.data + column * q.t.cs * (q.t.dtype == PK_F64 ? 8 : 4);
-        q.t.cols = q.factor.down.rows;
-    }
-    if (!rows_or_none(state, PyTuple_GetItem(grads, 2 * i), &q.da, NULL)) return 0;
-    if (!rows_or_none(state, PyTuple_GetItem(grads, 2 * i + 1), &q.db, NULL)) return 0;
-    if (q.dx.data == NULL && q.da.data == NULL && q.db.data == NULL) return 1;
-    return backward_run(state, &q) < 0 ? -1 : 1;
-}
-
-static PyObject *forward_backward(PyObject *module, PyObject *args) {
-    const module_state *state = state_of(module);
-    PyObject *g, *x, *t, *scales, *factors, *dx, *grads, *g_copy = NULL, *x_copy = NULL, *result = NULL;
-    gradient all;
-    int64_t column = 0;
-    TensorView view;
-    int rc;
-    if (!PyArg_ParseTuple(args, "OOOO!O!OO!:lowrank_backward", &g, &x, &t, &PyTuple_Type, &scales, &PyTuple_Type,
-                          &factors, &dx, &PyTuple_Type, &grads)) {
-        return NULL;
-    }
-    if (PyTuple_Size(grads) != PyTuple_Size(factors)) {
-        PyErr_SetString(PyExc_ValueError, "lowrank_backward: grads must have one entry for each factor");
-        return NULL;
-    }
-    if ((rc = parse_factors(state, scales, factors, all.factors, &all.count)) < 0) return NULL;
-    if (rc == 0 || !view_is_plain(state, g) || view_peek(state, g, &view) != VIEW_OK ||
-        !rows_of(state, g, &all.g, &g_copy) || !rows_or_none(state, x, &all.x, &x_copy) ||
-        !rows_or_none(state, t, &all.t, NULL) || !rows_or_none(state, dx, &all.dx, NULL)) {
-        rc = 0;
-    }
-    if (all.x.data == NULL && rc == 1) { /* only its shape is asked for */
-        all.x.rows = all.g.rows;
-        all.x.cols = all.count > 0 ? all.factors[0].down.cols : 0;
-        all.x.dtype = all.g.dtype;
-    }
-    for (int i = 0; rc == 1 && i < all.count; i++) {
-        rc = gradient_run(state, &all, i, column, grads);
-        column += all.factors[i].down.rows;
-    }
-    if (rc >= 0) result = PyBool_FromLong(rc);
-    Py_XDECREF(g_copy);
-    Py_XDECREF(x_copy);
-    return result;
-}
-
 PyMethodDef forward_methods[] = {
     {"lowrank_forward", (PyCFunction)(void (*)(void))forward_lowrank, METH_FASTCALL,
      "lowrank_forward(layer, x, args=(), kwargs=None)\n--\n\n"
      "base_layer(x, *args, **kwargs) plus the low-rank terms of the active adapters; NotImplemented, with nothing "
      "called or\n"
      "changed, where the composed path has to run."},
-    {"lowrank_apply", forward_apply, METH_VARARGS,
-     "lowrank_apply(y, x, t, scales, factors)\n--\n\n"
-     "y (..., n) += sum_i scales[i] (x A_i^T) B_i^T in place; factors = (A_0, B_0, ...). t: None, or (m, sum r_i) "
-     "that receives\n"
-     "x A^T. Autograd does not see it."},
-    {"lowrank_backward", forward_backward, METH_VARARGS,
-     "lowrank_backward(g, x, t, scales, factors, dx, grads)\n--\n\n"
-     "Fills dx (..., k) and grads = (dA_0, dB_0, ...), tensors or None, from g (..., n). x is needed for dA, t for "
-     "dB.\n"
-     "False when a tensor has no plain view; then nothing was written."},
     {NULL, NULL, 0, NULL},
 };

@@ -321,7 +321,8 @@ gate_reason gate_ambient(const module_state *state) {
         return GATE_GLOBAL_HOOKS;
     }
     forward = PyObject_GetAttr(state->objects.Linear, state->names.forward);
-    patched = forward != state->objects.linear_forward;
+    patched = forward != state->objects.linear_forward ||
+              look(state->objects.functional, state->names.linear) != state->objects.linear;
     if (forward == NULL) PyErr_Clear();
     Py_XDECREF(forward);
     if (patched) return GATE_LINEAR_PATCHED;

@@ -31,7 +31,7 @@ enum { GATE_MAX_TERMS = 16 };
     X(FACTOR_VIEW, "composed", "a factor's weight") \
     X(FACTOR_SHAPE, "composed", "the shapes of input, A and B do not fit") \
     X(FACTOR_DTYPE, "composed", "A and B have different dtypes") \
-    X(LINEAR_PATCHED, "composed", "torch.nn.Linear.forward was replaced") \
+    X(LINEAR_PATCHED, "composed", "torch.nn.Linear.forward or torch.nn.functional.linear was replaced") \
     X(DROPOUT, "composed", "the dropout is neither Identity nor a plain nn.Dropout (type, hooks, inplace)") \
     X(SCALING, "composed", "the scaling is not a number") \
     X(CAST_OFF, "composed", "input casting is off and the input's dtype differs from the adapter's") \

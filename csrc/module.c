@@ -13,7 +13,8 @@
 #define METHOD_TABLES(X) \
     X(view_methods) \
     X(gate_methods) \
-    X(forward_methods) X(terms_methods) X(mixed_methods) X(merge_methods) X(exchange_methods) X(walk_methods)
+    X(forward_methods) \
+    X(forward_raw_methods) X(terms_methods) X(mixed_methods) X(merge_methods) X(exchange_methods) X(walk_methods)
 
 /* A unit with heap types or settings adds one line here: X(its init), int init(PyObject *module, module_state *state)
  */

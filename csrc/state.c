@@ -80,6 +80,7 @@ int state_traverse(const module_state *state, visitproc visit, void *arg) {
     STATE_OBJECTS(X)
 #undef X
     Py_VISIT(state->finish);
+    Py_VISIT(state->linear);
     return 0;
 }
 
@@ -94,4 +95,5 @@ void state_clear(module_state *state) {
     STATE_OBJECTS(X)
 #undef X
     Py_CLEAR(state->finish);
+    Py_CLEAR(state->linear);
 }

@@ -1,7 +1,7 @@
 /* state.h: what one module object owns: interned names, torch's classes and functions, heap types, the torch table.
  *
  * To add a name, an object or a type, add one line to a list below. Every member is a strong reference that lives as
- * long as the module; use it as a borrowed reference. Only `fast` and `finish` change after import. */
+ * long as the module; use it as a borrowed reference. Only `fast`, `finish` and `linear` change after import. */
 #ifndef PEFT_C_STATE_H
 #define PEFT_C_STATE_H
 
@@ -32,6 +32,7 @@
     X(Dropout, "torch.nn", "Dropout") \
     X(Identity, "torch.nn", "Identity") \
     X(linear_forward, "torch.nn", "Linear.forward") \
+    X(linear, "torch", "_C._nn.linear") \
     X(requires_grad, "torch", "Tensor.requires_grad") \
     X(is_neg, "torch", "Tensor.is_neg") \
     X(is_conj, "torch", "Tensor.is_conj") \
@@ -53,6 +54,7 @@ typedef struct {
     torch_table torch;
     bool fast;        /* the switch of peft_c.fast */
     PyObject *finish; /* peft_c.fast._finish, imported when first needed */
+    PyObject *linear; /* peft_c.fast._linear, the same */
     /* of objects.requires_grad, to be called without looking it up for each tensor; NULL if it is no descriptor */
     descrgetfunc requires_grad_get;
     descrsetfunc requires_grad_set;

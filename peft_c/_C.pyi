@@ -55,6 +55,7 @@ def lowrank_backward(
     factors: tuple[Tensor, ...],
     dx: Tensor | None,
     grads: tuple[Tensor | None, ...],
+    add: bool = False,
 ) -> bool: ...
 
 # merge: operands is [(A, B, scale), ...] for B @ A * scale, or one tensor like the weight; None where C may not act

@@ -140,7 +140,7 @@ def _finish(y, x, how, terms):
 
 def _apply(y, x, terms, how):
     factors = tuple(tensor for term in terms for tensor in term[:2])
-    return _LowRank.apply(y, x, tuple(term[2] for term in terms), how == _IN_PLACE, *factors)
+    return _LowRank.apply(y, x, None, None, tuple(term[2] for term in terms), how == _IN_PLACE, *factors)
 
 
 def _drop(x, down, scale, dropout, keep):
@@ -165,26 +165,28 @@ def _compose(y, x, terms):
 class _LowRank(torch.autograd.Function):
     """y (..., n) + sum_i s_i (x A_i^T) B_i^T for x (..., k), forward and backward in C.
 
-    Keeps x, the factors and t = x A^T (m, sum r_i): nothing of the size of y, no wider copy of x. With create_graph
-    the backward is made of torch operations, so that it can be differentiated again.
+    y is the base layer's output, or None: then it is F.linear(x, weight, bias), weight (n, k) and bias without
+    gradients. Keeps x, the factors and t = x A^T (m, sum r_i): nothing of the size of y, no wider copy of x. With
+    create_graph the backward is made of torch operations, so that it can be differentiated again.
     """
 
     @staticmethod
-    def forward(ctx, y, x, scales, in_place, *factors):
+    def forward(ctx, y, x, weight, bias, scales, in_place, *factors):
         # With in_place nobody else holds y, and its memory becomes the output's. detach(), because y may be a view in
         # autograd's eyes (F.linear reshapes), and the output must not be one.
-        out = y.detach() if in_place else y.detach().clone(memory_format=torch.contiguous_format)
+        out = (F.linear(x, weight, bias) if y is None else y).detach()
+        out = out.contiguous() if in_place else out.clone(memory_format=torch.contiguous_format)
         needs = ctx.needs_input_grad
-        need_x = any(needs[4:])
+        need_x = any(needs[6:])
         t = None
-        if any(needs[5::2]):
-            wide = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
+        if any(needs[7::2]):
+            wide = torch.float64 if torch.float64 in (x.dtype, out.dtype) else torch.float32
             ranks = sum(down.shape[0] for down in factors[::2])
             t = torch.empty(x.shape[:-1].numel(), ranks, dtype=wide)
         _C.lowrank_apply(out, x, t, scales, factors)
         ctx.scales = scales
         ctx.x_like = (x.shape, x.dtype)
-        ctx.save_for_backward(x if need_x else None, t, *factors)
+        ctx.save_for_backward(x if need_x else None, t, weight if needs[1] else None, *factors)
         ctx.set_materialize_grads(False)
         return out
 
@@ -193,39 +195,50 @@ class _LowRank(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if g is None:
             return (None,) * len(needs)
-        x, t, *factors = ctx.saved_tensors
-        shape, dtype = ctx.x_like
+        x, t, weight, *factors = ctx.saved_tensors
+        dx = g @ weight if weight is not None else None
         grads = None
         if not torch.is_grad_enabled():
-            grads = _backward_in_c(g, x, t, ctx.scales, factors, needs, shape, dtype)
+            grads = _backward_in_c(g, x, t, ctx.scales, factors, needs[1], needs[6:], dx, *ctx.x_like)
         if grads is None:
-            grads = _backward_composed(g, x, ctx.scales, factors, needs, shape, dtype)
-        return (g if needs[0] else None, grads[0], None, None, *grads[1:])
+            grads = _backward_composed(g, x, ctx.scales, factors, needs[1], needs[6:], dx, *ctx.x_like)
+        return (g if needs[0] else None, grads[0], None, None, None, None, *grads[1:])
 
 
-def _backward_in_c(g, x, t, scales, factors, needs, shape, dtype):
-    """(dx, dA_0, dB_0, ...), None where not needed; None altogether when g is no plain tensor."""
+_linear = _LowRank.apply  # as `_C.lowrank_forward` calls it for a frozen nn.Linear and terms without dropout
+
+
+def _backward_in_c(g, x, t, scales, factors, needs_x, needs, dx, shape, dtype):
+    """(dx, dA_0, dB_0, ...), None where not needed; None altogether when g is no plain tensor.
+
+    dx: None, or the base layer's part of x's gradient, whose memory the result may take.
+    """
     wide = factors[0].dtype if len(scales) > 1 and factors[0].dtype.itemsize > dtype.itemsize else dtype
-    dx = torch.empty(shape, dtype=wide) if needs[1] else None
-    grads = tuple(torch.empty_like(f) if need else None for f, need in zip(factors, needs[4:], strict=True))
-    if not _C.lowrank_backward(g, x, t, scales, tuple(factors), dx, grads):
+    add = dx is not None
+    if needs_x and not add:
+        dx = torch.empty(shape, dtype=wide)
+    elif wide != dtype and add:
+        dx = dx.to(wide)
+    grads = tuple(torch.empty_like(f) if need else None for f, need in zip(factors, needs, strict=True))
+    if not _C.lowrank_backward(g, x, t, scales, tuple(factors), dx, grads, add):
         return None
     return (dx if dx is None or wide == dtype else dx.to(dtype), *grads)
 
 
-def _backward_composed(g, x, scales, factors, needs, shape, dtype):
+def _backward_composed(g, x, scales, factors, needs_x, needs, dx, shape, dtype):
     """The same in torch operations that autograd and torch.func can see."""
-    dx, grads = None, []
+    grads = []
+    dx = dx.reshape(-1, shape[-1]) if dx is not None else None
     for i, scale in enumerate(scales):
         down, up = factors[2 * i : 2 * i + 2]
         wide = g.to(down.dtype).reshape(-1, up.shape[0])
         x2 = x.to(down.dtype).reshape(-1, down.shape[1]) if x is not None else None
         u = (wide @ up) * scale
-        if needs[1]:
+        if needs_x:
             term = u @ down
             dx = term if dx is None else dx + term
-        grads.append(u.t() @ x2 if needs[4 + 2 * i] else None)
-        grads.append((wide.t() @ (x2 @ down.t())) * scale if needs[5 + 2 * i] else None)
+        grads.append(u.t() @ x2 if needs[2 * i] else None)
+        grads.append((wide.t() @ (x2 @ down.t())) * scale if needs[2 * i + 1] else None)
     if dx is not None:
         dx = dx.reshape(shape).to(dtype)
     return dx, *grads

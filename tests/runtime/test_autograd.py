@@ -297,3 +297,64 @@ def test_backward_says_false_for_what_has_no_view():
     assert _C.lowrank_backward(g, None, None, (1.0,), factors, out, (None, None)) is False
     with pytest.raises(ValueError):
         _C.lowrank_backward(g, None, None, (1.0,), factors, out, (None,))
+
+
+def inputs_of(out):
+    return {type(node).__name__ for node, _ in out.grad_fn.next_functions if node is not None}
+
+
+def test_a_frozen_linear_and_its_terms_are_one_node():
+    layer = make()
+    x = torch.randn(5, 24).requires_grad_()
+    assert inputs_of(layer(x)) == {"AccumulateGrad"}
+    compare(layer, x)
+    layer.base_layer.bias.requires_grad_(True)
+    assert inputs_of(layer(x)) != {"AccumulateGrad"}
+    compare(layer, x)
+    dropped = make(dropout=0.5).train()
+    assert inputs_of(dropped(x)) != {"AccumulateGrad"}
+
+
+def test_a_changed_base_weight_is_noticed():
+    layer = make()
+    out = layer(torch.randn(5, 24).requires_grad_())
+    layer.base_layer.weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_nothing_of_the_base_is_kept_without_a_gradient_for_x():
+    layer, kept = make(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(torch.randn(5, 24))
+    assert layer.base_layer.weight.data_ptr() not in {t.data_ptr() for t in kept}
+
+
+def test_a_replaced_linear_is_called(monkeypatch):
+    layer, plain = make(), nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda x, weight, bias=None: plain(x, weight, bias).exp())
+    compare(layer, torch.randn(5, 24).requires_grad_(), 10)
+
+
+@pytest.mark.parametrize("x_wanted", [False, True])
+def test_hooks_on_what_is_kept(x_wanted):
+    layer = make(dtype=torch.bfloat16, adapter_dtype=torch.float32, adapters=("a", "b"))
+    x = torch.randn(5, 24, dtype=torch.bfloat16).requires_grad_(x_wanted)
+    with torch.autograd.graph.save_on_cpu(), torch.autograd.detect_anomaly(check_nan=True):
+        compare(layer, x, 2)
+
+
+def test_hooks_on_parameters_and_output_run_once():
+    layer, seen = make(), []
+    for p in layer.parameters():
+        if p.requires_grad:
+            p.register_hook(lambda g: seen.append(g.shape) or 2 * g)
+    x = torch.randn(5, 24).requires_grad_()
+    out = layer(x)
+    out.register_hook(lambda g: seen.append(g.shape))
+    out.sum().backward()
+    assert sorted(seen) == [(4, 24), (5, 40), (40, 4)]
+    twice = layer.lora_A["default"].weight.grad.clone()
+    layer.lora_A["default"].weight.grad = None
+    layer.composed(x).sum().backward()
+    close(twice, layer.lora_A["default"].weight.grad, 10)

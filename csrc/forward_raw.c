@@ -1,0 +1,227 @@
+/* forward_raw.c: tensors to the low-rank kernels, and the two halves of the autograd.Function. */
+#include "forward_raw.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    STACK_WORK = 8192 /* bytes of kernel workspace on the stack; more comes from the heap */
+};
+
+/* ---------------------------------------------------------------------------------------------------- kernel calls */
+
+static int kernel_error(int rc) {
+    if (rc == PK_EPARALLEL) {
+        PyErr_SetString(PyExc_RuntimeError, "torch's thread pool could not run the low-rank kernel");
+    } else {
+        PyErr_Format(PyExc_ValueError, "the low-rank kernel refused its operands (%d): shapes do not fit", rc);
+    }
+    return -1;
+}
+
+static bool is_large(const pk_mat *x, const pk_mat *y, int64_t rank) {
+    return (double)(x->rows + FORWARD_READING) * (double)rank * (double)(x->cols + y->cols) > (double)FORWARD_PARALLEL;
+}
+
+int forward_run(const module_state *state, const forward_product *p) {
+    const size_t size = pk_lowrank_apply_work(&p->y, &p->x, p->factors, p->count);
+    const pk_mat *t = p->t.data != NULL ? &p->t : NULL;
+    char stack[STACK_WORK];
+    void *work = size <= sizeof stack ? stack : malloc(size);
+    int64_t rank = 0;
+    int rc;
+    if (work == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (int i = 0; i < p->count; i++) rank += p->factors[i].down.rows;
+    if (is_large(&p->x, &p->y, rank)) {
+        PyThreadState *thread = PyEval_SaveThread();
+        rc = pk_lowrank_apply(&p->y, &p->x, p->factors, p->count, t, work, state->torch.torch_parallel_for);
+        PyEval_RestoreThread(thread);
+    } else {
+        rc = pk_lowrank_apply(&p->y, &p->x, p->factors, p->count, t, work, NULL);
+    }
+    if (work != stack) free(work);
+    return rc == PK_OK ? 0 : kernel_error(rc);
+}
+
+/* 0, or -1 with an exception. */
+static int backward_run(const module_state *state, const pk_backward *q) {
+    const size_t size = pk_lowrank_backward_work(q);
+    char stack[STACK_WORK];
+    void *work = size <= sizeof stack ? stack : malloc(size);
+    int rc;
+    if (work == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    if (is_large(&q->x, &q->g, q->factor.down.rows)) {
+        PyThreadState *thread = PyEval_SaveThread();
+        rc = pk_lowrank_backward(q, work, state->torch.torch_parallel_for);
+        PyEval_RestoreThread(thread);
+    } else {
+        rc = pk_lowrank_backward(q, work, NULL);
+    }
+    if (work != stack) free(work);
+    return rc == PK_OK ? 0 : kernel_error(rc);
+}
+
+/* ------------------------------------------------------------------------------------------------- tensors to rows */
+
+bool forward_rows(const module_state *state, PyObject *tensor, pk_mat *out, PyObject **copy) {
+    TensorView view;
+    if (view_again(state, tensor, &view) != VIEW_OK) return false;
+    if (view_as_rows(&view, out)) return true;
+    if (view.ndim == 0 || copy == NULL) return false;
+    *copy = PyObject_CallMethodObjArgs(tensor, state->names.contiguous, NULL);
+    if (*copy == NULL) {
+        PyErr_Clear();
+        return false;
+    }
+    return view_again(state, *copy, &view) == VIEW_OK && view_as_rows(&view, out);
+}
+
+static bool matrix_of(const module_state *state, PyObject *tensor, pk_mat *out) {
+    TensorView view;
+    return view_again(state, tensor, &view) == VIEW_OK && view.ndim == 2 && view_as_rows(&view, out);
+}
+
+/* One factor from its two weights. */
+static bool factor_of(const module_state *state, PyObject *down, PyObject *up, double scale, pk_lowrank *out) {
+    out->scale = scale;
+    return matrix_of(state, down, &out->down) && matrix_of(state, up, &out->up) && out->down.rows == out->up.cols;
+}
+
+bool forward_factor(const module_state *state, const gate_term *term, pk_lowrank *out) {
+    return factor_of(state, term->down, term->up, term->scale, out);
+}
+
+/* ------------------------------------------------------------------------- the two halves of the autograd.Function */
+
+/* factors = (A_0, B_0, ...), scales = (s_0, ...) into p. 1, 0 without a view, -1 with an exception. */
+static int parse_factors(const module_state *state, PyObject *scales, PyObject *factors, pk_lowrank *out, int *count) {
+    const Py_ssize_t n = PyTuple_Size(scales);
+    if (n < 0) return -1;
+    if (n > GATE_MAX_TERMS || PyTuple_Size(factors) != 2 * n) {
+        PyErr_Format(PyExc_ValueError, "expected at most %d scales and two factors for each, got %zd and %zd",
+                     GATE_MAX_TERMS, n, PyTuple_Size(factors));
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < n; i++) {
+        const double scale = PyFloat_AsDouble(PyTuple_GetItem(scales, i));
+        if (scale == -1.0 && PyErr_Occurred()) return -1;
+        if (!factor_of(state, PyTuple_GetItem(factors, 2 * i), PyTuple_GetItem(factors, 2 * i + 1), scale, &out[i]))
+            return 0;
+    }
+    *count = (int)n;
+    return 1;
+}
+
+static PyObject *forward_apply(PyObject *module, PyObject *args) {
+    const module_state *state = state_of(module);
+    PyObject *y, *x, *t, *scales, *factors, *copy = NULL, *result = NULL;
+    TensorView view;
+    forward_product p;
+    int rc;
+    if (!PyArg_ParseTuple(args, "OOOO!O!:lowrank_apply", &y, &x, &t, &PyTuple_Type, &scales, &PyTuple_Type, &factors))
+        return NULL;
+    p.t.data = NULL;
+    if (view_get(state, y, "y", true, &view) < 0) return NULL;
+    if ((rc = parse_factors(state, scales, factors, p.factors, &p.count)) < 0) return NULL;
+    if (rc == 0 || !forward_rows(state, y, &p.y, NULL) || (t != Py_None && !matrix_of(state, t, &p.t)) ||
+        !forward_rows(state, x, &p.x, &copy)) {
+        PyErr_SetString(PyExc_ValueError,
+                        "lowrank_apply: y, t and the factors must be strided CPU matrices, A (r, k), B (n, r)");
+        goto done;
+    }
+    if (forward_run(state, &p) < 0) goto done;
+    result = Py_None;
+    Py_INCREF(result);
+done:
+    Py_XDECREF(copy);
+    return result;
+}
+
+/* `tensor` as rows into `out`, or data NULL for None. */
+static bool rows_or_none(const module_state *state, PyObject *tensor, pk_mat *out, PyObject **copy) {
+    memset(out, 0, sizeof *out);
+    return tensor == Py_None || forward_rows(state, tensor, out, copy);
+}
+
+typedef struct {
+    pk_mat g, x, t, dx;
+    pk_lowrank factors[GATE_MAX_TERMS];
+    int count, dx_add;
+} gradient;
+
+/* Factor i: its own columns of t, its own outputs. 1, 0 without a view, -1 with an exception. */
+static int gradient_run(const module_state *state, const gradient *all, int i, int64_t column, PyObject *grads) {
+    pk_backward q;
+    q.g = all->g;
+    q.x = all->x;
+    q.t = all->t;
+    q.dx = all->dx;
+    q.dx_add = i > 0 || all->dx_add;
+    q.factor = all->factors[i];
+    if (q.t.data != NULL) {
+        q.t.data = (char *)q.t.data + column * q.t.cs * (q.t.dtype == PK_F64 ? 8 : 4);
+        q.t.cols = q.factor.down.rows;
+    }
+    if (!rows_or_none(state, PyTuple_GetItem(grads, 2 * i), &q.da, NULL)) return 0;
+    if (!rows_or_none(state, PyTuple_GetItem(grads, 2 * i + 1), &q.db, NULL)) return 0;
+    if (q.dx.data == NULL && q.da.data == NULL && q.db.data == NULL) return 1;
+    return backward_run(state, &q) < 0 ? -1 : 1;
+}
+
+static PyObject *forward_backward(PyObject *module, PyObject *args) {
+    const module_state *state = state_of(module);
+    PyObject *g, *x, *t, *scales, *factors, *dx, *grads, *g_copy = NULL, *x_copy = NULL, *result = NULL;
+    gradient all;
+    int64_t column = 0;
+    TensorView view;
+    int rc;
+    all.dx_add = 0;
+    if (!PyArg_ParseTuple(args, "OOOO!O!OO!|p:lowrank_backward", &g, &x, &t, &PyTuple_Type, &scales, &PyTuple_Type,
+                          &factors, &dx, &PyTuple_Type, &grads, &all.dx_add)) {
+        return NULL;
+    }
+    if (PyTuple_Size(grads) != PyTuple_Size(factors)) {
+        PyErr_SetString(PyExc_ValueError, "lowrank_backward: grads must have one entry for each factor");
+        return NULL;
+    }
+    if ((rc = parse_factors(state, scales, factors, all.factors, &all.count)) < 0) return NULL;
+    if (rc == 0 || !view_is_plain(state, g) || view_peek(state, g, &view) != VIEW_OK ||
+        !forward_rows(state, g, &all.g, &g_copy) || !rows_or_none(state, x, &all.x, &x_copy) ||
+        !rows_or_none(state, t, &all.t, NULL) || !rows_or_none(state, dx, &all.dx, NULL)) {
+        rc = 0;
+    }
+    if (all.x.data == NULL && rc == 1) { /* only its shape is asked for */
+        all.x.rows = all.g.rows;
+        all.x.cols = all.count > 0 ? all.factors[0].down.cols : 0;
+        all.x.dtype = all.g.dtype;
+    }
+    for (int i = 0; rc == 1 && i < all.count; i++) {
+        rc = gradient_run(state, &all, i, column, grads);
+        column += all.factors[i].down.rows;
+    }
+    if (rc >= 0) result = PyBool_FromLong(rc);
+    Py_XDECREF(g_copy);
+    Py_XDECREF(x_copy);
+    return result;
+}
+
+PyMethodDef forward_raw_methods[] = {
+    {"lowrank_apply", forward_apply, METH_VARARGS,
+     "lowrank_apply(y, x, t, scales, factors)\n--\n\n"
+     "y (..., n) += sum_i scales[i] (x A_i^T) B_i^T in place; factors = (A_0, B_0, ...). t: None, or (m, sum r_i) "
+     "that receives\n"
+     "x A^T. Autograd does not see it."},
+    {"lowrank_backward", forward_backward, METH_VARARGS,
+     "lowrank_backward(g, x, t, scales, factors, dx, grads, add=False)\n--\n\n"
+     "Fills dx (..., k), or adds to it, and grads = (dA_0, dB_0, ...), tensors or None, from g (..., n). x is needed "
+     "for dA, t for "
+     "dB.\n"
+     "False when a tensor has no plain view; then nothing was written."},
+    {NULL, NULL, 0, NULL},
+};
