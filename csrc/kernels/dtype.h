@@ -62,6 +62,11 @@ static inline int8_t step_byte(int64_t d) {
     return (int8_t)(d > 127 ? 127 : d < -128 ? -128 : d);
 }
 
+/* what saturated does not say the difference */
+static inline int step_is_far(int8_t step) {
+    return step == 127 || step == -128;
+}
+
 static inline int8_t step64(const void *a, const void *b) {
     uint64_t x, y;
     memcpy(&x, a, 8);

@@ -6,21 +6,33 @@
 #include "dtype.h"
 
 typedef struct {
-    int64_t id, r0, c0, rows, cols, ld; /* ld: of the delta, in elements */
+    int64_t id, r0, c0, rows, cols;
 } unit_place;
 
+/* bits of a unit: the weight's own, or a copy */
 typedef struct {
     char *p;
-    int64_t ld; /* bytes */
+    int64_t ld; /* in elements */
 } block;
 
 typedef struct {
-    _Alignas(64) char delta[UNIT_SIZE * 8];
-    _Alignas(64) char first[UNIT_SIZE * 8];  /* gathered or restored bits */
-    _Alignas(64) char second[UNIT_SIZE * 8]; /* merged bits before they are written */
-    _Alignas(64) int8_t steps[MR * STEPS_LD];
-    unsigned char code[UNIT_SIZE * 8 + CODE_SLACK];
+    _Alignas(64) char delta[MR * SEGMENT * 8];
+    _Alignas(64) char bits[UNIT_SIZE * 8];
+    unsigned char code[CODE_MAX + CODE_SLACK + UNIT_SIZE * 8];
 } unit_buffers;
+
+/* What a pass over a unit does with w op delta: store it; store it and code what undoing would miss; store it corrected
+ * by a code. */
+typedef enum { PLAIN, RECORD, RESTORE } pass_kind;
+
+typedef struct {
+    const engine_job *job;
+    const delta_source *source;
+    row_op op;
+    pass_kind kind;
+    pk_trace *trace; /* unless PLAIN */
+    char *delta;     /* room for one of MR segments */
+} pass;
 
 void engine_setup(engine_job *job, const pk_mat *w, int transposed) {
     memset(job, 0, sizeof *job);
@@ -53,262 +65,232 @@ static unit_place place_of(const engine_job *job, int64_t i) {
     u.c0 = col * job->unit_cols;
     u.rows = min64(job->unit_rows, job->w.rows - u.r0);
     u.cols = min64(job->unit_cols, job->w.cols - u.c0);
-    u.ld = round_up(u.cols, NR_MAX);
     return u;
 }
 
-/* the lines of the rows that the walk meets next, while this panel is being computed */
-static void prefetch_rows(const engine_job *job, int64_t r, int64_t c, int64_t bytes) {
-    for (int64_t i = r; i < r + MR && i < job->w.rows; i++) {
-        const char *const p = mat_at(&job->w, i, c);
-        for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(p + b, 1);
+static int64_t element_size(const engine_job *job) {
+    return pk_dtype_size(job->w.dtype);
+}
+
+static char *block_at(const engine_job *job, block b, int64_t i, int64_t j) {
+    return b.p + (i * b.ld + j) * element_size(job);
+}
+
+/* up to MR rows of a unit and its low-rank delta from row i, column j on */
+static pk_strip strip_at(const pass *a, const unit_place *u, block w, int64_t i, int64_t j) {
+    const engine_job *const job = a->job;
+    const delta_source *const s = a->source;
+    const int64_t size = acc_size(job->wide), row = u->r0 + i, group = row / ROW_GROUP;
+    const pk_strip strip = {.depth = s->rank,
+                            .ldrow = ROW_GROUP,
+                            .ldw = w.ld,
+                            .cols = u->cols - j,
+                            .row = s->rows + (group * s->rank * ROW_GROUP + row % ROW_GROUP) * size,
+                            .panel = s->panels + (u->c0 + j) * s->rank * size,
+                            .w = block_at(job, w, i, j),
+                            .scale = s->scale,
+                            .mr = (int)min64(MR, u->rows - i)};
+    return strip;
+}
+
+/* Whole tiles without a delta in between; returns at which column it stopped. */
+static int64_t pass_strip(const pass *a, const unit_place *u, block w, int64_t i) {
+    const engine_job *const job = a->job;
+    const pk_row_kernels *const k = &job->isa->dtype[job->w.dtype];
+    const int pairs = a->source->pairs;
+    pk_strip s = strip_at(a, u, w, i, 0);
+    s.cols -= s.cols % (a->kind == PLAIN ? job->isa->nr[job->wide] : SEGMENT);
+    if (s.cols == 0 || (a->kind != PLAIN && (!k->traced[pairs] || s.mr < MR))) return 0;
+    if (job->direct && !job->dry && u->r0 + i + 2 * MR <= job->w.rows) s.next = mat_at(&job->w, u->r0 + i + MR, u->c0);
+    if (a->kind == PLAIN)
+        k->fused[pairs](a->op, &s);
+    else
+        k->traced[pairs](a->kind == RESTORE, &s, a->trace);
+    return s.cols;
+}
+
+/* the delta of up to MR segments, with zeros beyond n columns */
+static void segments_delta(const pass *a, const unit_place *u, block w, int64_t i, int64_t j, int64_t n) {
+    const engine_job *const job = a->job;
+    const int64_t nr = job->isa->nr[job->wide], size = acc_size(job->wide), rows = min64(MR, u->rows - i);
+    if (n < SEGMENT) memset(a->delta, 0, (size_t)(MR * SEGMENT * size));
+    if (a->source->d->law != PK_LOWRANK) {
+        mat_pack(job->isa, &a->source->full, u->r0 + i, u->c0 + j, rows, n, a->delta, SEGMENT, a->source->d->alpha,
+                 job->wide);
+        return;
+    }
+    for (int64_t q = 0; q < n; q += nr) {
+        const pk_strip s = strip_at(a, u, w, i, j + q);
+        char *const to = a->delta + q * size;
+        if (a->source->pairs)
+            job->isa->pairs(s.depth, s.row, s.ldrow, s.panel, (float *)(void *)to, SEGMENT, s.scale, s.mr);
+        else
+            job->isa->tile[job->wide](s.depth, s.row, s.ldrow, s.panel, to, SEGMENT, s.mr, 0);
     }
 }
 
-/* The low-rank delta of rows i .. i + MR of a unit, or (fuse: not OP_SET, and a weight to walk directly) its whole panels
- * straight into the weight; what is left to apply then starts at the column returned. trace: see fused. */
-static int64_t lowrank_rows(const engine_job *job, const delta_source *s, const unit_place *u, int64_t i, char *delta,
-                            row_op fuse, pk_trace *trace) {
-    const int64_t size = acc_size(job->wide), nr = job->isa->nr[job->wide], depth = s->rank, row = u->r0 + i;
-    const int64_t width = pk_dtype_size(job->w.dtype), whole = fuse == OP_SET ? 0 : u->cols / nr * nr;
-    char *const old = trace ? trace->old : NULL;
-    int8_t *const steps = trace ? trace->steps : NULL;
-    pk_tile t = {depth, ROW_GROUP, job->w.rs, NULL, NULL, NULL, s->scale, (int)min64(MR, u->rows - i)};
-    t.row = s->rows + (row / ROW_GROUP * depth * ROW_GROUP + row % ROW_GROUP) * size;
-    for (int64_t j = 0; j < u->cols; j += nr) {
-        t.panel = s->panels + (u->c0 + j) * depth * size;
-        if (job->direct) prefetch_rows(job, row + MR, u->c0 + j, nr * width);
-        if (j < whole) {
-            t.w = mat_at(&job->w, row, u->c0 + j);
-            if (trace) {
-                trace->old = old + j * width;
-                trace->steps = steps + j;
+static void run_pass(const pass *a, const unit_place *u, block w) {
+    const pk_row_kernels *const k = &a->job->isa->dtype[a->job->w.dtype];
+    for (int64_t i = 0; i < u->rows; i += MR) {
+        int64_t j = a->source->d->law == PK_LOWRANK ? pass_strip(a, u, w, i) : 0;
+        for (; j < u->cols; j += SEGMENT) {
+            const int64_t n = min64(SEGMENT, u->cols - j);
+            segments_delta(a, u, w, i, j, n);
+            for (int64_t q = 0; q < MR && i + q < u->rows; q++) {
+                char *const at = block_at(a->job, w, i + q, j);
+                const char *const by = a->delta + q * SEGMENT * acc_size(a->job->wide);
+                if (a->kind == PLAIN)
+                    k->apply(a->op, at, by, at, n);
+                else
+                    (a->kind == RECORD ? k->record : k->restore)(a->op, at, by, n, a->trace);
             }
-            job->isa->dtype[job->w.dtype].fused[s->pairs](fuse, &t, trace);
-        } else if (s->pairs) {
-            job->isa->pairs(depth, t.row, ROW_GROUP, t.panel, (float *)(void *)delta + i * u->ld + j, u->ld, s->scale,
-                            t.mr);
-        } else {
-            job->isa->tile[job->wide](depth, t.row, ROW_GROUP, t.panel, delta + (i * u->ld + j) * size, u->ld, t.mr,
-                                      0);
         }
     }
-    if (trace) {
-        trace->old = old;
-        trace->steps = steps;
-    }
-    return whole;
 }
 
-static int64_t lowrank_delta(const engine_job *job, const delta_source *s, const unit_place *u, char *delta,
-                             row_op fuse) {
-    int64_t whole = 0;
-    for (int64_t i = 0; i < u->rows; i += MR) whole = lowrank_rows(job, s, u, i, delta, fuse, NULL);
-    return whole;
+/* as the passes hash */
+static uint32_t hash_block(const engine_job *job, const unit_place *u, block w) {
+    const int64_t size = element_size(job);
+    pk_trace t = trace_start(NULL, NULL);
+    for (int64_t i = 0; i < u->rows; i += MR)
+        for (int64_t j = 0; j < u->cols; j += SEGMENT)
+            for (int64_t q = i; q < i + MR && q < u->rows; q++) {
+                _Alignas(64) char part[SEGMENT * 8] = {0};
+                const int64_t n = min64(SEGMENT, u->cols - j);
+                memcpy(part, block_at(job, w, q, j), (size_t)(n * size));
+                job->isa->hash(t.hash, part, SEGMENT * size);
+            }
+    return trace_hash(&t);
 }
 
-static void unit_delta(const engine_job *job, const delta_source *s, const unit_place *u, char *delta) {
-    if (s->d->law == PK_LOWRANK)
-        lowrank_delta(job, s, u, delta, OP_SET);
-    else
-        mat_pack(job->isa, &s->full, u->r0, u->c0, u->rows, u->cols, delta, u->ld, s->d->alpha, job->wide);
+/* takes the differences of a code out again */
+static void remove_code(const engine_job *job, const unit_place *u, block w, pk_trace *t) {
+    for (int64_t i = 0; i < u->rows; i += MR)
+        for (int64_t j = 0; j < u->cols; j += SEGMENT)
+            for (int64_t q = i; q < i + MR && q < u->rows; q++)
+                trace_get(t, block_at(job, w, q, j), min64(SEGMENT, u->cols - j), element_size(job), -1);
 }
 
-static block weight_block(const engine_job *job, const unit_place *u, char *buffer) {
-    const int64_t size = pk_dtype_size(job->w.dtype);
-    if (job->direct) return (block){mat_at(&job->w, u->r0, u->c0), job->w.rs * size};
-    const block b = {buffer, u->cols * size};
-    for (int64_t i = 0; i < u->rows; i++) bits_gather(&job->w, u->r0 + i, u->c0, u->cols, b.p + i * b.ld);
-    return b;
-}
-
-static void write_block(const engine_job *job, const unit_place *u, block from) {
-    const int64_t size = pk_dtype_size(job->w.dtype);
-    if (job->dry) return;
-    for (int64_t i = 0; i < u->rows; i++) {
-        char *const to = mat_at(&job->w, u->r0 + i, u->c0), *const row = from.p + i * from.ld;
-        if (!job->direct)
-            bits_scatter(&job->w, u->r0 + i, u->c0, u->cols, row);
-        else if (to != row)
-            memcpy(to, row, (size_t)(u->cols * size));
-    }
-}
-
-static void apply_block(const engine_job *job, const unit_place *u, row_op op, block from, const char *delta,
-                        block to) {
+static void copy_block(const engine_job *job, const unit_place *u, block from, block to) {
     for (int64_t i = 0; i < u->rows; i++)
-        job->isa->dtype[job->w.dtype].apply(op, from.p + i * from.ld, delta + i * u->ld * acc_size(job->wide),
-                                            to.p + i * to.ld, u->cols);
+        memcpy(block_at(job, to, i, 0), block_at(job, from, i, 0), (size_t)(u->cols * element_size(job)));
 }
 
-/* the weight itself op= the delta, in place */
-static void update_in_place(const engine_job *job, const delta_source *s, const unit_place *u, row_op op,
-                            char *delta) {
-    const block w = {mat_at(&job->w, u->r0, u->c0), job->w.rs * pk_dtype_size(job->w.dtype)};
-    if (s->d->law != PK_LOWRANK || (op != OP_ADD && op != OP_SUB)) {
-        unit_delta(job, s, u, delta);
-        apply_block(job, u, op, w, delta, w);
+/* The arena's bytes of a unit that there is a record of, else NULL. */
+static char *recorded(const engine_job *job, const unit_place *u, unit_entry *e) {
+    if (!job->in) return NULL;
+    *e = entry_get(job->in->data, u->id);
+    const uint64_t length = e->mode_size >> 2, whole = (uint64_t)(u->rows * u->cols * element_size(job));
+    const unsigned mode = e->mode_size & 3u;
+    if (mode == UNIT_EMPTY || e->offset > job->in_head.used || length > job->in_head.used - e->offset) return NULL;
+    if (mode == UNIT_COPIED ? length != whole : length > whole) return NULL;
+    return arena_at(job->in->data, job->in_head.units, e->offset);
+}
+
+static row_op inverse_of(const delta_source *s) {
+    return s->d->law == PK_SCALE ? OP_DIV : OP_SUB;
+}
+
+/* w: merged bits -> the bits before, or, where it has changed, the delta taken out plainly */
+static void restore_unit(engine_job *job, const unit_place *u, block w, unit_buffers *b) {
+    unit_entry e;
+    char *const data = recorded(job, u, &e);
+    pass a = {job, job->old, inverse_of(job->old), PLAIN, NULL, b->delta};
+    if (data && (e.mode_size & 3u) == UNIT_CODED) {
+        const size_t length = e.mode_size >> 2;
+        memcpy(b->code, data, length);
+        const pk_trace start = trace_start(b->code, b->code + length);
+        pk_trace t = start;
+        a.kind = RESTORE;
+        a.trace = &t;
+        run_pass(&a, u, w);
+        if (trace_hash(&t) == e.hash) return;
+        t = start;
+        remove_code(job, u, w, &t);
+    } else if (data && hash_block(job, u, w) == e.hash) {
+        copy_block(job, u, (block){data, u->cols}, w);
         return;
-    }
-    const int64_t done = lowrank_delta(job, s, u, delta, op);
-    if (done == u->cols) return;
-    unit_place rest = *u;
-    rest.cols -= done;
-    const block right = {w.p + done * pk_dtype_size(job->w.dtype), w.ld};
-    apply_block(job, &rest, op, right, delta + done * acc_size(job->wide), right);
-}
-
-static uint32_t hash_block(const engine_job *job, const unit_place *u, block b) {
-    unit_hash h;
-    hash_start(&h);
-    for (int64_t i = 0; i < u->rows; i++)
-        hash_add(job->isa, &h, b.p + i * b.ld, u->cols * pk_dtype_size(job->w.dtype));
-    return hash_end(&h);
-}
-
-/* from: merged bits, to: the bits before; may be the same block */
-static void undo_unit(engine_job *job, const unit_place *u, block from, char *delta, block to) {
-    const int64_t size = pk_dtype_size(job->w.dtype), bytes = u->cols * size;
-    const unsigned char *code = NULL;
-    unit_entry e = {0, 0, 0};
-    if (job->in) {
-        e = entry_get(job->in->data, u->id);
-        const int64_t length = e.mode_size >> 2;
-        const int known = (e.mode_size & 3u) != UNIT_EMPTY && e.offset <= job->in_head.used &&
-                          (uint64_t)length <= job->in_head.used - e.offset && e.hash == hash_block(job, u, from);
-        if (known)
-            code = (const unsigned char *)arena_at(job->in->data, job->in_head.units, e.offset);
-        else
-            atomic_store_explicit(&job->changed, 1, memory_order_relaxed);
-    }
-    if (code && (e.mode_size & 3u) == UNIT_COPIED && (int64_t)(e.mode_size >> 2) == u->rows * bytes) {
-        for (int64_t i = 0; i < u->rows; i++) memcpy(to.p + i * to.ld, code + i * bytes, (size_t)bytes);
-        return;
-    }
-    const row_op op = job->old->d->law == PK_SCALE ? OP_DIV : OP_SUB;
-    if (to.p == from.p && job->direct && !job->dry) {
-        update_in_place(job, job->old, u, op, delta);
     } else {
-        unit_delta(job, job->old, u, delta);
-        apply_block(job, u, op, from, delta, to);
+        run_pass(&a, u, w);
     }
-    if (code) code_undo(code, e.mode_size >> 2, to.p, to.ld, u->cols, u->rows, size);
+    if (job->in) atomic_store_explicit(&job->changed, 1, memory_order_relaxed);
 }
 
-/* puts a unit's record into the arena; 0 if there is no room */
-static int keep_record(engine_job *job, const unit_place *u, const unit_code *c, const unsigned char *start, block old,
-                       uint32_t hash) {
-    const int64_t bytes = u->cols * pk_dtype_size(job->w.dtype);
-    const int64_t size = c->full ? u->rows * bytes : c->to - start;
+/* room in the arena for a unit's record, NULL if there is none */
+static char *reserve(engine_job *job, const unit_place *u, uint32_t hash, unsigned mode, int64_t size) {
     const uint64_t offset = atomic_fetch_add_explicit(&job->used, (uint64_t)size, memory_order_relaxed);
-    if (offset + (uint64_t)size > job->room) return 0;
-    char *const to = arena_at(job->out->data, engine_units(job), offset);
-    if (!c->full)
-        memcpy(to, start, (size_t)size);
-    else
-        for (int64_t i = 0; i < u->rows; i++) memcpy(to + i * bytes, old.p + i * old.ld, (size_t)bytes);
-    const unit_entry e = {hash, (c->full ? UNIT_COPIED : UNIT_CODED) | (uint32_t)size << 2, offset};
+    if (offset + (uint64_t)size > job->room) {
+        atomic_store_explicit(&job->status, PK_FULL_RECORD, memory_order_relaxed);
+        return NULL;
+    }
+    const unit_entry e = {hash, mode | (uint32_t)size << 2, offset};
+    entry_set(job->out->data, u->id, &e);
+    return arena_at(job->out->data, engine_units(job), offset);
+}
+
+static int block_finite(const engine_job *job, const unit_place *u, block w) {
+    int finite = 1;
+    for (int64_t i = 0; i < u->rows && finite; i++)
+        finite = job->isa->dtype[job->w.dtype].finite(block_at(job, w, i, 0), u->cols);
+    return finite;
+}
+
+/* Merges w and records it by a copy of its bits; 0 if there is no room. */
+static int record_copy(engine_job *job, const unit_place *u, block w, unit_buffers *b) {
+    const int64_t size = u->rows * u->cols * element_size(job);
+    const pass a = {job, job->new_, job->op, PLAIN, NULL, b->delta};
+    char *const to = reserve(job, u, 0, UNIT_COPIED, size);
+    if (!to) return 0;
+    copy_block(job, u, w, (block){to, u->cols});
+    run_pass(&a, u, w);
+    unit_entry e = entry_get(job->out->data, u->id);
+    e.hash = hash_block(job, u, w);
     entry_set(job->out->data, u->id, &e);
     return 1;
 }
 
-static void code_row(const engine_job *job, const unit_place *u, unit_code *c, const char *old, const int8_t *steps,
-                     int64_t row) {
-    if (c->full) return;
-    c->to = job->isa->code(c->to, &c->last, steps, old, pk_dtype_size(job->w.dtype), u->cols, row * u->cols);
-    c->full = c->to > c->limit;
-}
-
-/* from -> merged bits, checked and recorded, in b->second; 0 if the unit must not be written */
-static int merge_unit(engine_job *job, const unit_place *u, block from, unit_buffers *b) {
-    const int64_t size = pk_dtype_size(job->w.dtype), bytes = u->cols * size;
-    const block to = {b->second, bytes};
-    unit_code code = {b->code, b->code + u->rows * bytes, 0, 0};
-    unit_hash hash;
-    int bad = 0;
-    hash_start(&hash);
-    for (int64_t i = 0; i < u->rows; i++) {
-        char *const old = from.p + i * from.ld, *const merged = to.p + i * to.ld;
-        job->isa->dtype[job->w.dtype].record(job->op, old, b->delta + i * u->ld * acc_size(job->wide), merged, u->cols,
-                                             b->steps, &bad);
-        if (!job->out) continue;
-        code_row(job, u, &code, old, b->steps, i);
-        hash_add(job->isa, &hash, merged, bytes);
-    }
-    if (bad && job->check) {
-        atomic_store_explicit(&job->status, PK_NONFINITE, memory_order_relaxed);
-        return 0;
-    }
-    if (job->out && !keep_record(job, u, &code, b->code, from, hash_end(&hash))) {
-        atomic_store_explicit(&job->status, PK_FULL_RECORD, memory_order_relaxed);
-        return 0;
-    }
-    return 1;
-}
-
-/* One group of rows, merged in place with a trace: codes it, keeps the old bits in b->first. 1 if the
- * unit is one for merge_unit. */
-static int trace_rows(const engine_job *job, const unit_place *u, int64_t i, unit_code *code, unit_buffers *b) {
-    const pk_row_kernels *const kernels = &job->isa->dtype[job->w.dtype];
-    const int64_t size = pk_dtype_size(job->w.dtype), acc = acc_size(job->wide), bytes = u->cols * size;
-    pk_trace trace = {b->first + i * bytes, u->cols, b->steps, 0};
-    const int64_t done = lowrank_rows(job, job->new_, u, i, b->delta, OP_ADD, &trace);
-    for (int64_t q = 0; q < MR && i + q < u->rows; q++) {
-        char *const old = b->first + (i + q) * bytes;
-        if (done < u->cols) {
-            char *const w = mat_at(&job->w, u->r0 + i + q, u->c0 + done);
-            memcpy(old + done * size, w, (size_t)(bytes - done * size));
-            kernels->record(OP_ADD, old + done * size, b->delta + ((i + q) * u->ld + done) * acc, w, u->cols - done,
-                            b->steps + q * STEPS_LD + done, &trace.bad);
+/* Merges w, checks and records it. 0: w has its bits back, and job->status says why. */
+static int record_unit(engine_job *job, const unit_place *u, block w, unit_buffers *b) {
+    unsigned char *const end = b->code + sizeof b->code;
+    const pk_trace start = trace_start(b->code, end);
+    pk_trace t = start;
+    pass a = {job, job->new_, job->op, RECORD, &t, b->delta};
+    run_pass(&a, u, w);
+    const int64_t code = t.code - b->code, wide = end - t.wide;
+    const int bad = t.bad && !block_finite(job, u, w), refused = bad && job->check;
+    const int coded = !bad && code + wide <= u->rows * u->cols * element_size(job);
+    if (!job->out && !refused) return 1;
+    if (coded) {
+        char *const to = reserve(job, u, trace_hash(&t), UNIT_CODED, code + wide);
+        if (to) {
+            memcpy(to, b->code, (size_t)code);
+            memcpy(to + code, t.wide, (size_t)wide);
+            return 1;
         }
-        code_row(job, u, code, old, b->steps + q * STEPS_LD, i + q);
     }
-    return trace.bad;
-}
-
-/* Merges a unit in place and records it; 0: it has its old bits again, for want of room (status) or as trace_rows says. */
-static int merge_in_place(engine_job *job, const unit_place *u, unit_buffers *b) {
-    const int64_t bytes = u->cols * pk_dtype_size(job->w.dtype);
-    const block w = weight_block(job, u, NULL), old = {b->first, bytes};
-    unit_code code = {b->code, b->code + u->rows * bytes, 0, 0};
-    int64_t i = 0;
-    int bad = 0;
-    for (; i < u->rows && !bad; i += MR) bad = trace_rows(job, u, i, &code, b);
-    if (!bad) {
-        if (keep_record(job, u, &code, b->code, old, hash_block(job, u, w))) return 1;
-        atomic_store_explicit(&job->status, PK_FULL_RECORD, memory_order_relaxed);
-    }
-    for (int64_t q = 0; q < i && q < u->rows; q++) memcpy(w.p + q * w.ld, old.p + q * old.ld, (size_t)bytes);
-    return 0;
+    t = start;
+    a.op = inverse_of(job->new_);
+    a.kind = RESTORE;
+    run_pass(&a, u, w);
+    if (refused) atomic_store_explicit(&job->status, PK_NONFINITE, memory_order_relaxed);
+    /* too much to code, or inf and NaN, where another ISA may get other bits */
+    return !refused && !coded && record_copy(job, u, w, b);
 }
 
 static void run_unit(engine_job *job, const unit_place *u, unit_buffers *b) {
-    block cur = weight_block(job, u, b->first);
-    const block buffer = {b->first, u->cols * pk_dtype_size(job->w.dtype)};
-    if (job->old) {
-        const block to = job->direct && !job->dry ? cur : buffer;
-        undo_unit(job, u, cur, b->delta, to);
-        cur = to;
+    const int own = job->direct && !job->dry;
+    const block w = own ? (block){mat_at(&job->w, u->r0, u->c0), job->w.rs} : (block){b->bits, u->cols};
+    for (int64_t i = 0; !own && i < u->rows; i++)
+        bits_gather(&job->w, u->r0 + i, u->c0, u->cols, block_at(job, w, i, 0));
+    if (job->old) restore_unit(job, u, w, b);
+    if (job->new_ && (job->out || job->check)) {
+        if (!record_unit(job, u, w, b)) return;
+    } else if (job->new_) {
+        const pass a = {job, job->new_, job->op, PLAIN, NULL, b->delta};
+        run_pass(&a, u, w);
     }
-    if (job->new_ && !job->old && !job->out && !job->check && job->direct && !job->dry) {
-        update_in_place(job, job->new_, u, job->op, b->delta);
-        return;
-    }
-    if (job->new_ && job->out && job->direct && !job->dry && job->new_->d->law == PK_LOWRANK) {
-        if (merge_in_place(job, u, b)) return;
-        if (atomic_load_explicit(&job->status, memory_order_relaxed) == PK_FULL_RECORD) return;
-    }
-    if (job->new_) {
-        unit_delta(job, job->new_, u, b->delta);
-        if (job->out || job->check) {
-            if (!merge_unit(job, u, cur, b)) return;
-            cur = (block){b->second, buffer.ld};
-        } else {
-            apply_block(job, u, job->op, cur, b->delta, buffer);
-            cur = buffer;
-        }
-    }
-    write_block(job, u, cur);
+    for (int64_t i = 0; !job->direct && !job->dry && i < u->rows; i++)
+        bits_scatter(&job->w, u->r0 + i, u->c0, u->cols, block_at(job, w, i, 0));
 }
 
 static void run_range(int64_t begin, int64_t end, void *ctx) {
@@ -340,10 +322,13 @@ int engine_run(engine_job *job, pk_parallel_fn par) {
 
 static void match_range(int64_t begin, int64_t end, void *ctx) {
     engine_job *const job = ctx;
-    _Alignas(64) char buffer[UNIT_SIZE * 8];
+    _Alignas(64) char bits[UNIT_SIZE * 8];
     for (int64_t i = begin; i < end && !atomic_load_explicit(&job->changed, memory_order_relaxed); i++) {
         const unit_place u = place_of(job, i);
-        if (entry_get(job->in->data, u.id).hash != hash_block(job, &u, weight_block(job, &u, buffer)))
+        const block w = job->direct ? (block){mat_at(&job->w, u.r0, u.c0), job->w.rs} : (block){bits, u.cols};
+        for (int64_t q = 0; !job->direct && q < u.rows; q++)
+            bits_gather(&job->w, u.r0 + q, u.c0, u.cols, block_at(job, w, q, 0));
+        if (entry_get(job->in->data, u.id).hash != hash_block(job, &u, w))
             atomic_store_explicit(&job->changed, 1, memory_order_relaxed);
     }
 }

@@ -35,20 +35,28 @@ static void exchange_piece(exchange_job *job, char *w, char *other, int64_t n) {
     if (!rows->finite(fresh, n)) atomic_store_explicit(&job->bad, 1, memory_order_relaxed);
 }
 
+static void hash_piece(const pk_isa *isa, uint32_t *hash, const char *p, int64_t bytes) {
+    const int64_t whole = bytes / 64 * 64;
+    _Alignas(64) char rest[64] = {0};
+    isa->hash(hash, p, whole);
+    if (whole == bytes) return;
+    memcpy(rest, p + whole, (size_t)(bytes - whole));
+    isa->hash(hash, rest, 64);
+}
+
 static void exchange_range(int64_t begin, int64_t end, void *ctx) {
     exchange_job *const job = ctx;
     const int64_t size = pk_dtype_size(job->dtype);
     uint64_t digest = 0;
     for (int64_t i = begin; i < end; i++) {
         const int64_t stop = min64(job->n, (i + 1) * BLOCK);
-        unit_hash hash;
-        hash_start(&hash);
+        pk_trace hash = trace_start(NULL, NULL);
         for (int64_t at = i * BLOCK; at < stop; at += PIECE) {
             const int64_t n = min64(PIECE, stop - at);
             if (job->other) exchange_piece(job, job->w + at * size, job->other + at * size, n);
-            hash_add(job->isa, &hash, job->w + at * size, n * size);
+            hash_piece(job->isa, hash.hash, job->w + at * size, n * size);
         }
-        digest += ((uint64_t)hash_end(&hash) + 1) * (2 * (uint64_t)i + 1);
+        digest += ((uint64_t)trace_hash(&hash) + 1) * (2 * (uint64_t)i + 1);
     }
     atomic_fetch_add_explicit(&job->digest, digest, memory_order_relaxed);
 }

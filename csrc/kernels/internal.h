@@ -14,31 +14,35 @@ enum {
     NR_MAX = 64,     /* widest panel of any ISA, and what layouts are padded to */
     UNIT_COLS = 512, /* a unit: at most UNIT_COLS columns and UNIT_SIZE elements (padded) of a weight */
     UNIT_SIZE = MR * UNIT_COLS,
-    STEPS_LD = UNIT_COLS + 64,
-    DEPTH = 128 /* longest panel kept on a stack */
+    SEGMENT = 64, /* elements of a row that are coded and hashed together */
+    DEPTH = 128   /* longest panel kept on a stack */
 };
 
-/* codes of a record: see record.h */
-enum { SKIP = 0, RAW = -128, GAP_MAX = 255 };
+/* the hash of bits (hash.inc) */
+enum { HASH_LINES = 4, HASH_TURN = 15 };
+#define HASH_FACTOR 0x9e3779b5u
 
 typedef enum { OP_ADD, OP_SUB, OP_MUL, OP_DIV, OP_SET } row_op;
 
-/* A tile of a weight and its delta(i, j) = sum_p row[p * ldrow + i] panel[p * nr + j] (with pairs: see pk_isa.pairs),
- * i < mr, j < nr */
+/* A row of tiles, nr columns wide, of a weight and its delta(i, j) = sum_p row[p * ldrow + i] panel[p * nr + j] (with
+ * pairs: see pk_isa.pairs), i < mr; the panel of the next tile comes `depth` rows of the panel further on.
+ * next: NULL, or where the walk will be at the first tile's place later. */
 typedef struct {
-    int64_t depth, ldrow, ldw;
-    const void *row, *panel;
+    int64_t depth, ldrow, ldw, cols;
+    const void *row, *panel, *next;
     void *w;
     float scale; /* of pairs */
     int mr;
-} pk_tile;
+} pk_strip;
 
-/* What a merge leaves behind for the record. A step: old bits - what unmerge gets, saturated to -128 .. 127. */
+/* Where one stands in the code of a unit (record.h), which is written or read segment by segment, and the hash of the
+ * merged bits of these. */
 typedef struct {
-    void *old; /* the bits before, rows ldold elements apart */
-    int64_t ldold;
-    int8_t *steps; /* rows STEPS_LD apart */
-    int bad;       /* inf, NaN or another oddity met: w and steps are not to be used */
+    unsigned char *code;        /* goes up */
+    unsigned char *wide;        /* goes down */
+    const unsigned char *start; /* of both: what is read from below is 0 */
+    uint32_t hash[16];
+    int bad; /* inf or NaN, or sums that overflow: look closer */
 } pk_trace;
 
 /* Kernels of one dtype S; n elements, contiguous unless strides are given. */
@@ -47,12 +51,16 @@ typedef struct {
     void (*pack)(const void *src, int64_t sp, int64_t sj, int64_t np, int64_t nj, void *dst, int64_t ld, double scale);
     /* out = round(w op d); out may be w. OP_SET ignores w. */
     void (*apply)(row_op op, const void *w, const void *d, void *out, int64_t n);
-    /* w(i, j) = round(w op delta(i, j)), delta as T says, of acc ([0]) or of pairs of bf16 ([1], NULL if the ISA has none);
-     * op is OP_ADD, OP_SUB or OP_SET. With a trace op is OP_ADD. */
-    void (*fused[2])(row_op op, const pk_tile *t, pk_trace *trace);
-    /* out = round(w op d), and the steps back. *bad |= 1 if out has inf or NaN; there the step is RAW. op is OP_ADD or
-     * OP_MUL; out, w do not overlap. steps has room for n rounded up to 64. */
-    void (*record)(row_op op, const void *w, const void *d, void *out, int64_t n, int8_t *steps, int *bad);
+    /* w(i, j) = round(w op delta(i, j)) for whole tiles, delta of acc ([0]) or of pairs of bf16 ([1], NULL if the ISA has
+     * none); op is OP_ADD, OP_SUB or OP_SET. */
+    void (*fused[2])(row_op op, const pk_strip *s);
+    /* A segment, n <= SEGMENT, d of SEGMENT with zeros from n on: w = round(w op d), op is OP_ADD or OP_MUL, coded; and
+     * back: w = round(w op d) corrected by the code, op is OP_SUB or OP_DIV. Both hash the merged bits. */
+    void (*record)(row_op op, void *w, const void *d, int64_t n, pk_trace *t);
+    void (*restore)(row_op op, void *w, const void *d, int64_t n, pk_trace *t);
+    /* NULL, or the same for w + delta and w - delta of a strip of MR rows and whole segments, one after the other down the
+     * rows, then across. */
+    void (*traced[2])(int restore, const pk_strip *s, pk_trace *t);
     /* t[i * ldt + j] = sum_k x[i * ldx + k] a[j * lda + k], i < m, j < r; a is S ([0]) or acc ([1]), t is acc. The bits of
      * [0] and [1] are the same unless the ISA multiplies pairs (pk_isa.pairs, for bf16) */
     void (*dot[2])(const void *x, int64_t ldx, int64_t m, const void *a, int64_t lda, int64_t r, int64_t k, void *t,
@@ -71,12 +79,8 @@ typedef struct {
     /* NULL, or the same for pairs of bf16: d = scale * sum over both halves of row[p * ldrow + i] panel[p * nr + j] */
     void (*pairs)(int64_t depth, const uint32_t *row, int64_t ldrow, const uint32_t *panel, float *d, int64_t ldd,
                   float scale, int mr);
-    /* 32 lanes of a running hash, n bytes (a tail is padded with zeros to 128) */
-    void (*hash)(uint32_t *state, const void *p, int64_t n);
-    /* appends the code (record.h) of a row of n steps, whose first place is base. *last:
-     * the last place of the code. old: the old bits, elements of size. May write 32 bytes too many. */
-    unsigned char *(*code)(unsigned char *to, int64_t *last, const int8_t *steps, const char *old, int64_t size,
-                           int64_t n, int64_t base);
+    /* goes on with the hash by so many bytes, a multiple of 64 */
+    void (*hash)(uint32_t *state, const void *p, int64_t bytes);
     pk_row_kernels dtype[PK_NDTYPES];
 } pk_isa;
 
@@ -91,6 +95,11 @@ extern const pk_isa pk_isa_avx2, pk_isa_avx512, pk_isa_avx512bf16;
 #elif defined(__aarch64__)
 extern const pk_isa pk_isa_neon;
 #endif
+
+/* record.c. The code of a segment: old bits - bits got back, steps are these differences saturated, mask says where
+ * they are not 0. Getting: adds them, times sign, to the first n of the bits. */
+void trace_put(pk_trace *t, uint64_t mask, const int8_t *steps, const void *old, const void *back, int64_t size);
+void trace_get(pk_trace *t, void *bits, int64_t n, int64_t size, int sign);
 
 /* matrix.c */
 static inline int64_t round_up(int64_t v, int64_t step) {

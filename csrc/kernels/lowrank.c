@@ -90,13 +90,14 @@ static void expand_rows(const product_job *e, int64_t i0, int64_t m, const char 
     _Alignas(64) char d[MR * NR_MAX * 4];
     for (int64_t j = 0; j * nr < e->y->cols; j++) {
         const int64_t n = min64(nr, e->y->cols - j * nr);
-        pk_tile tile = {.depth = e->rank, .ldrow = m, .ldw = e->y->rs, .panel = e->panels + j * e->rank * nr * size};
+        pk_strip tile = {.depth = e->rank, .ldrow = m, .ldw = e->y->rs, .cols = nr};
+        tile.panel = e->panels + j * e->rank * nr * size;
         for (int64_t i = 0; i < m; i += MR) {
             tile.row = turned + i * size;
             tile.w = mat_at(e->y, i0 + i, j * nr);
             tile.mr = (int)min64(MR, m - i);
             if (e->direct && n == nr && tile.mr == MR) {
-                e->isa->dtype[e->y->dtype].fused[0](e->op, &tile, NULL);
+                e->isa->dtype[e->y->dtype].fused[0](e->op, &tile);
                 continue;
             }
             e->isa->tile[e->wide](e->rank, tile.row, m, tile.panel, d, nr, tile.mr, 0);

@@ -3,77 +3,75 @@
 
 #include <string.h>
 
-enum { MAGIC = 0x52554b50, VERSION = 1 };
+#include "dtype.h"
 
-void hash_start(unit_hash *h) {
-    for (int i = 0; i < 32; i++) h->lane[i] = 0x85ebca6bu * (uint32_t)(i + 1);
-    h->length = 0;
+enum { MAGIC = 0x52554b50, VERSION = 2 };
+
+pk_trace trace_start(unsigned char *start, unsigned char *end) {
+    pk_trace t = {start, end, start, {0}, 0};
+    for (uint32_t i = 0; i < 16; i++) t.hash[i] = 0x85ebca6bu * (i + 1);
+    return t;
 }
 
-void hash_add(const pk_isa *isa, unit_hash *h, const void *p, int64_t n) {
-    isa->hash(h->lane, p, n);
-    h->length += (uint64_t)n;
-}
-
-uint32_t hash_end(const unit_hash *h) {
-    uint64_t x = h->length * 0xbf58476d1ce4e5b9u, odd = 0x9e3779b97f4a7c15u;
-    for (int i = 0; i < 32; i++, odd += 0x3c6ef372fe94f82au) x += (h->lane[i] ^ (odd >> 32)) * odd;
+uint32_t trace_hash(const pk_trace *t) {
+    uint64_t x = 0, odd = 0x9e3779b97f4a7c15u;
+    for (int i = 0; i < 16; i++, odd += 0x3c6ef372fe94f82au) x += (t->hash[i] ^ (odd >> 32)) * odd;
     x ^= x >> 32;
     return (uint32_t)((x * 0x94d049bb133111ebu) >> 32);
 }
 
-static inline __attribute__((always_inline)) void bits_step(char *a, int step, const int64_t size) {
-    uint64_t x;
-    if (size == 2) {
-        uint16_t h;
-        memcpy(&h, a, 2);
-        h = (uint16_t)(h + step);
-        memcpy(a, &h, 2);
-    } else if (size == 4) {
-        uint32_t u;
-        memcpy(&u, a, 4);
-        u += (uint32_t)step;
-        memcpy(a, &u, 4);
-    } else {
-        memcpy(&x, a, 8);
-        x += (uint64_t)(int64_t)step;
-        memcpy(a, &x, 8);
+static INLINE uint64_t bits_get(const void *p, const int64_t size) {
+    uint64_t x = 0; /* every machine that the kernels run on puts low bytes first */
+    memcpy(&x, p, (size_t)size);
+    return x;
+}
+
+void trace_put(pk_trace *t, uint64_t mask, const int8_t *steps, const void *old, const void *back, int64_t size) {
+    unsigned char *const top = t->code++;
+    *top = 0;
+    for (int i = 0; i < 8; i++)
+        if (mask >> 8 * i & 255u) {
+            *top |= (unsigned char)(1u << i);
+            *t->code++ = (unsigned char)(mask >> 8 * i);
+        }
+    for (; mask; mask &= mask - 1) {
+        const int64_t at = __builtin_ctzll(mask);
+        *t->code++ = (unsigned char)steps[at];
+        if (!step_is_far(steps[at])) continue;
+        const uint64_t by =
+            bits_get((const char *)old + at * size, size) - bits_get((const char *)back + at * size, size);
+        t->wide -= size;
+        memcpy(t->wide, &by, (size_t)size);
     }
 }
 
-static inline __attribute__((always_inline)) void code_undo_of(const unsigned char *code, int64_t bytes, char *dst,
-                                                               int64_t ld, int64_t cols, int64_t rows,
-                                                               const int64_t size) {
-    const unsigned char *const end = code + bytes;
-    int64_t row = 0, col = 0;
-    while (end - code >= 2) {
-        const int step = (int8_t)code[1];
-        col += code[0];
-        code += 2;
-        while (__builtin_expect(col >= cols, 0)) {
-            col -= cols;
-            dst += ld;
-            if (++row >= rows) return; /* not a code of ours */
+static INLINE void get_of(pk_trace *t, char *bits, int64_t n, const int64_t size, int sign) {
+    const unsigned top = *t->code++;
+    uint64_t mask = 0;
+    for (int i = 0; i < 8; i++)
+        if (top >> i & 1) mask |= (uint64_t)*t->code++ << 8 * i;
+    for (; mask; mask &= mask - 1) {
+        const int64_t at = __builtin_ctzll(mask);
+        const int8_t step = (int8_t)*t->code++;
+        uint64_t by = (uint64_t)(int64_t)step;
+        if (step_is_far(step)) {
+            const int there = t->wide - t->start >= size;
+            if (there) t->wide -= size;
+            by = there ? bits_get(t->wide, size) : 0;
         }
-        char *const at = dst + col * size;
-        if (__builtin_expect(step == RAW, 0)) {
-            if (end - code < size) return;
-            memcpy(at, code, (size_t)size);
-            code += size;
-        } else {
-            bits_step(at, step, size); /* SKIP adds 0 */
-        }
+        if (at >= n) continue; /* not a code of ours */
+        const uint64_t x = bits_get(bits + at * size, size) + (sign > 0 ? by : 0 - by);
+        memcpy(bits + at * size, &x, (size_t)size);
     }
 }
 
-void code_undo(const unsigned char *code, int64_t bytes, char *dst, int64_t ld, int64_t cols, int64_t rows,
-               int64_t size) {
+void trace_get(pk_trace *t, void *bits, int64_t n, int64_t size, int sign) {
     if (size == 2)
-        code_undo_of(code, bytes, dst, ld, cols, rows, 2);
+        get_of(t, bits, n, 2, sign);
     else if (size == 4)
-        code_undo_of(code, bytes, dst, ld, cols, rows, 4);
+        get_of(t, bits, n, 4, sign);
     else
-        code_undo_of(code, bytes, dst, ld, cols, rows, 8);
+        get_of(t, bits, n, 8, sign);
 }
 
 unit_entry entry_get(const void *block, int64_t unit) {

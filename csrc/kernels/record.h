@@ -1,13 +1,15 @@
 /* record.h: the undo record: header, a table of units, an arena of their codes (see pk_record in kernels.h).
  *
- * Code of a unit, whose elements are counted along its rows: pairs (gap, step): go on by gap; step +-1..127: the old
- * bits are what unmerge gets plus step; SKIP: nothing here; RAW: the old bits follow. gap counts from the last place. */
+ * Code of a unit: of one segment after the other, in the order of the strips (internal.h), the differences of bits
+ * that subtracting misses: a byte that says which bytes of the segment's mask are not 0, these bytes, and for each bit
+ * in them the difference in a byte. One that is FAR stands for a difference as wide as an element; those come last,
+ * from the end backwards. */
 #ifndef PEFT_C_KERNELS_RECORD_H
 #define PEFT_C_KERNELS_RECORD_H
 
 #include "internal.h"
 
-enum { CODE_SLACK = UNIT_COLS * 10 + 64 }; /* the longest code of a row */
+enum { CODE_MAX = UNIT_SIZE / SEGMENT * (1 + SEGMENT / 8 + SEGMENT), CODE_SLACK = SEGMENT };
 enum { UNIT_EMPTY = 0, UNIT_CODED = 1, UNIT_COPIED = 2 };
 
 typedef struct {
@@ -24,23 +26,9 @@ typedef struct {
     uint64_t reserved[2];
 } record_head;
 
-/* 128 bytes a step, finished with the length */
-typedef struct {
-    uint32_t lane[32];
-    uint64_t length;
-} unit_hash;
-void hash_start(unit_hash *h);
-void hash_add(const pk_isa *isa, unit_hash *h, const void *p, int64_t n);
-uint32_t hash_end(const unit_hash *h);
-
-typedef struct {
-    unsigned char *to, *limit; /* code so far; a row that ends beyond limit (by CODE_SLACK at most) makes it full */
-    int64_t last;
-    int full;
-} unit_code;
-/* calls on every place: bits at row + col of the unit (cols wide) in dst, whose rows are ld bytes apart */
-void code_undo(const unsigned char *code, int64_t bytes, char *dst, int64_t ld, int64_t cols, int64_t rows,
-               int64_t size);
+/* at the beginning of the code of a unit: start .. end */
+pk_trace trace_start(unsigned char *start, unsigned char *end);
+uint32_t trace_hash(const pk_trace *t);
 
 /* table and arena inside a record's block, which may be misaligned */
 unit_entry entry_get(const void *block, int64_t unit);

@@ -14,6 +14,7 @@ typedef __m512d vd;
 #define VDN 8
 #define NV 4
 #define DOT_M 6
+#define FUSED_ROWS 3
 #define WORDS_STEPS
 #define WORDS_SUMS
 
@@ -115,9 +116,6 @@ static INLINE vf vf_put_bf16_by_hand(uint16_t *p, vf v) {
 /* the instruction takes subnormals for zero: those are left to the integer unit */
 static INLINE uint32_t vf_odd_bf16(uint32_t mask, vf v) {
     return _kor_mask16((__mmask16)mask, _mm512_fpclass_ps_mask(v, 0x20));
-}
-static INLINE uint32_t vf_wild_bf16(uint32_t mask, vf v) {
-    return _kor_mask16((__mmask16)mask, _mm512_fpclass_ps_mask(v, 0x20 | 0x99));
 }
 static INLINE vf vf_quick_bf16(uint16_t *p, vf v) {
     const __m256i h = (__m256i)_mm512_cvtneps_pbh(v);

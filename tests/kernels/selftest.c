@@ -81,6 +81,9 @@ static void test_merge(const char *isa, pk_dtype dtype) {
     expect(pk_switch(&w, &d, &tight, &d, 0, &second, work, shim_parallel) == PK_OK, "switch", (int)dtype);
     expect(pk_unmerge(&w, &d, &second, work, shim_parallel) == PK_OK, "unmerge", (int)dtype);
     expect(memcmp(w.data, old.data, bytes(&w)) == 0, "unmerge is exact", (int)dtype);
+    expect(pk_merge(&w, &d, 0, &record, work, shim_parallel) == PK_OK, "merge again", (int)dtype);
+    for (int i = 0; i < 20; i++) ((unsigned char *)record.data)[below((int64_t)record.size)] = (unsigned char)next();
+    expect(pk_unmerge(&w, &d, &record, work, NULL) >= 0, "a damaged record is survived", (int)dtype);
     void *const all[] = {f.down.data, f.up.data,  w.data, reference.data, old.data, record.data,
                          second.data, tight.data, work};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);

@@ -209,6 +209,67 @@ def test_specials_round_trip(isa, dtype):
         assert np.array_equal(bits(weight.w), bits(old))
 
 
+def in_order(w, first, second):
+    """The weight with two parts of it in each other's place, views of the same shape."""
+    parts = (w[first].copy(), w[second].copy())
+    w[first], w[second] = parts[1], parts[0]
+
+
+REARRANGED = {
+    "elements side by side": lambda w: in_order(w, np.s_[3, 8], np.s_[3, 9]),
+    "elements a line apart": lambda w: in_order(w, np.s_[3, 0], np.s_[3, 64 // w.itemsize]),
+    "elements four lines apart": lambda w: in_order(w, np.s_[3, 0], np.s_[3, 256 // w.itemsize]),
+    "elements of neighbouring rows": lambda w: in_order(w, np.s_[0, 5], np.s_[1, 5]),
+    "lines four apart": lambda w: in_order(
+        w, np.s_[2, : 64 // w.itemsize], np.s_[2, 256 // w.itemsize : 320 // w.itemsize]
+    ),
+    "rows": lambda w: in_order(w, np.s_[0], np.s_[4]),
+    "columns": lambda w: in_order(w, np.s_[:, 1], np.s_[:, 2]),
+    "columns a segment apart": lambda w: in_order(w, np.s_[:, 1], np.s_[:, 65]),
+    "all rows": lambda w: np.copyto(w, w[::-1].copy()),
+    "all columns": lambda w: np.copyto(w, w[:, ::-1].copy()),
+    "rolled": lambda w: np.copyto(w, np.roll(w, 64, axis=1)),
+    "transposed": lambda w: np.copyto(w[:6, :6], w[:6, :6].T.copy()),
+}
+
+
+@pytest.mark.parametrize("how", REARRANGED)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_what_others_rearranged_is_seen(isa, dtype, how):
+    rng = np.random.default_rng(13)
+    weight = Weight(random(rng, (6, 512), dtype), dtype)
+    rec = weight.record()
+    assert weight.merge(klib.lowrank(random_factors(rng, 6, 512, 4, dtype)), 0, rec) == OK
+    merged = weight.w.copy()
+    REARRANGED[how](weight.w)
+    assert not np.array_equal(weight.w, merged)
+    assert LIB.pk_record_matches(weight.mat, rec, None) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_every_flipped_bit_and_pair_of_bits_is_seen(isa, dtype):
+    """One bit anywhere; the sign of all; the same bit of two places, added in one and subtracted in the other."""
+    rng = np.random.default_rng(14)
+    weight = Weight(random(rng, (6, 512), dtype), dtype)
+    rec = weight.record()
+    assert weight.merge(klib.lowrank(random_factors(rng, 6, 512, 4, dtype)), 0, rec) == OK
+    merged, raw = weight.w.copy(), weight.w.view(f"u{weight.w.itemsize}")
+    width = 8 * raw.itemsize
+    raw ^= raw.dtype.type(1 << (width - 1))
+    assert LIB.pk_record_matches(weight.mat, rec, None) == 0
+    for _ in range(2000):
+        weight.w[...] = merged
+        bit, (i, j), (p, q) = rng.integers(width), rng.integers((6, 512)), rng.integers((6, 512))
+        one = raw.dtype.type(1 << int(bit))
+        raw[i, j : j + 1] += one
+        assert LIB.pk_record_matches(weight.mat, rec, None) == 0
+        if (i, j) != (p, q):
+            raw[p, q : q + 1] -= one
+            assert LIB.pk_record_matches(weight.mat, rec, None) == 0
+    weight.w[...] = merged
+    assert LIB.pk_record_matches(weight.mat, rec, None) == 1
+
+
 @pytest.mark.parametrize("with_record", [True, False])
 def test_check_restores(isa, with_record):
     rng = np.random.default_rng(5)
