@@ -21,11 +21,12 @@ clang_format = $$(PATH="$(dir $(py)):$$PATH" command -v clang-format)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo notebook test bench docs lint format sanitize dist clean
+.PHONY: help setup demo notebook test bench roofline docs lint format sanitize dist clean
 help:
 	@echo "make demo      train, switch, merge and save two adapters of a real model; writes out/demo.png"
 	@echo "make test      the test suite"
 	@echo "make bench     peft_c, peft, plain torch and the floor side by side; BENCH_ARGS='--quick --only merge'"
+	@echo "make roofline  the kernels under the machine's limits; writes docs/roofline.png"
 	@echo "make docs      check the documentation: links, and that its example runs"
 	@echo "make lint      ruff, clang-format, and a build with -Werror"
 	@echo "make sanitize  the C code under AddressSanitizer and UBSan"
@@ -63,6 +64,9 @@ test: $(extension)
 
 bench: $(extension)
 	$(py) benchmarks/bench.py $(BENCH_ARGS)
+
+roofline: $(extension)
+	$(py) benchmarks/roofline.py
 
 docs: $(extension)
 	$(py) -m pytest -q tests/isolated/test_docs.py

@@ -3,7 +3,7 @@
     python benchmarks/kernels.py [--quick] [--out kernels.json] [--only merge|apply] [--dtypes f32,bf16] [--ranks 8,64]
 
 The floor of a merge is the larger of an in-place read and write of the same weights (`neg_`) and the multiply-adds at
-the fp32 peak that this run measures (a large torch matmul).
+the peak that this run measures (a large torch matmul of the same dtype, of fp32 where that is faster).
 """
 
 import argparse
@@ -56,9 +56,11 @@ def repeated(call, times):
     return run
 
 
-def peak_flops(threads_budget=1.0):
-    a, b = torch.randn(1536, 1536), torch.randn(1536, 1536)
-    return 2 * 1536**3 / interleaved({"mm": lambda: a @ b}, threads_budget)["mm"]
+def peak_flops(dtypes, budget):
+    """Operations a second of each dtype: a large matmul of its own, or fp32's where that is faster."""
+    pairs = {name: [torch.randn(1536, 1536).to(TORCH[name]) for _ in range(2)] for name in {"f32", *dtypes}}
+    best = interleaved({name: lambda a=a, b=b: a @ b for name, (a, b) in pairs.items()}, budget)
+    return {name: 2 * 1536**3 / min(best[name], best["f32"]) for name in dtypes}
 
 
 def merge_case(lib, par, dtype, shape, r, budget, peak):
@@ -116,7 +118,7 @@ def merge_case(lib, par, dtype, shape, r, budget, peak):
     best["switch"] = interleaved({"switch": switch}, budget / 6)["switch"]
     check(lib.pk_unmerge(exact, plus, records[state["now"]], wp, par))
     flops = 2.0 * n * k * r
-    floor = max(best["floor_rw"], flops / peak)
+    floor = max(best["floor_rw"], flops / peak[dtype])
     row = {"kind": "merge", "dtype": dtype, "n": n, "k": k, "r": r, "record": record, "floor": floor}
     row.update({name: t for name, t in best.items() if name != "unmerge_exact2"})
     return row
@@ -176,9 +178,9 @@ def main():
     if options.isa and lib.pk_isa_select(options.isa.encode()):
         parser.error(f"ISA {options.isa} is not one of {klib.isas(lib)}")
     budget = 0.25 if options.quick else 2.0
-    peak = peak_flops(budget)
-    isa = lib.pk_isa_name().decode()
-    print(f"isa {isa}, {options.threads} threads, torch {torch.__version__}, peak {peak / 1e9:.0f} GFLOP/s; ms")
+    peak = peak_flops(options.dtypes.split(","), budget)
+    isa, peaks = lib.pk_isa_name().decode(), ", ".join(f"{name} {p / 1e9:.0f}" for name, p in peak.items())
+    print(f"isa {isa}, {options.threads} threads, torch {torch.__version__}, GFLOP/s at most: {peaks}; ms")
     ranks = [int(r) for r in options.ranks.split(",")]
     shapes = [tuple(map(int, s.split("x"))) for s in options.shapes.split(",")]
     rows = []
