@@ -11,7 +11,7 @@ from torch import nn
 
 from . import law
 from ._buffer_dict import BufferDict
-from .room import State, option, register, weight_view
+from .room import State, linear, option, register, weight_view
 from .shared_room import ProjectionConfig, SeededModel, SharedRoom, check_projections, wide
 
 
@@ -84,31 +84,36 @@ class FrodLayer(SharedRoom):
         return U.float(), scales.float()
 
     def parts(self, name: str, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """U, V, S (sparse) and l with the device and dtype of `like`."""
+        """U, V, S (sparse; its places differ) and l with the device and dtype of `like`."""
         dense = (self.frod_U, self.frod_V, self.frod_lambda_s_values, self.frod_lambda_l)
         U, V, values, scales = (container[name].to(like.device, like.dtype) for container in dense)
         S = torch.sparse_coo_tensor(self.frod_s_indices[name].to(like.device), values, self.frod_s_size[name].tolist())
-        return U, V, S.coalesce(), scales
+        return U, V, S.coalesce() if S.requires_grad else S, scales
 
     def delta(self, name: str) -> torch.Tensor:
         bare = law.bare_weight(self)
         weight = weight_view(self.get_base_layer()).matrix(self.get_base_weight() if bare is None else bare)
-        U, V, S, scales = self.parts(name, wide(weight))
-        return U @ (S.to_dense() + scales.diag()) @ V.T - weight
+        U, V, S, scales = self.parts(name, weight)
+        V = wide(V.T.contiguous())
+        inner = torch.addcmul(torch.sparse.mm(S.to(V.dtype), V), V, scales.to(V.dtype).unsqueeze(1))
+        return torch.addmm(weight, U, inner.to(U.dtype), beta=-1)
 
     @staticmethod
     def _sparse_activation_mm(z: torch.Tensor, S: torch.Tensor) -> torch.Tensor:
-        """z (n, in) times S^T; half precision has no sparse product."""
-        if z.dtype in (torch.float16, torch.bfloat16):
-            return z @ S.to_dense().T
-        return torch.sparse.mm(S, z.T).T if S._nnz() else torch.zeros_like(z)
+        """z (n, in) times S^T; for few rows by a dense matrix. Half precision has no sparse product."""
+        if len(z) <= 64:
+            places, values = S._indices(), S._values()
+            dense = S.to_dense() if S.is_coalesced() else values.new_zeros(S.shape).index_put_(tuple(places), values)
+            return linear(z, dense, None)
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        return torch.sparse.mm(S.to(dtype), z.T.to(dtype).contiguous()).T.to(z.dtype)
 
     def output(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """The adapted output without bias."""
         U, V, S, scales = self.parts(name, x)
         z = x @ V
         rotated = self._sparse_activation_mm(z.flatten(0, -2), S).view_as(z)
-        return F.linear(rotated + z * scales, U)
+        return F.linear(torch.addcmul(rotated, z, scales), U)
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         weight = weight_view(self.get_base_layer()).matrix()

@@ -68,7 +68,31 @@ class Replace(NamedTuple):
     merged: Callable[[dict[str, BaseView]], dict[str, torch.Tensor]]
 
 
-Change = LowRank | Callable[[], torch.Tensor] | Replace
+class Elements(NamedTuple):
+    """The change of a few elements: `values` (nnz) are added at `places` (nnz), all different, of the flat weight.
+    Called, it gives the full delta."""
+
+    places: torch.Tensor
+    values: torch.Tensor
+    shape: torch.Size
+
+    def __call__(self) -> torch.Tensor:
+        delta = self.values.new_zeros(self.shape.numel())
+        return delta.index_copy_(0, self.places, self.values).view(self.shape)
+
+    def add_to(self, view: BaseView, tensor: torch.Tensor, check: bool) -> Places | None:
+        """Add to `tensor`; the record, or None with `check` if a result is not finite: nothing has changed then."""
+        flat = tensor.view(-1)
+        old = flat[self.places]
+        new = _wider_sum(old, self.values, 1)
+        if check and not torch.isfinite(new).all():
+            return None
+        flat.index_copy_(0, self.places, new)
+        _wrote(view)
+        return Places(Difference.digest_of(new), self.places, old)
+
+
+Change = LowRank | Callable[[], torch.Tensor] | Replace  # Elements is a function that returns the delta
 WIDE = 128  # rank
 LARGE = 1 << 16  # elements; a full delta with more is not kept for undoing, a copy of the old weight is
 
@@ -181,8 +205,27 @@ class Difference:
         bits[self.index] = self.old
         return bits.view(tensor.dtype).view(tensor.shape)
 
+    def put_back(self, view: BaseView, tensor: torch.Tensor) -> None:
+        """Write the old values, which are all here, to the merged `tensor`."""
+        _write(view, tensor, self.restore(tensor, None))
+
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.index, self.old) if t is not None)
+
+
+class Places(Difference):
+    """The record of changed elements: their places and old values. What others write elsewhere does not matter."""
+
+    def mismatch(self, tensor: torch.Tensor, fits: bool) -> str | None:
+        return super().mismatch(tensor.view(-1)[self.index] if fits else tensor, fits)
+
+    def restore(self, tensor: torch.Tensor, undone: torch.Tensor | None) -> torch.Tensor:
+        flat = tensor.flatten()
+        return flat.index_copy(0, self.index, self.old).view(tensor.shape)
+
+    def put_back(self, view: BaseView, tensor: torch.Tensor) -> None:
+        tensor.view(-1).index_copy_(0, self.index, self.old)
+        _wrote(view)
 
 
 def _delta(view: BaseView, change: Any, shape: torch.Size) -> torch.Tensor:
@@ -257,6 +300,11 @@ def _subtract(view: BaseView, tensor: torch.Tensor, saved: Saved) -> str | None:
 def _write(view: BaseView, tensor: torch.Tensor, value: torch.Tensor) -> None:
     """Set the values of `tensor`, the data of the view's weight, and let autograd know."""
     tensor.copy_(value)
+    _wrote(view)
+
+
+def _wrote(view: BaseView) -> None:
+    """Let autograd know that the view's weight has been written to."""
     weight = view.tensor
     if not weight.is_inference():
         torch.autograd.graph.increment_version(weight)
@@ -407,8 +455,12 @@ def _merge_group(layer: Any, step: Merge, targets: dict, plans: dict, safe_merge
             continue
         tensor = _weight(view, layer)
         large = tensor.numel() > LARGE and not all(isinstance(change, LowRank) for change in changes)
-        if large and record:
-            undo = _add_large(view, tensor, changes, safe_merge, layer)
+        few = len(changes) == 1 and isinstance(changes[0], Elements) and tensor.is_contiguous()
+        if record and (few or large):
+            one = changes[0]
+            undo = (
+                one.add_to(view, tensor, safe_merge) if few else _add_large(view, tensor, changes, safe_merge, layer)
+            )
             changes, finite = [], undo is not None
         else:
             changes = [change.snapshot() if isinstance(change, LowRank) else _values_of(change) for change in changes]
@@ -503,7 +555,8 @@ def _restore(layer: Any, step: Merge, view: BaseView, saved: Saved) -> str | Non
     if variant is not None and step.adapters[0] in layer.merged_adapters:  # drops what the variant keeps, too
         undone = variant.unmerge(layer, step.adapters[0], view.tensor)
     if reason is None:
-        undone = undo.restore(tensor, None)
+        undo.put_back(view, tensor)
+        return None
     if undone is not None:
         _write(view, tensor, undone)
         return reason

@@ -181,6 +181,16 @@ def weight_view(base: nn.Module, name: str = "weight") -> BaseView:
     return BaseView(base, name, transposed=name == "weight" and is_transformers_conv1d(base))
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """F.linear(x, weight, bias) for a weight that has just been computed: with few rows of x and no gradients, in the
+    order in which each thread multiplies what it has written."""
+    few = x.dtype == torch.float32 and x.is_cpu and x.shape[:-1].numel() <= 128
+    if not few or torch.is_grad_enabled() or weight.dtype != x.dtype:
+        return F.linear(x, weight, bias)
+    result = (weight @ x.reshape(-1, x.shape[-1]).T).T.contiguous().view(*x.shape[:-1], len(weight))
+    return result if bias is None else result.add_(bias)
+
+
 def apply_weight(base: nn.Module, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """What `base` computes from x, with other weights: `weight` has the shape of its own."""
     if isinstance(base, CONVOLUTIONS):
@@ -188,7 +198,7 @@ def apply_weight(base: nn.Module, x: torch.Tensor, weight: torch.Tensor, bias: t
     if isinstance(base, nn.Embedding):
         options = (base.padding_idx, base.max_norm, base.norm_type, base.scale_grad_by_freq, base.sparse)
         return F.embedding(x, weight, *options)
-    return F.linear(x, weight.T if is_transformers_conv1d(base) else weight, bias)
+    return linear(x, weight.T if is_transformers_conv1d(base) else weight, bias)
 
 
 class Room(law.Merging, nn.Module, BaseTunerLayer):
@@ -397,7 +407,7 @@ class AddRoom(Room):
         raise NotImplementedError(f"{type(self).__name__} does not say what it adds to the bias")
 
     def dense(self, name: str, x: torch.Tensor) -> bool:
-        """Whether for x it is best to build the delta and add it to the weight, for one product in all."""
+        """Whether for x it is best to build the delta, in new memory, and add it to the weight: one product in all."""
         return False
 
     def term_beside(self, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -458,7 +468,9 @@ class AddRoom(Room):
         """`adapt` by the weight with the deltas in it."""
         weight, bias = self.get_base_weight(), getattr(self.get_base_layer(), "bias", None)
         for name in names:
-            weight = weight + self.get_delta_weight(name)
+            delta = self.get_delta_weight(name)
+            in_place = not torch.is_grad_enabled() and torch.result_type(delta, weight) == delta.dtype
+            weight = delta.add_(weight) if in_place else weight + delta
             if bias is not None and "bias" in self.adds:
                 bias = bias + self.bias_delta(name)
         result = apply_weight(
@@ -473,16 +485,17 @@ class AddRoom(Room):
         """What merging `adapter` adds to the base weight: a tensor of its shape."""
         return weight_view(self.get_base_layer()).restore(self.delta(adapter))
 
-    def _merge_changes(self, name: str) -> dict[str, law.Change]:
-        def weight() -> law.Change:
-            factors = self.low_rank(name)
-            return (lambda: self.get_delta_weight(name)) if factors is None or factors.is_wide() else factors
+    def weight_change(self, name: str) -> law.Change:
+        """What merging does to the weight, in the form that costs least."""
+        factors = self.low_rank(name)
+        return (lambda: self.get_delta_weight(name)) if factors is None or factors.is_wide() else factors
 
+    def _merge_changes(self, name: str) -> dict[str, law.Change]:
         def bias() -> law.Change:  # known before the weight is changed, on which it may depend
             delta = self.bias_delta(name)
             return lambda: delta
 
-        changes = {"weight": weight, "bias": bias}
+        changes = {"weight": lambda: self.weight_change(name), "bias": bias}
         labels = [label for label in self.adds if label in self._merge_targets()]
         if not labels:
             raise ValueError(f"Base layer has no bias, cannot merge bias adapter {name}")

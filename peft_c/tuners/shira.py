@@ -82,10 +82,10 @@ class Linear(SparseRoom):
             self.shira_indices[name] = indices
         self.shira_weight[name] = nn.Parameter(torch.zeros(size) if config.init_weights else torch.randn(size))
 
-    def elements(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def elements(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         values = self.shira_weight[name] * self.scaling[name]
-        self.shira_indices[name] = self.shira_indices[name].to(values.device)
-        return *self.shira_indices[name], values
+        rows, columns = self.shira_indices[name].to(values.device)
+        return torch.add(columns, rows.long(), alpha=self.in_features), values
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the factor of the adapter's weights; unknown names are ignored."""

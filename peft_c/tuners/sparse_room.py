@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .room import AddRoom
+from . import law
+from .room import AddRoom, apply_weight
 
 
 @functools.cache
@@ -21,34 +22,45 @@ def _warn_once_about_module_hooks(method: str) -> None:
 
 
 class SparseRoom(AddRoom):
-    """W + S, where the sparse matrix S has `elements(name)`, and what `rest(name, x)` adds beside it.
+    """W + S, where the sparse matrix S has `elements(name)`, and a LoRA beside it where there is one.
 
     For few inputs S x is computed by its elements; for many, S is added to a copy of the weight.
     """
 
     converts_to_lora = False
 
-    def elements(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows, columns and values of S, each (nnz)."""
+    def elements(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places (nnz), int64, in the flat weight, all different, and values (nnz) of S."""
         raise NotImplementedError(f"{type(self).__name__} does not say which elements it adds to")
 
+    def lora(self, name: str) -> law.LowRank | None:
+        """The LoRA beside S, if there is one."""
+        return None
+
     def rest(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
-        """What the adapter adds to the output beside S x, None for nothing."""
+        """What the LoRA adds to the output, None for nothing."""
         return None
 
     def add_to(self, weight: torch.Tensor, name: str) -> torch.Tensor:
-        rows, columns, values = self.elements(name)
-        return weight.index_put((rows, columns), values.to(weight.dtype), accumulate=True)
+        places, values = self.elements(name)
+        return weight.reshape(-1).scatter_add(0, places, values.to(weight.dtype)).view(weight.shape)
 
     def delta(self, name: str) -> torch.Tensor:
-        values = self.elements(name)[2]
-        return self.add_to(values.new_zeros(self.out_features, self.in_features), name)
+        values, lora = self.elements(name)[1], self.lora(name)
+        sparse = self.add_to(values.new_zeros(self.out_features, self.in_features), name)
+        return sparse if lora is None else sparse + lora.delta()
+
+    def weight_change(self, name: str) -> law.Change:
+        if self.lora(name) is not None:
+            return super().weight_change(name)
+        return law.Elements(*self.elements(name), self.get_base_layer().weight.shape)
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        rows, columns, values = self.elements(name)
+        places, values = self.elements(name)
         if self.is_cheap(name, x):
+            parts = x[..., places % self.in_features] * values
             result = values.new_zeros(*x.shape[:-1], self.out_features)
-            result = result.index_add(-1, rows, x[..., columns] * values)
+            result = result.index_add(-1, places // self.in_features, parts)
         else:
             result = F.linear(x, self.add_to(values.new_zeros(self.out_features, self.in_features), name))
         rest = self.rest(name, x)
@@ -69,7 +81,7 @@ class SparseRoom(AddRoom):
         if hooked or not readable or all(self.is_cheap(name, x) for name in names):
             return super().adapt(names, x, *args, **kwargs)
         weight = functools.reduce(self.add_to, names, self.get_base_weight())
-        result = F.linear(x, weight, base.bias)
+        result = apply_weight(base, x, weight, base.bias)
         for name in names:
             rest = self.rest(name, self._cast_input_dtype(x, self.adapter_dtype(name)))
             result = result if rest is None else result + rest.to(result.dtype)

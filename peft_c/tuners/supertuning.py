@@ -87,25 +87,15 @@ class Linear(SparseRoom):
         self.supertuning_lora_A[name], self.supertuning_lora_B[name] = A, B
         self.supertuning_lora_dropout[name] = dropout(config.lora_dropout)
 
-    def elements(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        indices = self.supertuning_indices[name].to(torch.int64)
-        return indices // self.in_features, indices % self.in_features, self.supertuning_values[name]
-
-    def add_to(self, weight: torch.Tensor, name: str) -> torch.Tensor:
-        indices, values = self.supertuning_indices[name].to(torch.int64), self.supertuning_values[name]
-        return weight.reshape(-1).scatter_add(0, indices, values.to(weight.dtype)).view(weight.shape)
+    def elements(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.supertuning_indices[name].long(), self.supertuning_values[name]
 
     def lora(self, name: str) -> LowRank | None:
-        """The adapter's LoRA, if it has one."""
         r = self.supertuning_rank[name]
         if r == 0:
             return None
         A, B = self.supertuning_lora_A[name].weight, self.supertuning_lora_B[name].weight
         return LowRank(A, B, self.supertuning_lora_alpha[name] / r)
-
-    def delta(self, name: str) -> torch.Tensor:
-        sparse, lora = super().delta(name), self.lora(name)
-        return sparse if lora is None else sparse + lora.delta()
 
     def rest(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
         lora = self.lora(name)
