@@ -14,21 +14,25 @@ from torch import nn
 
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import AddRoom, LayersConfig, RoomModel, State, option, register
+from .room import AddRoom, RoomConfig, RoomModel, State, option, register, shared
 
 
 @dataclass
-class AdamssConfig(LayersConfig):
+class AdamssConfig(RoomConfig):
     """Options of AdaMSS; those of adaptive subspace allocation (ASA) have an effect with `use_asa` only."""
 
     r: int = option(100, "Number of singular vectors of the weight that subspaces are made of.")
     num_subspaces: int = option(5, "Number of subspaces, that is of groups of the weight's rows.")
     subspace_rank: int = option(1, "Rank of each subspace.")
+    target_modules: list[str] | str | None = shared("target_modules")
     init_weights: Literal["orthogonal"] | None = option(
         "orthogonal",
         "'orthogonal': new adapters start as no change; None: at random, for tests.",
         choices=("orthogonal", None),
     )
+    modules_to_save: list[str] | None = shared("modules_to_save")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
     use_asa: bool = option(False, "Whether the least important subspaces are frozen in training (ASA).")
     asa_target_subspaces: int = option(50, "Number of subspaces, of all layers, that are trained in the end.")
     init_warmup: int = option(50, "The step from which on subspaces are frozen.")

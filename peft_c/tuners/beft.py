@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .room import AddRoom, RoomModel, TargetConfig, option, register
+from .room import AddRoom, RoomConfig, RoomModel, option, register, shared
 
 
 @dataclass
-class BeftConfig(TargetConfig):
+class BeftConfig(RoomConfig):
     """Options of BEFT."""
 
+    target_modules: list[str] | str | None = shared("target_modules")
+    modules_to_save: list[str] | None = shared("modules_to_save")
     init_weights: bool = option(True, "True: start with zeros (no change); False: standard normal, for tests.")
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .room import MapRoom, RoomModel, SelectiveConfig, Unscaled, option, register, shared
+from .room import MapRoom, RoomConfig, RoomModel, Unscaled, option, register, shared
 
 
 @dataclass
-class BOFTConfig(SelectiveConfig):
+class BOFTConfig(RoomConfig):
     """Options of BOFT. ValueError unless exactly one of `boft_block_size` and `boft_block_num` is given."""
 
     boft_block_size: int = option(4, "Size of the rotated blocks; has to divide the input size of all layers.")
@@ -21,10 +21,15 @@ class BOFTConfig(SelectiveConfig):
     boft_n_butterfly_factor: int = option(
         1, "Number of rotations after each other, each mixing blocks twice as far apart; 1: as in OFT."
     )
+    target_modules: list[str] | str | None = shared("target_modules")
+    exclude_modules: list[str] | str | None = shared("exclude_modules")
     boft_dropout: float = option(0.0, "Probability of leaving a block unrotated in training.")
     fan_in_fan_out: bool = shared("fan_in_fan_out")
     bias: str = shared("bias")
+    modules_to_save: list[str] | None = shared("modules_to_save")
     init_weights: bool = shared("init_weights")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,17 +9,21 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .room import AddRoom, LayersConfig, RoomModel, option, pattern_value, positive, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, option, pattern_value, positive, register, shared
 
 
 @dataclass
-class C3AConfig(LayersConfig):
+class C3AConfig(RoomConfig):
     """Options of C3A."""
 
     block_size: int = option(
         256, "Size of the circulant blocks; has to divide the input and output sizes of all adapted layers."
     )
+    target_modules: list[str] | str | None = shared("target_modules")
     bias: str = shared("bias")
+    modules_to_save: list[str] | None = shared("modules_to_save")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
     block_size_pattern: dict | None = option({}, "Module name or regular expression -> block size, where it differs.")
     init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] | None = option(
         "xavier_uniform", "Initialisation of the kernel; True: zeros (no change), False: 'xavier_uniform'."

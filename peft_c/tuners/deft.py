@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .room import AddRoom, RoomModel, SelectiveConfig, Unscaled, dropout, option, positive, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, Unscaled, dropout, option, positive, register, shared
 
 
 @dataclass
-class DeftConfig(SelectiveConfig):
+class DeftConfig(RoomConfig):
     """Options of DEFT."""
 
     r: int = option(8, "Dimension of the subspace; more than the layer's outputs counts as their number.")
+    target_modules: list[str] | str | None = shared("target_modules")
+    exclude_modules: list[str] | str | None = shared("exclude_modules")
     decomposition_method: Literal["relu", "qr"] = option(
         "relu",
         "Projector onto the subspace: 'relu': P relu(P)^T; 'qr': Q Q^T with P = Q R, which is orthogonal.",
@@ -28,7 +30,10 @@ class DeftConfig(SelectiveConfig):
     fan_in_fan_out: bool = shared("fan_in_fan_out")
     deft_dropout: float = option(0.0, "Dropout probability of the input of the injected term.")
     init_weights: bool = shared("init_weights")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
     bias: str = shared("bias")
+    modules_to_save: list[str] | None = shared("modules_to_save")
 
 
 class DeftLinear(Unscaled, AddRoom):

@@ -11,22 +11,27 @@ from torch import nn
 
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import AddRoom, RoomModel, SelectiveConfig, kaiming, option, pattern_value, positive, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, kaiming, option, pattern_value, positive, register, shared
 
 
 @dataclass
-class DeloraConfig(SelectiveConfig):
+class DeloraConfig(RoomConfig):
     """Options of DeLoRA."""
 
     r: int = option(8, "Rank of the delta.", positive=True)
     delora_lambda: int = option(15, "Start value of the bound of the delta's Frobenius norm.")
     module_dropout: float = option(0.0, "Dropout probability of the adapter's input.")
+    target_modules: list[str] | str | None = shared("target_modules")
+    exclude_modules: list[str] | str | None = shared("exclude_modules")
     bias: Literal["none", "all", "delora_only"] = shared("bias")
     init_weights: bool = shared("init_weights")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
     rank_pattern: dict | None = shared("rank_pattern")
     lambda_pattern: dict | None = option(
         {}, "Module name or regular expression -> lambda, where it differs from `delora_lambda`."
     )
+    modules_to_save: list[str] | None = shared("modules_to_save")
 
 
 class DeloraLinear(AddRoom):

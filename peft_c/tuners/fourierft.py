@@ -8,18 +8,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from .room import AddRoom, RoomModel, SelectiveConfig, option, pattern_value, positive, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, option, pattern_value, positive, register, shared
 
 
 @dataclass
-class FourierFTConfig(SelectiveConfig):
+class FourierFTConfig(RoomConfig):
     """Options of FourierFT."""
 
     n_frequency: int = option(1000, "Number of trained frequencies of each layer, from 1 to in * out.")
     scaling: float = option(150.0, "Factor of the delta; the paper uses 100 to 300.")
     random_loc_seed: int | None = option(777, "Seed of the choice of frequencies.")
     fan_in_fan_out: bool = shared("fan_in_fan_out")
+    target_modules: list[str] | str | None = shared("target_modules")
+    exclude_modules: list[str] | str | None = shared("exclude_modules")
     bias: str = shared("bias")
+    modules_to_save: list[str] | None = shared("modules_to_save")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
     n_frequency_pattern: dict | None = option(
         {}, "Module name or regular expression -> n_frequency, where it differs."
     )

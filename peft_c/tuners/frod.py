@@ -11,7 +11,7 @@ from torch import nn
 
 from . import law
 from ._buffer_dict import BufferDict
-from .room import State, linear, option, register, weight_view
+from .room import State, linear, option, register, shared, weight_view
 from .shared_room import ProjectionConfig, SeededModel, SharedRoom, check_projections, wide
 
 
@@ -19,7 +19,16 @@ from .shared_room import ProjectionConfig, SeededModel, SharedRoom, check_projec
 class FrodConfig(ProjectionConfig):
     """Options of FRoD."""
 
+    target_modules: list[str] | str | None = shared("target_modules")
+    projection_prng_key: int = shared("projection_prng_key")
+    save_projection: bool = shared("save_projection")
     frod_dropout: float = option(0.0, "Probability of dropping an input feature of the adapter in training.")
+    fan_in_fan_out: bool = shared("fan_in_fan_out")
+    bias: str = shared("bias")
+    modules_to_save: list[str] | None = shared("modules_to_save")
+    init_weights: bool = shared("init_weights")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
     sparse_rate: float = option(0.01, "Part of the entries off the diagonal that are trained, from 0 to 1.")
     regularization_alpha: float = option(1e-3, "Keeps the joint decomposition stable if weights are alike.")
     progressbar: bool = option(True, "Whether to show a progress bar of the decompositions.")

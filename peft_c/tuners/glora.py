@@ -9,15 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .room import AddRoom, RoomModel, TargetConfig, kaiming, option, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, kaiming, option, register, shared
 
 
 @dataclass
-class GloraConfig(TargetConfig):
+class GloraConfig(RoomConfig):
     """Options of GLoRA. ValueError: an unknown form in `config_A_B`, `config_C` or `config_D_E`."""
 
     r: int = option(8, "Rank of the supports of form 'lora'.")
+    target_modules: list[str] | str | None = shared("target_modules")
     bias: str = shared("bias")
+    modules_to_save: list[str] | None = shared("modules_to_save")
     config_A_B: Literal["lora", "vector", "constant", "none"] = option(
         "lora",
         "Form of A and B, which scale and shift the weight: low-rank, one number an output, one number, none.",

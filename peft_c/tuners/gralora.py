@@ -7,15 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .room import AddRoom, LayersConfig, RoomModel, dropout, kaiming, option, positive, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, dropout, kaiming, option, positive, register, shared
 
 
 @dataclass
-class GraloraConfig(LayersConfig):
+class GraloraConfig(RoomConfig):
     """Options of GraLoRA. ValueError: `gralora_k` is not positive or does not divide `r`."""
 
     r: int = option(32, "Rank of each of the k rows of factors; has to be a multiple of `gralora_k`.")
     hybrid_r: int = option(0, "Rank of a plain low-rank term beside the blocks; 0: none.")
+    target_modules: list[str] | str | None = shared("target_modules")
     alpha: int = option(64, "The delta is scaled by alpha / (r + hybrid_r).")
     gralora_dropout: float = option(0.0, "Dropout probability of the adapter's input.")
     gralora_k: int = option(
@@ -23,7 +24,10 @@ class GraloraConfig(LayersConfig):
     )
     fan_in_fan_out: bool = shared("fan_in_fan_out")
     bias: str = shared("bias")
+    modules_to_save: list[str] | None = shared("modules_to_save")
     init_weights: bool = shared("init_weights")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,20 +9,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .room import AddRoom, RoomModel, SelectiveConfig, kaiming, option, pattern_value, positive, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, kaiming, option, pattern_value, positive, register, shared
 from .shared_room import wide
 
 
 @dataclass
-class HiraConfig(SelectiveConfig):
+class HiraConfig(RoomConfig):
     """Options of HiRA."""
 
     r: int = option(32, "Rank of the matrix that the base weight is multiplied by.")
+    target_modules: list[str] | str | None = shared("target_modules")
+    exclude_modules: list[str] | str | None = shared("exclude_modules")
     hira_dropout: float = option(0.0, "Dropout probability of the adapter's input, but for embeddings.")
     fan_in_fan_out: bool = shared("fan_in_fan_out")
+    modules_to_save: list[str] | None = shared("modules_to_save")
     init_weights: bool | Literal["gaussian"] | None = option(
         True, "Start of A, beside B = 0: True: kaiming uniform, 'gaussian': normal; False: both at random, for tests."
     )
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
     rank_pattern: dict | None = shared("rank_pattern")
 
 

@@ -9,17 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from .room import MapRoom, RoomModel, SelectiveConfig, Unscaled, kaiming, option, positive, register, shared
+from .room import MapRoom, RoomConfig, RoomModel, Unscaled, kaiming, option, positive, register, shared
 
 
 @dataclass
-class HRAConfig(SelectiveConfig):
+class HRAConfig(RoomConfig):
     """Options of HRA."""
 
     r: int = option(8, "Number of reflections; an even number, or new adapters do change the layer.")
     apply_GS: bool = option(False, "Whether to orthogonalise the reflections' vectors (Gram-Schmidt).")
+    target_modules: list[str] | str | None = shared("target_modules")
+    exclude_modules: list[str] | str | None = shared("exclude_modules")
     init_weights: bool = shared("init_weights")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
     bias: str = shared("bias")
+    modules_to_save: list[str] | None = shared("modules_to_save")
 
 
 class HRALayer(Unscaled, MapRoom):

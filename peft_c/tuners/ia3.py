@@ -12,18 +12,20 @@ from torch import nn
 
 from ..utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
 from ..utils.other import ModulesToSaveWrapper, _freeze_adapter
-from .room import MapRoom, RoomModel, TargetConfig, option, register, shared
+from .room import MapRoom, RoomConfig, RoomModel, option, register, shared
 
 
 @dataclass
-class IA3Config(TargetConfig):
+class IA3Config(RoomConfig):
     """Options of (IA)^3."""
 
+    target_modules: list[str] | str | None = shared("target_modules")
     exclude_modules: list[str] | str | None = shared("exclude_modules")
     feedforward_modules: list[str] | str | None = option(
         None, "Those of the targets whose input is scaled, not the output: names, or a regular expression."
     )
     fan_in_fan_out: bool = shared("fan_in_fan_out")
+    modules_to_save: list[str] | None = shared("modules_to_save")
     init_ia3_weights: bool = option(True, "Whether new adapters start as no change (ones); False: standard normal.")
 
     def __post_init__(self) -> None:

@@ -339,7 +339,9 @@ def record_bytes(layer: Any) -> int:
 
 def describe(layer: Any) -> str:
     """ "lora.Linear", for messages."""
-    return ".".join((*type(layer).__module__.split(".")[-2:-1], type(layer).__name__))
+    module = type(layer).__module__
+    method = module.partition(".tuners.")[2].partition(".")[0] or module.rpartition(".")[2]
+    return f"{method}.{type(layer).__name__}"
 
 
 def _broken(names: Iterable[str], what: str = "weights") -> ValueError:

@@ -9,17 +9,22 @@ import torch
 from torch import nn
 
 from .law import LowRank
-from .room import AddRoom, RoomModel, SelectiveConfig, kaiming, option, positive, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, kaiming, option, positive, register, shared
 
 
 @dataclass
-class LilyConfig(SelectiveConfig):
+class LilyConfig(RoomConfig):
     """Options of Lily. ValueError: `stride_A` is less than 1 or `num_B` less than 2."""
 
     r: int = option(32, "Rank; as factors are shared, 2 to 4 times what LoRA would have.")
     stride_A: int = option(1, "Number of neighbouring layers that share one A.")
     num_B: int = option(2, "Number of factors B, which all layers share and each router mixes.")
     scaling: float = option(1.0, "Factor of the adapter's output.")
+    target_modules: list[str] | str | None = shared("target_modules")
+    exclude_modules: list[str] | str | None = shared("exclude_modules")
+    modules_to_save: list[str] | None = shared("modules_to_save")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
     init_weights: bool = shared("init_weights")
 
     def __post_init__(self) -> None:

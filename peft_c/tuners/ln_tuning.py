@@ -11,14 +11,16 @@ from torch import nn
 
 from . import law
 from .base_view import BaseView
-from .room import Room, RoomModel, TargetConfig, register, shared
+from .room import Room, RoomConfig, RoomModel, register, shared
 
 
 @dataclass
-class LNTuningConfig(TargetConfig):
+class LNTuningConfig(RoomConfig):
     """Options of LayerNorm tuning."""
 
+    target_modules: list[str] | str | None = shared("target_modules")
     exclude_modules: list[str] | str | None = shared("exclude_modules")
+    modules_to_save: list[str] | None = shared("modules_to_save")
 
 
 class LNTuningLayer(Room):

@@ -8,20 +8,27 @@ import torch
 from torch import nn
 
 from .law import LowRank
-from .lycoris_utils import LycorisConfig, LycorisLayer, LycorisTuner
-from .room import option, register, shared
+from .lycoris_utils import LycorisLayer, LycorisTuner
+from .room import RoomConfig, option, register, shared
 
 
 @dataclass
-class LoHaConfig(LycorisConfig):
+class LoHaConfig(RoomConfig):
     """Options of LoHa."""
 
+    rank_pattern: dict | None = shared("rank_pattern")
+    alpha_pattern: dict | None = shared("alpha_pattern")
     r: int = option(8, "Rank of each of the two matrices; their product has a rank of up to r * r.")
     alpha: int = option(8, "The delta is scaled by alpha / r.")
     rank_dropout: float = option(0.0, "Probability of dropping a row of the delta in training.")
     module_dropout: float = option(0.0, "Probability of leaving out the adapter of a layer in training.")
     use_effective_conv2d: bool = option(False, "Whether kernels larger than 1 get a factor of their own.")
+    target_modules: list[str] | str | None = shared("target_modules")
+    exclude_modules: list[str] | str | None = shared("exclude_modules")
     init_weights: bool = shared("init_weights")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
+    modules_to_save: list[str] | None = shared("modules_to_save")
 
 
 class LoHaLayer(LycorisLayer):

@@ -8,14 +8,16 @@ from typing import Literal
 import torch
 from torch import nn
 
-from .lycoris_utils import LycorisConfig, LycorisLayer, LycorisTuner
-from .room import option, register
+from .lycoris_utils import LycorisLayer, LycorisTuner
+from .room import RoomConfig, option, register, shared
 
 
 @dataclass
-class LoKrConfig(LycorisConfig):
+class LoKrConfig(RoomConfig):
     """Options of LoKr."""
 
+    rank_pattern: dict | None = shared("rank_pattern")
+    alpha_pattern: dict | None = shared("alpha_pattern")
     r: int = option(
         8, "Rank of the second matrix (and of the first, with `decompose_both`), where that saves anything."
     )
@@ -28,9 +30,14 @@ class LoKrConfig(LycorisConfig):
         -1, "Size of the first matrix, where it divides the layer's; -1: as square as can be."
     )
     rank_dropout_scale: bool = option(False, "Whether rank dropout keeps the mean of the delta.")
+    target_modules: list[str] | str | None = shared("target_modules")
+    exclude_modules: list[str] | str | None = shared("exclude_modules")
     init_weights: bool | Literal["lycoris"] = option(
         True, "True: the first matrix starts at zero; 'lycoris': the second does; False: none, which is for tests."
     )
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
+    modules_to_save: list[str] | None = shared("modules_to_save")
 
 
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:

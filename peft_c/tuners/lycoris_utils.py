@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .room import AddRoom, RoomModel, SelectiveConfig, apply_weight, kaiming, pattern_value, positive, shared
-
-
-@dataclass
-class LycorisConfig(SelectiveConfig):
-    """Options of all LyCORIS methods."""
-
-    rank_pattern: dict | None = shared("rank_pattern")
-    alpha_pattern: dict | None = shared("alpha_pattern")
+from .room import AddRoom, RoomModel, apply_weight, kaiming, pattern_value, positive
 
 
 class LycorisLayer(AddRoom):
@@ -100,7 +91,7 @@ class LycorisLayer(AddRoom):
 class LycorisTuner(RoomModel):
     """Injects a LyCORIS method, with rank and alpha by module."""
 
-    def settings(self, config: LycorisConfig, key: str, base: nn.Module) -> dict[str, Any]:
+    def settings(self, config: Any, key: str, base: nn.Module) -> dict[str, Any]:
         return {
             "r": pattern_value(config.rank_pattern, key, config.r),
             "alpha": pattern_value(config.alpha_pattern, key, config.alpha),

@@ -10,21 +10,26 @@ import torch.nn.functional as F
 from torch import nn
 
 from .law import LowRank
-from .room import AddRoom, RoomModel, SelectiveConfig, Unscaled, kaiming, option, positive, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, Unscaled, kaiming, option, positive, register, shared
 from .shared_room import wide
 
 
 @dataclass
-class MissConfig(SelectiveConfig):
+class MissConfig(RoomConfig):
     """Options of MiSS."""
 
     r: int = option(64, "Rank: the number of input features that a block covers.")
     miss_dropout: float = option(0.0, "Dropout probability of the adapter's input; not used by 'bat'.")
     mini_r: int = option(1, "With 'mini': number of output features that a block covers; has to divide them.")
+    target_modules: list[str] | str | None = shared("target_modules")
+    exclude_modules: list[str] | str | None = shared("exclude_modules")
     init_weights: bool | Literal["bat", "mini"] = option(
         True, "Form of the delta, starting at zero: True, 'bat' or 'mini'; False: that of True, starting at random."
     )
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
     bias: str = shared("bias")
+    modules_to_save: list[str] | None = shared("modules_to_save")
 
 
 class MissLinear(Unscaled, AddRoom):

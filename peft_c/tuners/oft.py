@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .room import MapRoom, RoomModel, SelectiveConfig, State, Unscaled, option, positive, register, shared
+from .room import MapRoom, RoomConfig, RoomModel, State, Unscaled, option, positive, register, shared
 
 
 @dataclass
-class OFTConfig(SelectiveConfig):
+class OFTConfig(RoomConfig):
     """Options of OFT. ValueError unless exactly one of `r` and `oft_block_size` is given."""
 
     r: int = option(0, "Number of blocks in a layer, in place of their size.")
@@ -21,9 +21,14 @@ class OFTConfig(SelectiveConfig):
     module_dropout: float = option(
         0.0, "Probability of leaving a block unrotated in training; has no effect, as in PEFT."
     )
+    target_modules: list[str] | str | None = shared("target_modules")
     fan_in_fan_out: bool = shared("fan_in_fan_out")
     bias: Literal["none", "all", "oft_only"] = shared("bias")
+    exclude_modules: list[str] | str | None = shared("exclude_modules")
     init_weights: bool = shared("init_weights")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
+    modules_to_save: list[str] | None = shared("modules_to_save")
     coft: bool = option(False, "Whether to keep the rotations near the identity (constrained OFT).")
     eps: float = option(6e-5, "How near, with `coft`: the greatest norm of all blocks' generators.")
     block_share: bool = option(False, "Whether all blocks of a layer share one rotation.")

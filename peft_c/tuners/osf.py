@@ -13,20 +13,22 @@ from torch import nn
 from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import AddRoom, RoomModel, TargetConfig, option, positive, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, option, positive, register, shared
 
 
 @dataclass
-class OSFConfig(TargetConfig):
+class OSFConfig(RoomConfig):
     """Options of OSF. A rank is a number, or a fraction in (0, 1] of a weight's smaller size."""
 
     effective_rank: int | float | None = option(
         None, "Number of the largest singular directions that stay as they are; the others are trained. None: half."
     )
+    target_modules: list[str] | str | None = shared("target_modules")
     rank_pattern: dict[str, int | float] | None = option(
         None, "Regular expression to find in a module's name -> effective rank, where it differs."
     )
     init_weights: bool | None = shared("init_weights")
+    modules_to_save: list[str] | None = shared("modules_to_save")
     target_svd_config: dict[str, int] | None = option(None, "Accepted for the sake of old files; has no effect.")
 
 

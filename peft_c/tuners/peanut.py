@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .law import LowRank
-from .room import AddRoom, RoomModel, SelectiveConfig, kaiming, option, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, kaiming, option, register, shared
 
 ACTIVATIONS = {name: getattr(F, name) for name in ("relu", "relu6", "gelu", "silu", "mish", "tanh", "sigmoid")}
 
@@ -33,13 +33,18 @@ def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 @dataclass
-class PeanutConfig(SelectiveConfig):
+class PeanutConfig(RoomConfig):
     """Options of PEANuT. ValueError: `r` is not positive, `depth` is negative, or `act_fn` is unknown."""
 
     r: int = option(32, "Width of the network, which is the rank of the delta.", positive=True)
     depth: int = option(0, "Number of hidden layers in the encoder, and in the decoder.")
     act_fn: str = option("relu", "Activation function of the network, by transformers' name for it.")
     scaling: float = option(1.0, "Factor of the delta.")
+    target_modules: list[str] | str | None = shared("target_modules")
+    exclude_modules: list[str] | str | None = shared("exclude_modules")
+    modules_to_save: list[str] | None = shared("modules_to_save")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
     init_weights: bool = shared("init_weights")
 
     def __post_init__(self) -> None:

@@ -11,17 +11,19 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .room import Room, RoomModel, TargetConfig, kaiming, option, positive, register, shared
+from .room import Room, RoomConfig, RoomModel, kaiming, option, positive, register, shared
 
 EPS = 1e-12
 
 
 @dataclass
-class PolyConfig(TargetConfig):
+class PolyConfig(RoomConfig):
     """Options of Poly."""
 
     r: int = option(8, "Rank of each skill.")
+    target_modules: list[str] | str | None = shared("target_modules")
     exclude_modules: list[str] | str | None = shared("exclude_modules")
+    modules_to_save: list[str] | None = shared("modules_to_save")
     init_weights: bool = shared("init_weights")
     poly_type: Literal["poly"] = option("poly", "Kind of router; there is one.")
     n_tasks: int = option(1, "Number of tasks.")

@@ -13,14 +13,16 @@ from torch import nn
 from ..utils.integrations import gather_params_ctx
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import AddRoom, RoomModel, SelectiveConfig, dropout, option, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, dropout, option, register, shared
 
 
 @dataclass
-class PsoftConfig(SelectiveConfig):
+class PsoftConfig(RoomConfig):
     """Options of PSOFT."""
 
     r: int = option(32, "Dimension of the principal subspace.", positive=True)
+    target_modules: list[str] | str | None = shared("target_modules")
+    exclude_modules: list[str] | str | None = shared("exclude_modules")
     psoft_alpha: int = option(32, "The adapter's output is scaled by psoft_alpha / r, its subspace by the inverse.")
     psoft_dropout: float = option(0.0, "Dropout probability of the adapter's input.")
     fan_in_fan_out: bool = shared("fan_in_fan_out")
@@ -42,7 +44,10 @@ class PsoftConfig(SelectiveConfig):
     cayley_neumann_eps: float | None = option(
         None, "Bound, between 0 and 1, of the Frobenius norm of what the series is made of; None: no bound."
     )
+    modules_to_save: list[str] | None = shared("modules_to_save")
     init_weights: bool = shared("init_weights")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
 
     def __post_init__(self) -> None:
         super().__post_init__()

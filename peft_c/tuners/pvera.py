@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .law import LowRank
-from .room import option, positive, register
+from .room import option, positive, register, shared
 from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, drawn, wide
 
 
@@ -18,8 +18,17 @@ class PveraConfig(ProjectionConfig):
     """Options of PVeRA."""
 
     r: int = option(256, "Rank; larger than for LoRA, as only 2 r + out_features numbers a layer are trained.")
+    target_modules: list[str] | str | None = shared("target_modules")
+    projection_prng_key: int = shared("projection_prng_key")
+    save_projection: bool = shared("save_projection")
     pvera_dropout: float = option(0.0, "Probability of dropping an input feature of the adapter in training.")
     d_initial: float = option(0.1, "Initial value of lambda_d; smaller ones such as 1e-7 may train better.")
+    fan_in_fan_out: bool = shared("fan_in_fan_out")
+    bias: str = shared("bias")
+    modules_to_save: list[str] | None = shared("modules_to_save")
+    init_weights: bool = shared("init_weights")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
     sample_at_inference: bool = option(False, "Whether to sample in eval mode, too; if not, the mean is used.")
     generator_seed: int | None = option(None, "Seed of the sampling; None: torch's global generator.")
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .law import LowRank
-from .room import option, positive, register
+from .room import option, positive, register, shared
 from .shared_room import ProjectionConfig, ProjectionModel, SharedRoom, wide
 
 
@@ -20,10 +20,19 @@ class RandLoraConfig(ProjectionConfig):
     """Options of RandLoRA."""
 
     r: int = option(32, "Rank of each random matrix; a smaller one means more of them and more to train.")
+    target_modules: list[str] | str | None = shared("target_modules")
+    projection_prng_key: int = shared("projection_prng_key")
+    save_projection: bool = shared("save_projection")
     sparse: bool = option(False, "Whether the random matrices are ternary, with a third of the entries not zero.")
     very_sparse: bool = option(False, "The same with 1 / sqrt(smallest dimension) of the entries not zero.")
     randlora_dropout: float = option(0.0, "Probability of dropping an input feature of the adapter in training.")
+    fan_in_fan_out: bool = shared("fan_in_fan_out")
     randlora_alpha: int = option(640, "The delta is scaled by randlora_alpha / r; 20 times r is usual.")
+    bias: str = shared("bias")
+    modules_to_save: list[str] | None = shared("modules_to_save")
+    init_weights: bool = shared("init_weights")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
 
 
 class UniqueBaseGrad(torch.autograd.Function):

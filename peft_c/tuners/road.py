@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .room import MapRoom, RoomModel, TargetConfig, option, register, shared
+from .room import MapRoom, RoomConfig, RoomModel, option, register, shared
 
 RoadVariant = Literal["road_1", "road_2", "road_4"]
 # how often parameters differ: by cosine and sine, and by the two members of a pair
@@ -16,7 +16,7 @@ VARIANTS = {"road_1": (1, 1), "road_2": (1, 2), "road_4": (2, 2)}
 
 
 @dataclass
-class RoadConfig(TargetConfig):
+class RoadConfig(RoomConfig):
     """Options of RoAd. ValueError: an unknown `variant`, or a `group_size` that is no positive even number."""
 
     variant: str | RoadVariant = option(
@@ -26,6 +26,8 @@ class RoadConfig(TargetConfig):
         64, "Outputs i and i + group_size / 2 of a group form a pair; has to be even and divide the output size."
     )
     init_weights: bool = shared("init_weights")
+    target_modules: list[str] | str | None = shared("target_modules")
+    modules_to_save: list[str] | None = shared("modules_to_save")
 
     def __post_init__(self) -> None:
         super().__post_init__()

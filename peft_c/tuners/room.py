@@ -2,8 +2,7 @@
 
 A method is one file with three classes and one call of `register`:
 
-- a `RoomConfig`: the options, each with its help text, of which the docstring is made. `TargetConfig`, `LayersConfig`
-  and `SelectiveConfig` have those that say what is adapted;
+- a `RoomConfig`: the options, in PEFT's order, each with its help text, of which the docstring is made;
 - a `Room`: the parameters of an adapter (`create`) and what they do to a layer (the law, below);
 - a `RoomModel`: which base layers the method adapts with which room;
 
@@ -84,6 +83,11 @@ SHARED_OPTIONS: dict[str, tuple[Any, str]] = {
     "init_weights": (True, "Whether new adapters start as no change; False: at random, for tests."),
     "bias": ("none", "Biases to train: 'none', 'all' of the model's, or '<method>_only', those of adapted layers."),
     "rank_pattern": ({}, "Module name or regular expression -> rank, where it differs from `r`."),
+    "projection_prng_key": (0, "Seed of the projections."),
+    "save_projection": (
+        True,
+        "Whether to save the projections; if not, they are drawn again from the seed when loading.",
+    ),
     "alpha_pattern": ({}, "Module name or regular expression -> alpha, where it differs from `alpha`."),
 }
 
@@ -131,29 +135,6 @@ class RoomConfig(PeftConfig):
                     raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
         if pattern and layers is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-
-
-@dataclass
-class TargetConfig(RoomConfig):
-    """What is adapted: modules by name."""
-
-    target_modules: list[str] | str | None = shared("target_modules")
-    modules_to_save: list[str] | None = shared("modules_to_save")
-
-
-@dataclass
-class LayersConfig(TargetConfig):
-    """What is adapted: modules by name, in some of the model's layers."""
-
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
-
-
-@dataclass
-class SelectiveConfig(LayersConfig):
-    """What is adapted: modules by name, in some of the model's layers, without those that are excluded."""
-
-    exclude_modules: list[str] | str | None = shared("exclude_modules")
 
 
 # ------------------------------------------------------------------------------------------------------------- layers

@@ -11,14 +11,8 @@ from typing import Any
 from torch import nn
 
 from ..utils.peft_types import TaskType
-from .room import RoomModel, SelectiveConfig, option, register, shared
-from .shadow_backbone import (
-    blocks_of,
-    build_backbone,
-    freeze_embeddings,
-    hidden_size_of,
-    is_diffusion_transformer,
-)
+from .room import RoomConfig, RoomModel, option, register, shared
+from .shadow_backbone import blocks_of, build_backbone, freeze_embeddings, hidden_size_of, is_diffusion_transformer
 from .shadow_path import MERGE_MESSAGE, ShadowCarrier, ShadowLayer, ShadowPath  # noqa: F401
 
 _MIRROR_OPTIONS = (
@@ -30,12 +24,13 @@ _MIRROR_OPTIONS = (
 
 
 @dataclass
-class ShadowConfig(SelectiveConfig):
+class ShadowConfig(RoomConfig):
     """Options of ShadowPEFT. ValueError for options of a mirrored shadow beside a pretrained one."""
 
     target_modules: list[str] | str | None = option(
         None, "Blocks (not linear layers) to wrap; None: all of the model's."
     )
+    exclude_modules: list[str] | str | None = shared("exclude_modules")
     r: int = option(8, "Rank of the correction of a block's input.")
     shadow_alpha: float = option(0.1, "Factor of the correction.")
     shadow_dropout: float = option(0.2, "Dropout of what the correction is computed from.")
@@ -51,6 +46,9 @@ class ShadowConfig(SelectiveConfig):
     share_embeddings: bool = option(True, "Whether a mirrored shadow uses the base model's frozen embeddings.")
     update_hidden_size: int | None = option(None, "Hidden size of the networks that update the shadow; None: r.")
     auxiliary_loss_weight: float = option(0.05, "Weight of the shadow's own loss; 0: none.")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
+    modules_to_save: list[str] | None = shared("modules_to_save")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ._buffer_dict import BufferDict
-from .room import AddRoom, LayersConfig, RoomModel, State, option, shared
+from .room import AddRoom, RoomConfig, RoomModel, State
 from .targets import _maybe_include_all_linear_layers, outer_modules
 from .tuner_layer import BaseTunerLayer, _get_in_out_features
 
@@ -24,14 +24,6 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in fp32 if it is a half-precision one on the CPU, else itself."""
     half = tensor.device.type == "cpu" and tensor.dtype in (torch.float16, torch.bfloat16)
     return tensor.float() if half else tensor
-
-
-@dataclass
-class SharedRoomConfig(LayersConfig):
-    """Options that all these methods have."""
-
-    fan_in_fan_out: bool = shared("fan_in_fan_out")
-    bias: str = shared("bias")
 
 
 class SharedRoom(AddRoom):
@@ -81,14 +73,8 @@ class SharedRoomModel(RoomModel):
 
 
 @dataclass
-class ProjectionConfig(SharedRoomConfig):
-    """Options of methods with projections that are random and frozen."""
-
-    init_weights: bool = shared("init_weights")
-    projection_prng_key: int = option(0, "Seed of the projections.")
-    save_projection: bool = option(
-        True, "Whether to save the projections; if not, they are drawn again from the seed when loading."
-    )
+class ProjectionConfig(RoomConfig):
+    """Base of the configs of methods with projections that are random and frozen."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .room import RoomModel, State, TargetConfig, option, positive, register, shared
+from .room import RoomConfig, RoomModel, State, option, positive, register, shared
 from .sparse_room import SparseRoom, _warn_once_about_module_hooks  # noqa: F401
 from .tuner_layer import _get_in_out_features
 
@@ -31,7 +31,7 @@ def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, *
 
 
 @dataclass
-class ShiraConfig(TargetConfig):
+class ShiraConfig(RoomConfig):
     """Options of SHiRA.
 
     The attribute `mask_fn(base_layer, r)`, which may be set, returns the mask of the trained elements: a
@@ -41,8 +41,10 @@ class ShiraConfig(TargetConfig):
     r: int = option(32, "A layer gets as many parameters as a LoRA of this rank: r * (in + out).")
     mask_type: Literal["random"] = option("random", "How elements are chosen; any other value: set `mask_fn`.")
     random_seed: int | None = option(None, "Seed of the random mask.")
+    target_modules: list[str] | str | None = shared("target_modules")
     fan_in_fan_out: bool = shared("fan_in_fan_out")
     init_weights: bool = shared("init_weights")
+    modules_to_save: list[str] | None = shared("modules_to_save")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,14 +11,16 @@ from torch import nn
 
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import RoomModel, TargetConfig, dropout, kaiming, option, register, shared
+from .room import RoomConfig, RoomModel, dropout, kaiming, option, register, shared
 from .sparse_room import SparseRoom, _warn_once_about_module_hooks  # noqa: F401
 
 
 @dataclass
-class SupertuningConfig(TargetConfig):
+class SupertuningConfig(RoomConfig):
     """Options of Super-Tuning. ValueError for values out of range, and for `lora_alpha` without `r`."""
 
+    target_modules: list[str] | str | None = shared("target_modules")
+    modules_to_save: list[str] | None = shared("modules_to_save")
     sparsity: float = option(0.99, "Part of a weight's elements, in [0, 1), that are not trained.")
     select_top: bool = option(True, "Whether the elements of the largest magnitude are trained, or of the least.")
     r: int | None = option(None, "Rank of a LoRA beside the sparse part (Supra); None: no LoRA.")

@@ -13,24 +13,28 @@ from torch import nn
 
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import State, option, register, weight_view
-from .shared_room import SharedRoom, SharedRoomConfig, SharedRoomModel, check_projections, wide
+from .room import RoomConfig, State, option, register, shared, weight_view
+from .shared_room import SharedRoom, SharedRoomModel, check_projections, wide
 
 
 @dataclass
-class TinyLoraConfig(SharedRoomConfig):
+class TinyLoraConfig(RoomConfig):
     """Options of TinyLoRA."""
 
     r: int = option(2, "Number of singular vectors of each layer's weight.", positive=True)
     u: int = option(64, "Number of trained values of each group of layers.", positive=True)
     weight_tying: float = option(0.0, "From 0.0, each layer has values of its own, to 1.0, all layers share them.")
     projection_seed: int = option(42, "Seed of the random matrices; a layer's number is added to it.")
-    save_projection: bool = option(
-        True, "Whether to save the random matrices; if not, they are drawn again from the seed when loading."
-    )
+    save_projection: bool = shared("save_projection")
     init_v_bound: float = option(0.02, "Bound of the uniform distribution of the initial values.")
+    target_modules: list[str] | str | None = shared("target_modules")
     tinylora_dropout: float = option(0.0, "Probability of dropping an input feature of the adapter in training.")
+    fan_in_fan_out: bool = shared("fan_in_fan_out")
+    bias: str = shared("bias")
+    modules_to_save: list[str] | None = shared("modules_to_save")
     init_weights: bool | str = option(True, "True: start with zeros (no change); 'uniform' or False: uniform values.")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
 
     def __post_init__(self) -> None:
         super().__post_init__()

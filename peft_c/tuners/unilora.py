@@ -9,21 +9,27 @@ from torch import nn
 
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import State, option, register
-from .shared_room import SharedRoom, SharedRoomConfig, SharedRoomModel, wide
+from .room import RoomConfig, State, option, register, shared
+from .shared_room import SharedRoom, SharedRoomModel, wide
 
 
 @dataclass
-class UniLoraConfig(SharedRoomConfig):
+class UniLoraConfig(RoomConfig):
     """Options of Uni-LoRA."""
 
     r: int = option(4, "Rank.", positive=True)
     proj_seed: int = option(42, "Seed of the assignment of the vector's entries.")
     theta_d_length: int = option(256, "Length of the trained vector.", positive=True)
+    target_modules: list[str] | str | None = shared("target_modules")
     unilora_dropout: float = option(0.0, "Probability of dropping an input feature of the adapter in training.")
+    fan_in_fan_out: bool = shared("fan_in_fan_out")
+    bias: str = shared("bias")
+    modules_to_save: list[str] | None = shared("modules_to_save")
     init_theta_d_bound: float = option(0.02, "The vector starts uniform in plus and minus this.")
     init_weights: bool = option(True, "Whether the vector starts uniform; False: standard normal.")
     save_indices: bool = option(False, "Whether to save the assignment, too; if not, it is made from the seed again.")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,25 +8,31 @@ import torch
 from torch import nn
 
 from .law import LowRank
-from .room import State, option, positive, register, shared
-from .shared_room import SharedRoom, SharedRoomConfig, SharedRoomModel, wide
+from .room import RoomConfig, State, option, positive, register, shared
+from .shared_room import SharedRoom, SharedRoomModel, wide
 
 
 @dataclass
-class VBLoRAConfig(SharedRoomConfig):
+class VBLoRAConfig(RoomConfig):
     """Options of VB-LoRA."""
 
     r: int = option(4, "Rank.")
     num_vectors: int = option(256, "Number of vectors in the bank; more for larger models.")
     vector_length: int = option(256, "Length of the vectors; has to divide the sizes of all adapted layers.")
     topk: int = option(2, "Number of vectors that are mixed for each piece of a factor.")
+    target_modules: list[str] | str | None = shared("target_modules")
     exclude_modules: list[str] | str | None = shared("exclude_modules")
     save_only_topk_weights: bool = option(
         False, "Whether to save the mixtures only, not the logits: smaller, but training cannot be resumed."
     )
     vblora_dropout: float = option(0.0, "Probability of dropping an input feature of the adapter in training.")
+    fan_in_fan_out: bool = shared("fan_in_fan_out")
+    bias: str = shared("bias")
+    modules_to_save: list[str] | None = shared("modules_to_save")
     init_vector_bank_bound: float = option(0.02, "The bank starts uniform in plus and minus this; not at zero.")
     init_logits_std: float = option(0.1, "Standard deviation of the initial logits.")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
 
 
 class Linear(SharedRoom):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .law import LowRank
-from .room import option, positive, register
+from .room import option, positive, register, shared
 from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, drawn, wide
 
 
@@ -18,8 +18,17 @@ class VeraConfig(ProjectionConfig):
     """Options of VeRA."""
 
     r: int = option(256, "Rank; larger than for LoRA, as only r + out_features numbers a layer are trained.")
+    target_modules: list[str] | str | None = shared("target_modules")
+    projection_prng_key: int = shared("projection_prng_key")
+    save_projection: bool = shared("save_projection")
     vera_dropout: float = option(0.0, "Probability of dropping an input feature of the adapter in training.")
     d_initial: float = option(0.1, "Initial value of lambda_d; smaller ones such as 1e-7 may train better.")
+    fan_in_fan_out: bool = shared("fan_in_fan_out")
+    bias: str = shared("bias")
+    modules_to_save: list[str] | None = shared("modules_to_save")
+    init_weights: bool = shared("init_weights")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
 
 
 class Linear(SharedRoom):

@@ -11,13 +11,13 @@ from torch import nn
 
 from . import wavelets
 from .fourierft import random_places
-from .room import AddRoom, RoomModel, SelectiveConfig, option, pattern_value, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, option, pattern_value, register, shared
 from .targets import check_target_module_exists
 from .tuner_layer import BaseTunerLayer, _get_in_out_features
 
 
 @dataclass
-class WaveFTConfig(SelectiveConfig):
+class WaveFTConfig(RoomConfig):
     """Options of WaveFT. ValueError: an unknown `wavelet_family`."""
 
     n_frequency: int = option(2592, "Number of trained coefficients of each layer, from 1 to in * out.")
@@ -26,7 +26,12 @@ class WaveFTConfig(SelectiveConfig):
     use_idwt: bool = option(True, "False: the coefficients are entries of the delta themselves, without a transform.")
     random_loc_seed: int = option(777, "Seed of the choice of coefficients.")
     fan_in_fan_out: bool = shared("fan_in_fan_out")
+    target_modules: list[str] | str | None = shared("target_modules")
+    exclude_modules: list[str] | str | None = shared("exclude_modules")
     bias: str = shared("bias")
+    modules_to_save: list[str] | None = shared("modules_to_save")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_pattern: list[str] | str | None = shared("layers_pattern")
     n_frequency_pattern: dict | None = option(
         {}, "Module name or regular expression -> n_frequency, where it differs."
     )

@@ -1,9 +1,9 @@
 """peft_c has PEFT's names, with PEFT's signatures."""
 
+import dataclasses
 import importlib
 import inspect
 import warnings
-from dataclasses import is_dataclass
 
 import pytest
 
@@ -96,7 +96,7 @@ def _why_not_called_alike(theirs, mine) -> str | None:
                 continue
             return f"has no parameter {p.name!r}"
         moved = other.kind is not p.kind or named.index(other) != index
-        if p.kind is p.POSITIONAL_OR_KEYWORD and moved and not is_dataclass(theirs):  # configs are made by keywords
+        if p.kind is p.POSITIONAL_OR_KEYWORD and moved:
             return f"takes {p.name!r} at another place"
         if _default(p.default) != _default(other.default):
             return f"has the default {other.default!r} for {p.name!r}, not {p.default!r}"
@@ -194,5 +194,18 @@ def test_configs_have_the_same_fields(peft):
         theirs, mine = (
             getattr(importlib.import_module(package.__name__ + module), name) for package in (peft, peft_c)
         )
-        assert is_dataclass(mine)
+        assert dataclasses.is_dataclass(mine)
         assert list(mine.__dataclass_fields__) == list(theirs.__dataclass_fields__), name
+
+
+def test_configs_of_methods_are_called_alike(peft):
+    import peft_c
+
+    def parameters(config):
+        made = {f.name: f.default_factory for f in dataclasses.fields(config)}
+        start = {name: made[name]() for name in made if made[name] is not dataclasses.MISSING}
+        return [(p.name, p.kind, repr(start.get(p.name, p.default))) for p in _parameters(config)]
+
+    for method, theirs in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        mine = peft_c.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[method]
+        assert parameters(mine) == parameters(theirs), method
