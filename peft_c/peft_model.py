@@ -38,7 +38,12 @@ from .utils.peft_types import PeftType
 from .utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
 # Initialisations that change the base weights: (value of init_lora_weights, its name).
-_INITS_THAT_CHANGE_BASE_WEIGHTS = (("pissa", "PiSSA"), ("corda", "CorDA"), ("olora", "OLoRA"))
+# value of `init_lora_weights`, its name, and the section of its example that says how to convert adapters
+_INITS_THAT_CHANGE_BASE_WEIGHTS = (
+    ("pissa", "PiSSA", "convert-pissa-to-lora"),
+    ("corda", "CorDA", "convert-corda-to-lora"),
+    ("olora", "OLoRA", "olora-and-lora"),
+)
 
 
 def warn_if_name_in_prefix(adapter_name: str, prefix: str | None) -> None:
@@ -165,12 +170,12 @@ class AdapterLoadingMixin(hub.PushToHubMixin):
             raise ValueError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
         others = list(self.peft_config.values())
         inits = [getattr(config, "init_lora_weights", None) for config in (peft_config, *others)]
-        for init, name in _INITS_THAT_CHANGE_BASE_WEIGHTS:
+        for init, name, section in _INITS_THAT_CHANGE_BASE_WEIGHTS:
             if others and init in inits:
                 warnings.warn(
                     f"{name} changes the base weights of the model and should thus not be used with other adapters. "
-                    f"Consider converting the {name} adapter into a normal LoRA adapter: save it with "
-                    "`path_initial_model_for_weight_conversion`."
+                    f"Consider converting the {name} adapter into a normal LoRA adapter: "
+                    f"https://github.com/huggingface/peft/tree/main/examples/{init}_finetuning#{section}"
                 )
                 break
 

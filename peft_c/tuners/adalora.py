@@ -48,8 +48,8 @@ class AdaLoraConfig(LoraConfig):
                 raise ValueError(f"{self.peft_type} does not support {name}.")
         if self.r != 8:
             warnings.warn(
-                "Note that `r` is not used in AdaLora and will be ignored. Give the initial rank as `init_r` and the "
-                "final one as `target_r`."
+                "Note that `r` is not used in AdaLora and will be ignored."
+                "If you intended to set the initial rank, use `init_r` instead."
             )
         if self.total_step is None or self.total_step <= 0:
             raise ValueError("AdaLoRA does not work when `total_step` is None, supply a value > 0.")

@@ -11,12 +11,12 @@ from torch import nn
 
 from . import law
 from ._buffer_dict import BufferDict
-from .room import State, linear, option, register, shared, weight_view
-from .shared_room import ProjectionConfig, SeededModel, SharedRoom, check_projections, wide
+from .room import RoomConfig, State, linear, option, register, shared, weight_view
+from .shared_room import SeededModel, SharedRoom, check_projections, wide
 
 
 @dataclass
-class FrodConfig(ProjectionConfig):
+class FrodConfig(RoomConfig):
     """Options of FRoD."""
 
     target_modules: list[str] | str | None = shared("target_modules")

@@ -17,6 +17,7 @@ from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, dra
 class PveraConfig(ProjectionConfig):
     """Options of PVeRA."""
 
+    random = "pvera_A and pvera_B"
     r: int = option(256, "Rank; larger than for LoRA, as only 2 r + out_features numbers a layer are trained.")
     target_modules: list[str] | str | None = shared("target_modules")
     projection_prng_key: int = shared("projection_prng_key")

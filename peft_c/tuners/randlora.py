@@ -19,6 +19,7 @@ from .shared_room import ProjectionConfig, ProjectionModel, SharedRoom, wide
 class RandLoraConfig(ProjectionConfig):
     """Options of RandLoRA."""
 
+    random = "basis_A and basis_B"
     r: int = option(32, "Rank of each random matrix; a smaller one means more of them and more to train.")
     target_modules: list[str] | str | None = shared("target_modules")
     projection_prng_key: int = shared("projection_prng_key")

@@ -40,9 +40,9 @@ class TinyLoraConfig(RoomConfig):
         super().__post_init__()
         if not self.save_projection:
             warnings.warn(
-                "Specified to not save projection tensors P within the state dictionary. They will be restored from "
-                "`config.projection_seed`. Consider setting `config.save_projection` to `True` to guarantee restoring "
-                "the checkpoint correctly on all system configurations."
+                "Specified to not save projection tensors P within the state dictionary. They will be restored "
+                "using the PRNG key stored in `config.projection_seed`. Consider setting `config.save_projection` "
+                "to `True` to guarantee restoring the checkpoint correctly on all system configurations."
             )
         if not 0 <= self.weight_tying <= 1:
             raise ValueError(

@@ -436,7 +436,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     def init_modules(self, adapter_name: str, token_indices: list[int], tied_adapter: nn.Module | None) -> None:
         from ..tuners.trainable_tokens import TrainableTokensLayer
 
-        module = self._modules.pop("original_module")
+        module, self._modules["original_module"] = self._modules["original_module"], None  # shown in repr, as in PEFT
         self.token_adapter = TrainableTokensLayer(module, adapter_name, tied_adapter=tied_adapter)
 
     def _error_message_name(self) -> str:

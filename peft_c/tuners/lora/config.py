@@ -454,8 +454,9 @@ class LoraConfig(PeftConfig):
             warnings.warn(
                 "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion of modified "
                 "base weights PiSSA/CorDA/OLoRA/LoRA-GA means that you won't be able to pass "
-                "`path_initial_model_for_weight_conversion` to `save_pretrained` to get an adapter for the original "
-                "base weights. If you need that, use neither use_rslora nor the patterns."
+                "`path_initial_model_for_weight_conversion` to `save_pretrained` to restore the initial values of the "
+                "base weights; if you intend to do this, please ensure not to use rslora or "
+                "rank_pattern/alpha_pattern."
             )
 
     def _register_custom_module(self, mapping: dict[type[nn.Module], type[nn.Module]]) -> None:

@@ -1,0 +1,50 @@
+"""What users and their filters read: the same warnings and reprs as in PEFT."""
+
+import warnings
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import peft_c
+
+
+def two_adapters(package, scheme):
+    torch.manual_seed(0)
+    plain = package.LoraConfig(target_modules=["0"], r=2)
+    model = package.get_peft_model(nn.Sequential(nn.Linear(4, 4)), plain)
+    model._check_new_adapter_config(package.LoraConfig(target_modules=["0"], init_lora_weights=scheme), False)
+
+
+WARNINGS = {
+    "adalora": lambda p: p.AdaLoraConfig(r=4, total_step=10),
+    "vera": lambda p: p.VeraConfig(save_projection=False),
+    "pvera": lambda p: p.PveraConfig(save_projection=False),
+    "randlora": lambda p: p.RandLoraConfig(save_projection=False),
+    "tinylora": lambda p: p.TinyLoraConfig(save_projection=False),
+    "frod": lambda p: p.FrodConfig(save_projection=False),
+    "rslora": lambda p: p.LoraConfig(use_rslora=True, rank_pattern={"0": 2}, init_lora_weights="pissa"),
+    **{init: lambda p, init=init: two_adapters(p, init) for init in ("pissa", "olora")},
+}
+
+
+@pytest.mark.parametrize("case", WARNINGS)
+def test_warnings(case):
+    texts = []
+    for package in (peft, peft_c):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            WARNINGS[case](package)
+        texts.append([str(warning.message) for warning in caught])
+    assert texts[0] == texts[1]
+    assert texts[0] or case == "frod"
+
+
+def test_repr_of_a_layer_of_trainable_tokens():
+    texts = []
+    for package in (peft, peft_c):
+        config = package.LoraConfig(target_modules=["1"], trainable_token_indices={"0": [1, 2]})
+        model = package.get_peft_model(nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4)), config)
+        texts.append(repr(model.base_model.model))
+    assert texts[0] == texts[1]
