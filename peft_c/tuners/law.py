@@ -35,6 +35,7 @@ from .. import _C
 from ..utils.warning import PeftWarning
 from .base_view import BaseView
 from .merging import check_adapters_to_merge
+from .offloaded import onload_layer
 
 
 class LowRank(NamedTuple):
@@ -744,7 +745,8 @@ def suspend(layer: Any) -> None:
     if layer.__dict__.get("_merge_suspended") or not layer.merged:
         return
     names = list(layer.merged_adapters)
-    layer.unmerge()
+    with onload_layer(layer):
+        layer.unmerge()
     layer.merged_adapters[:] = names
     layer._merge_suspended = True
 
@@ -754,7 +756,8 @@ def resume(layer: Any) -> None:
     if layer.__dict__.pop("_merge_suspended", None):
         names = list(layer.merged_adapters)
         layer.merged_adapters.clear()
-        layer.merge(adapter_names=names)
+        with onload_layer(layer):
+            layer.merge(adapter_names=names)
 
 
 # ----------------------------------------------------------------------------------------------- a layer's methods

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
 from .. import _C
 from ..utils.matching import _get_submodules
+from .offloaded import onload_layer
 from .tuner_layer import BaseTunerLayer
 
 
@@ -37,65 +34,6 @@ def check_adapters_to_merge(module: BaseTunerLayer, adapter_names: list[str] | N
     else:
         warnings.warn("All adapters are already merged, nothing to do.")
     return names
-
-
-# --- offloaded layers ---
-
-
-def _offload_hook(module: nn.Module) -> Any | None:
-    """accelerate's hook that brings the module's weights in for a forward pass, or None."""
-    hooks = sys.modules.get("accelerate.hooks")
-    hook = getattr(module, "_hf_hook", None)
-    return hook if hooks is not None and isinstance(hook, hooks.AlignDevicesHook) and hook.offload else None
-
-
-def _merged_folder(dataset: Any) -> str:
-    """Where the changed weights of a model on disk go: beside the folder that they came from."""
-    entry = next(iter(dataset.index[name] for name in dict(dataset)))
-    parts = []
-    for part in os.path.split(entry["safetensors_file"]):
-        parts.append(part)
-        if "--" in part:
-            break
-    return os.path.join(*parts) + "-merged"
-
-
-@contextmanager
-def onload_layer(layer: nn.Module) -> Iterator[None]:
-    """While the block runs, a tuner layer's offloaded weights (on CPU or disk, by accelerate) are where it computes.
-
-    Afterwards they are offloaded again, the base layer's with the values that the block gave them. Does nothing for
-    layers that are not offloaded.
-    """
-    if "accelerate.hooks" not in sys.modules:
-        yield
-        return
-    parts = [(m, _offload_hook(m)) for name, m in layer.named_modules() if name not in ("", "base_layer")]
-    parts = [(module, hook) for module, hook in parts if hook is not None]
-    base_layer = getattr(layer, "base_layer", None)
-    base_hook = None if base_layer is None else _offload_hook(base_layer)
-    folder = None
-    if base_hook is not None:
-        dataset = getattr(base_hook.weights_map, "dataset", None)
-        if dataset is not None and torch.device("meta") in base_hook.original_devices.values():
-            folder = _merged_folder(dataset)
-        parts_and_base = [*parts, (base_layer, base_hook)]
-    else:
-        parts_and_base = parts
-    for module, hook in parts_and_base:
-        hook.pre_forward(module)
-    try:
-        yield
-    finally:
-        for module, hook in parts:
-            hook.post_forward(module, torch.tensor([]))
-        if base_hook is not None:
-            from accelerate.utils import named_module_tensors, offload_state_dict
-
-            base_hook.weights_map = {name: p.to("cpu") for name, p in named_module_tensors(base_layer)}
-            if folder is not None:
-                offload_state_dict(folder, base_hook.weights_map)
-            base_hook.post_forward(base_layer, torch.tensor([]))
 
 
 # --- weights that two layers share ---

@@ -14,6 +14,7 @@ from torch import nn
 from .. import _C
 from ..utils.warning import PeftWarning
 from ._buffer_dict import BufferDict
+from .offloaded import execution_device
 
 if TYPE_CHECKING:
     from ..utils.quantization_utils import QuantizationBackend
@@ -262,6 +263,8 @@ class BaseTunerLayer(_C.Layer, ABC):
         if isinstance(base_layer, nn.MultiheadAttention):
             base_layer = base_layer.out_proj
         base_device, dtype = self._get_base_layer_device_and_dtype(base_layer)
+        if base_device is not None and base_device.type == "meta":
+            base_device = execution_device(base_layer) or base_device
         device = base_device if device is None else device
         self._may_be_trainable(adapter_name)
         if device is None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from .. import hub, import_utils
 from ..mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from ..tuners.offloaded import onload, onload_adapters
 from .constants import (
     EMBEDDING_LAYER_NAMES,
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
@@ -182,7 +183,11 @@ def _embedding_entries(
         if not targeted or has_valid_embedding_base_layer(layer):
             name = get_embedding_layer_name(model, layer, targeted)
             if name:
-                entries.update({key: value for key, value in state_dict.items() if key.startswith(f"{name}.")})
+                module = model.get_submodule(name)
+                with onload(module.modules()):
+                    held = {f"{name}.{key}": value for key, value in module.state_dict().items()}
+                given = {key: value for key, value in state_dict.items() if key.startswith(f"{name}.")}
+                entries.update({key: held.get(key, value) if value.is_meta else value for key, value in given.items()})
     return entries
 
 
@@ -208,7 +213,8 @@ def get_peft_model_state_dict(
         model = getattr(model, "_orig_mod", model)
     config, tuner_cls = _config_and_tuner(model, adapter_name)
     others = [name for name in model.peft_config if name != adapter_name]
-    whole = model.state_dict() if state_dict is None else state_dict
+    with onload_adapters(model):
+        whole = model.state_dict() if state_dict is None else state_dict
     if not config.is_prompt_learning:
         # Nothing is left for methods whose keys do not name the adapter.
         whole = _filter_state_dict_for_adapter_name(whole, others) or whole
@@ -407,7 +413,8 @@ def set_peft_model_state_dict(
     for key, _, _ in mismatches:
         del state_dict[key]
 
-    result = model.load_state_dict(state_dict, strict=False, **({"assign": True} if low_cpu_mem_usage else {}))
+    with onload_adapters(model):
+        result = model.load_state_dict(state_dict, strict=False, **({"assign": True} if low_cpu_mem_usage else {}))
     if low_cpu_mem_usage:
         for module in model.modules():
             if hasattr(module, "_move_adapter_to_device_of_base_layer"):
