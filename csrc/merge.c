@@ -2,9 +2,15 @@
  *
  * A weight comes as a matrix (n, k), or a stack (e, n, k) of matrices that are worked on one after the other; so do
  * the operands: factors A (r, k), B (n, r), or one full delta (n, k). First everything is checked, then written. */
+#define _DEFAULT_SOURCE /* madvise */
 #include "merge.h"
 
 #include <stdlib.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+enum { LARGE_RECORD = 16 << 20 }; /* bytes of the bound: some thirtieth of it is used */
 
 /* What is added to the weight, as views. */
 typedef struct {
@@ -152,7 +158,7 @@ static pk_delta delta_at(const change *what, int64_t at) {
 }
 
 /* One kernel call on matrix `at`, without the GIL: adds `add`, takes out `take` (with `read`, its record, or NULL), or
- * both in one pass. `written`: NULL, or gets the new record (its data to be freed). A pk_status, or NO_MEMORY. */
+ * both in one pass. `written`: NULL, or room for the new record. A pk_status, or NO_MEMORY. */
 enum { NO_MEMORY = PK_EINVAL - 2 };
 static int run(const merge_job *job, int64_t at, const change *take, const pk_record *read, const change *add,
                unsigned flags, pk_record *written) {
@@ -162,11 +168,7 @@ static int run(const merge_job *job, int64_t at, const change *take, const pk_re
     const size_t size = pk_merge_work(&w, take ? &old : NULL, add ? &new_ : NULL);
     int status = NO_MEMORY;
     Py_BEGIN_ALLOW_THREADS void *work = size ? malloc(size) : NULL;
-    if (written != NULL) {
-        written->capacity = pk_record_bound(&w);
-        written->data = malloc(written->capacity ? written->capacity : 1);
-    }
-    if ((size == 0 || work != NULL) && (written == NULL || written->data != NULL)) {
+    if (size == 0 || work != NULL) {
         status = take == NULL  ? pk_merge(&w, &new_, flags, written, work, job->parallel)
                  : add == NULL ? pk_unmerge(&w, &old, read, work, job->parallel)
                                : pk_switch(&w, &old, read, &new_, flags, written, work, job->parallel);
@@ -186,15 +188,35 @@ static int status_error(int status) {
     return -1;
 }
 
-/* Record `at` of a tuple of bytes; false, and an empty one, for NULL. Borrowed memory. */
+/* The bytes of a record, borrowed; -1: exception, it is neither bytes nor a bytearray. */
+static int record_read(PyObject *bytes, pk_record *out) {
+    const bool array = PyByteArray_Check(bytes);
+    out->data = array ? PyByteArray_AsString(bytes) : PyBytes_AsString(bytes);
+    if (out->data == NULL) return -1;
+    out->size = out->capacity = (size_t)(array ? PyByteArray_Size(bytes) : PyBytes_Size(bytes));
+    return 0;
+}
+
+/* Record `at` of a tuple that records_get took; false for NULL. */
 static bool record_at(PyObject *records, int64_t at, pk_record *out) {
-    const pk_record none = {NULL, 0, 0};
-    *out = none;
-    if (records == NULL) return false;
-    PyObject *bytes = PyTuple_GetItem(records, (Py_ssize_t)at);
-    out->data = PyBytes_AsString(bytes);
-    out->size = out->capacity = (size_t)PyBytes_Size(bytes);
-    return true;
+    return records != NULL && record_read(PyTuple_GetItem(records, (Py_ssize_t)at), out) == 0;
+}
+
+/* Room for the record of matrix `at`, in a new bytearray that record_shrink gives back what is left of. Most of it is
+ * never touched; where much will be, the system is asked for large pages, which saves hundreds of page faults. */
+static PyObject *record_new(const merge_job *job, int64_t at, pk_record *out) {
+    const pk_mat w = matrix_at(&job->weight, at);
+    const size_t bound = pk_record_bound(&w);
+    PyObject *room = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)bound);
+    if (room == NULL) return NULL;
+    out->data = PyByteArray_AsString(room);
+    out->capacity = bound;
+    out->size = 0;
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 4096, begin = ((uintptr_t)out->data + page - 1) & ~(page - 1);
+    if (bound >= LARGE_RECORD) (void)madvise((void *)begin, (bound - page) & ~(page - 1), MADV_HUGEPAGE);
+#endif
+    return room;
 }
 
 /* Takes back what add_one did to matrices [0, end), given the records it made (or NULL: subtraction): the old change,
@@ -212,18 +234,20 @@ static void take_back(const merge_job *job, const change *old, PyObject *made, i
  * `read` says; 0: not finite, the matrix is as before; -1: exception, as before. */
 static int add_one(const merge_job *job, int64_t at, const change *old, PyObject *read, unsigned flags,
                    PyObject *made) {
-    pk_record record = {NULL, 0, 0}, before;
+    pk_record record, before;
     const bool recorded = record_at(read, at, &before);
-    const int status = run(job, at, old, recorded ? &before : NULL, &job->new_, flags, made ? &record : NULL);
+    PyObject *room = NULL;
+    if (made != NULL && (room = record_new(job, at, &record)) == NULL) return -1;
+    const int status = run(job, at, old, recorded ? &before : NULL, &job->new_, flags, room ? &record : NULL);
     int got = status == PK_OK ? 1 : status == PK_CHANGED ? 2 : status == PK_NONFINITE ? 0 : status_error(status);
-    if (got > 0 && made != NULL) {
-        PyObject *bytes = PyBytes_FromStringAndSize(record.data, (Py_ssize_t)record.size);
-        if (bytes == NULL || PyTuple_SetItem(made, (Py_ssize_t)at, bytes) < 0) {
-            (void)run(job, at, &job->new_, &record, old, 0, NULL);
-            got = -1;
-        }
+    if (got > 0 && room != NULL && PyByteArray_Resize(room, (Py_ssize_t)record.size) < 0) {
+        (void)run(job, at, &job->new_, &record, old, 0, NULL);
+        got = -1;
     }
-    free(record.data);
+    if (got > 0 && room != NULL)
+        (void)PyTuple_SetItem(made, (Py_ssize_t)at, room); /* takes the reference; of a tuple of ours it cannot fail */
+    else
+        Py_XDECREF(room);
     return got;
 }
 
@@ -252,7 +276,8 @@ static int records_get(const merge_job *job, PyObject *records, PyObject **out, 
         return 0;
     }
     for (Py_ssize_t i = 0; i < PyTuple_Size(records); i++) {
-        if (PyBytes_AsString(PyTuple_GetItem(records, i)) == NULL) return -1;
+        pk_record record;
+        if (record_read(PyTuple_GetItem(records, i), &record) < 0) return -1;
     }
     *out = records;
     return 0;
@@ -264,7 +289,7 @@ PyDoc_STRVAR(
     "weight (n, k), or a stack (e, n, k), += what `operands` say: a list of (A, B, scale), B @ A scaled, or one\n"
     "tensor of the weight's shape. Accumulated in fp32 (fp64 for fp64), rounded once; `owner`, the tensor or\n"
     "parameter whose memory it is, gets a new version.\n\n"
-    "Returns (True, record), record a tuple of bytes (one a matrix) for merge_subtract if `record`, else None;\n"
+    "Returns (True, record), record a tuple of bytearrays (one a matrix) for merge_subtract if `record`, else None;\n"
     "(False, None) if `check` and a result is not finite: nothing has changed; None if C may not act here.");
 
 static PyObject *merge_add(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {

@@ -66,24 +66,24 @@ def merge_add(
     record: bool,
     owner: Tensor,
     /,
-) -> tuple[bool, tuple[bytes, ...] | None] | None: ...
+) -> tuple[bool, tuple[bytearray, ...] | None] | None: ...
 def merge_subtract(
     weight: Tensor,
     operands: Sequence[tuple[Tensor, Tensor, float]] | Tensor,
-    record: tuple[bytes, ...] | None,
+    record: tuple[bytearray, ...] | None,
     owner: Tensor,
     /,
 ) -> bool | None: ...
 def merge_switch(
     weight: Tensor,
     old: Sequence[tuple[Tensor, Tensor, float]] | Tensor,
-    old_record: tuple[bytes, ...] | None,
+    old_record: tuple[bytearray, ...] | None,
     new: Sequence[tuple[Tensor, Tensor, float]] | Tensor,
     check: bool,
     record: bool,
     owner: Tensor,
     /,
-) -> tuple[bool, tuple[bytes, ...] | None, bool] | None: ...
+) -> tuple[bool, tuple[bytearray, ...] | None, bool] | None: ...
 def exchange(weight: Tensor, other: Tensor, add: bool, check: bool, owner: Tensor, /) -> tuple[bool, int] | None: ...
 def digest(tensor: Tensor, /) -> int | None: ...
 

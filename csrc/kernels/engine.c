@@ -151,7 +151,8 @@ static void run_pass(const pass *a, const unit_place *u, block w) {
 /* as the passes hash */
 static uint32_t hash_block(const engine_job *job, const unit_place *u, block w) {
     const int64_t size = element_size(job);
-    pk_trace t = trace_start(NULL, NULL);
+    pk_trace t;
+    trace_start(&t, NULL, NULL);
     for (int64_t i = 0; i < u->rows; i += MR)
         for (int64_t j = 0; j < u->cols; j += SEGMENT)
             for (int64_t q = i; q < i + MR && q < u->rows; q++) {
@@ -199,13 +200,13 @@ static void restore_unit(engine_job *job, const unit_place *u, block w, unit_buf
     if (data && (e.mode_size & 3u) == UNIT_CODED) {
         const size_t length = e.mode_size >> 2;
         memcpy(b->code, data, length);
-        const pk_trace start = trace_start(b->code, b->code + length);
-        pk_trace t = start;
+        pk_trace t;
+        trace_start(&t, b->code, b->code + length);
         a.kind = RESTORE;
         a.trace = &t;
         run_pass(&a, u, w);
         if (trace_hash(&t) == e.hash) return;
-        t = start;
+        trace_start(&t, b->code, b->code + length);
         remove_code(job, u, w, &t);
     } else if (data && hash_block(job, u, w) == e.hash) {
         copy_block(job, u, (block){data, u->cols}, w);
@@ -252,8 +253,8 @@ static int record_copy(engine_job *job, const unit_place *u, block w, unit_buffe
 /* Merges w, checks and records it. 0: w has its bits back, and job->status says why. */
 static int record_unit(engine_job *job, const unit_place *u, block w, unit_buffers *b) {
     unsigned char *const end = b->code + sizeof b->code;
-    const pk_trace start = trace_start(b->code, end);
-    pk_trace t = start;
+    pk_trace t;
+    trace_start(&t, b->code, end);
     pass a = {job, job->new_, job->op, RECORD, &t, b->delta};
     run_pass(&a, u, w);
     const int64_t code = t.code - b->code, wide = end - t.wide;
@@ -268,7 +269,7 @@ static int record_unit(engine_job *job, const unit_place *u, block w, unit_buffe
             return 1;
         }
     }
-    t = start;
+    trace_start(&t, b->code, end);
     a.op = inverse_of(job->new_);
     a.kind = RESTORE;
     run_pass(&a, u, w);

@@ -50,7 +50,8 @@ static void exchange_range(int64_t begin, int64_t end, void *ctx) {
     uint64_t digest = 0;
     for (int64_t i = begin; i < end; i++) {
         const int64_t stop = min64(job->n, (i + 1) * BLOCK);
-        pk_trace hash = trace_start(NULL, NULL);
+        pk_trace hash;
+        trace_start(&hash, NULL, NULL);
         for (int64_t at = i * BLOCK; at < stop; at += PIECE) {
             const int64_t n = min64(PIECE, stop - at);
             if (job->other) exchange_piece(job, job->w + at * size, job->other + at * size, n);

@@ -96,7 +96,11 @@ extern const pk_isa pk_isa_avx2, pk_isa_avx512, pk_isa_avx512bf16;
 extern const pk_isa pk_isa_neon;
 #endif
 
-/* record.c. The code of a segment: old bits - bits got back, steps are these differences saturated, mask says where
+/* record.c. The hash that a trace starts with: as long as it has no code, read from here, not from hash, what has just
+ * been written in other pieces and would be waited for. */
+extern const uint32_t trace_first[16];
+
+/* The code of a segment: old bits - bits got back, steps are these differences saturated, mask says where
  * they are not 0. Getting: adds them, times sign, to the first n of the bits. */
 void trace_put(pk_trace *t, uint64_t mask, const int8_t *steps, const void *old, const void *back, int64_t size);
 void trace_get(pk_trace *t, void *bits, int64_t n, int64_t size, int sign);

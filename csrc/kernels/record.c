@@ -7,10 +7,17 @@
 
 enum { MAGIC = 0x52554b50, VERSION = 2 };
 
-pk_trace trace_start(unsigned char *start, unsigned char *end) {
-    pk_trace t = {start, end, start, {0}, 0};
-    for (uint32_t i = 0; i < 16; i++) t.hash[i] = 0x85ebca6bu * (i + 1);
-    return t;
+const uint32_t trace_first[16] = {
+    0x85ebca6bu, 0x0bd794d6u, 0x91c35f41u, 0x17af29acu, 0x9d9af417u, 0x2386be82u, 0xa97288edu, 0x2f5e5358u,
+    0xb54a1dc3u, 0x3b35e82eu, 0xc121b299u, 0x470d7d04u, 0xccf9476fu, 0x52e511dau, 0xd8d0dc45u, 0x5ebca6b0u,
+};
+
+void trace_start(pk_trace *t, unsigned char *start, unsigned char *end) {
+    t->code = start;
+    t->wide = end;
+    t->start = start;
+    memcpy(t->hash, trace_first, sizeof trace_first);
+    t->bad = 0;
 }
 
 uint32_t trace_hash(const pk_trace *t) {

@@ -27,7 +27,7 @@ typedef struct {
 } record_head;
 
 /* at the beginning of the code of a unit: start .. end */
-pk_trace trace_start(unsigned char *start, unsigned char *end);
+void trace_start(pk_trace *t, unsigned char *start, unsigned char *end);
 uint32_t trace_hash(const pk_trace *t);
 
 /* table and arena inside a record's block, which may be misaligned */

@@ -119,8 +119,8 @@ class exact_unmerge:
 
 @dataclass
 class Saved:
-    """What undoing one merge of one weight needs: `undo` is the kernels' record (one bytes a matrix), a `Difference`,
-    or None (then the change is subtracted)."""
+    """What undoing one merge of one weight needs: `undo` is the kernels' record (one bytearray a matrix), a
+    `Difference`, or None (then the change is subtracted)."""
 
     label: str
     changes: list[Any]  # LowRank snapshots, or the dense delta

@@ -23,7 +23,7 @@ def test_values_for_matrices_stacks_and_full_deltas():
         for operands, delta in (([(A, B, 0.5)], 0.5 * (B @ A)), (full := torch.randn(shape), full.double())):
             w = weight.clone()
             finite, record = _C.merge_add(w, operands, False, True, w)
-            assert finite is True and all(isinstance(part, bytes) for part in record)
+            assert finite is True and all(isinstance(part, bytearray) for part in record)
             assert len(record) == (stack[0] if stack else 1)
             torch.testing.assert_close(w, weight + delta)
             assert _C.merge_subtract(w, operands, record, w) is True
