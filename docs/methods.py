@@ -6,14 +6,22 @@ import dataclasses
 import inspect
 import re
 import sys
+import warnings
 from pathlib import Path
 
+import torch
+from torch import nn
+
+from peft_c import get_peft_model
 from peft_c.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft_c.tuners.room import AddRoom, MapRoom, RoomModel
 
 HERE = Path(__file__).resolve().parent
 INHERITED = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
 INHERITED |= {"inference_mode"}
+SIZES = (256, 512)
+NEEDED = {"adalora": {"total_step": 10}, "frod": {"progressbar": False}, "ia3": {"feedforward_modules": []}}
+"""Options without which a method cannot be used, or writes to the terminal."""
 
 
 def rooms_of(model: type) -> dict[str, type]:
@@ -32,7 +40,34 @@ def first_sentence(text: str | None) -> str:
     return re.split(r"(?<=\.)\s", " ".join((text or "").split()), maxsplit=1)[0]
 
 
-def section(name: str, config: type, model: type) -> str:
+def parameters(name: str, config: type, rooms: dict[str, type]) -> dict[str, tuple[int, ...]]:
+    """The trained parameters of one nn.Linear with the method's defaults; nothing if it does not plug into one."""
+    if "Linear" not in rooms and name not in ("lora", "ln_tuning"):
+        return {}
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = config(target_modules=["0"], **NEEDED.get(name, {}))
+        model = get_peft_model(nn.Sequential(nn.Linear(*SIZES)), options)
+    trained = ((key, p) for key, p in model.named_parameters() if p.requires_grad)
+    return {re.sub(r"base_model\.(model\.0\.)?|\.default", "", key): tuple(p.shape) for key, p in trained}
+
+
+def told(shapes: dict[str, tuple[int, ...]]) -> str:
+    """One line that names the parameters of a layer, those in a list together."""
+    groups: dict[str, list[tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        groups.setdefault(re.sub(r"\.\d+$", "", name), []).append(shape)
+    names = (
+        f"`{name}` {' x '.join(map(str, parts[0]))}"
+        if len(parts) == 1
+        else f"`{name}` {sum(torch.Size(part).numel() for part in parts)} in {len(parts)} parts"
+        for name, parts in groups.items()
+    )
+    return f"Trained for nn.Linear{SIZES}, with these defaults: {', '.join(names)}."
+
+
+def section(name: str, config: type, model: type, shapes: dict[str, tuple[int, ...]]) -> str:
     module = sys.modules[config.__module__ if config.__module__.count(".") == 2 else model.__module__]
     rooms = rooms_of(model)
     lines = [f"## {name}", "", " ".join((inspect.getdoc(module) or inspect.getdoc(config) or "").split()), ""]
@@ -40,6 +75,8 @@ def section(name: str, config: type, model: type) -> str:
         lines += [f"`{room.__name__}`: {' '.join((inspect.getdoc(room) or '').split())}", ""]
     for base in {b for room in rooms.values() for b in room.__mro__[1:3] if b.__module__ == module.__name__}:
         lines += [f"`{base.__name__}`: {' '.join((inspect.getdoc(base) or '').split())}", ""]
+    if shapes:
+        lines += [told(shapes), ""]
     lines += [f"Options of `{config.__name__}`:", "", "| option | default | |", "|---|---|---|"]
     for field in dataclasses.fields(config):
         if field.name in INHERITED or not field.init:
@@ -50,22 +87,30 @@ def section(name: str, config: type, model: type) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    table = ["| method | config | changes the weight | base layers |", "|---|---|---|---|"]
+def page() -> str:
+    """The text of docs/methods.md."""
+    table = ["| method | config | changes the weight | base layers | parameters |", "|---|---|---|---|---:|"]
     sections = []
     for kind, config in sorted(PEFT_TYPE_TO_CONFIG_MAPPING.items(), key=lambda item: item[0].value):
         model = PEFT_TYPE_TO_TUNER_MAPPING[kind]
         name = kind.value.lower()
         rooms = rooms_of(model)
+        shapes = parameters(name, config, rooms)
         layers = ", ".join(rooms) or "see below"
-        table.append(f"| [{name}](#{name}) | `{config.__name__}` | {law_of(rooms)} | {layers} |")
-        sections.append(section(name, config, model))
-    head = """# Methods
+        count = f"{sum(torch.Size(shape).numel() for shape in shapes.values()):,}" if shapes else ""
+        table.append(f"| [{name}](#{name}) | `{config.__name__}` | {law_of(rooms)} | {layers} | {count} |")
+        sections.append(section(name, config, model, shapes))
+    head = f"""# Methods
 
 Made by `python docs/methods.py` from the configs and docstrings. *adds*: the adapted weight is the base weight
-plus a delta; *maps*: it is a function of the base weight; *own*: the method has its own rules.
+plus a delta; *maps*: it is a function of the base weight; *own*: the method has its own rules. *parameters*: how many
+are trained for one nn.Linear{SIZES}, which has {SIZES[0] * SIZES[1] + SIZES[1]:,}, with the method's defaults.
 """
-    (HERE / "methods.md").write_text("\n".join([head, *table, "", *sections]), encoding="utf-8")
+    return "\n".join([head, *table, "", *sections])
+
+
+def main() -> None:
+    (HERE / "methods.md").write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

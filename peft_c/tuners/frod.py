@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import law
 from ._buffer_dict import BufferDict
 from .room import RoomConfig, State, linear, option, register, shared, weight_view
 from .shared_room import SeededModel, SharedRoom, check_projections, wide
@@ -49,7 +48,7 @@ def _move_weight(base: nn.Module, to: torch.device | tuple) -> None:
         base.weight.data = base.weight.data.to(device)
 
 
-class FrodLayer(SharedRoom):
+class Linear(SharedRoom):
     """U (S + diag(l)) V^T in place of W = U diag(l) V^T: V (in, in) is shared by the layers of a category, U (out, in)
     has normalised columns; l (in,) and the values of the sparse S (in, in), at shared places, are trained."""
 
@@ -100,8 +99,7 @@ class FrodLayer(SharedRoom):
         return U, V, S.coalesce() if S.requires_grad else S, scales
 
     def delta(self, name: str) -> torch.Tensor:
-        bare = law.bare_weight(self)
-        weight = weight_view(self.get_base_layer()).matrix(self.get_base_weight() if bare is None else bare)
+        weight = self.bare_weight()
         U, V, S, scales = self.parts(name, weight)
         V = wide(V.T.contiguous())
         inner = torch.addcmul(torch.sparse.mm(S.to(V.dtype), V), V, scales.to(V.dtype).unsqueeze(1))
@@ -117,23 +115,22 @@ class FrodLayer(SharedRoom):
         dtype = torch.promote_types(z.dtype, torch.float32)
         return torch.sparse.mm(S.to(dtype), z.T.to(dtype).contiguous()).T.to(z.dtype)
 
-    def output(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """The adapted output without bias."""
+    def output(self, name: str, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """The adapted output, with this bias."""
         U, V, S, scales = self.parts(name, x)
         z = x @ V
         rotated = self._sparse_activation_mm(z.flatten(0, -2), S).view_as(z)
-        return F.linear(torch.addcmul(rotated, z, scales), U)
+        return F.linear(torch.addcmul(rotated, z, scales), U, bias)
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        weight = weight_view(self.get_base_layer()).matrix()
-        return self.output(name, x) - F.linear(x, weight.to(x.dtype))
+        return self.output(name, x) - F.linear(x, weight_view(self.get_base_layer()).matrix().to(x.dtype))
 
     def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base = self.get_base_layer()
         if len(names) == 1 and not self.drops(names[0]):  # the base weight is not needed
             if self.runtime_offload_base_weight[names[0]]:
                 _move_weight(base, torch.device("cpu"))
-            return (self.output(names[0], x) + (0 if base.bias is None else base.bias)).to(x.dtype)
+            return self.output(names[0], x, self._cast_input_dtype(base.bias, x.dtype))
         return super().adapt(names, x, *args, **kwargs)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -144,8 +141,7 @@ class FrodLayer(SharedRoom):
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
 
-class Linear(FrodLayer):
-    """FRoD for nn.Linear and Conv1D."""
+FrodLayer = Linear
 
 
 def _category(key: str) -> str:
@@ -239,7 +235,7 @@ class FrodModel(SeededModel):
         """As for other methods, but for U, which keeps the dtype of the base weight."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer in self.model.modules():
-            if isinstance(layer, FrodLayer) and adapter_name in layer.frod_U:
+            if isinstance(layer, Linear) and adapter_name in layer.frod_U:
                 layer.frod_U[adapter_name] = layer.frod_U[adapter_name].to(layer.get_base_layer().weight.dtype)
 
     @classmethod

@@ -1,5 +1,6 @@
 """The documentation: its links lead somewhere and its Python blocks run."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -36,3 +37,11 @@ def test_the_pages_are_there():
     names = {page.name for page in PAGES}
     assert {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "DEVELOPERS.md"} <= names
     assert {"architecture.md", "adding_a_tuner.md", "numerics.md", "migrating.md", "performance.md"} <= names
+
+
+def test_methods_is_what_its_script_writes():
+    spec = importlib.util.spec_from_file_location("methods", ROOT / "docs" / "methods.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    written = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert script.page() == written, "run `python docs/methods.py`"

@@ -1,6 +1,7 @@
 """The repository itself: what may include what, how long files are, nothing that belongs to one machine."""
 
 import ast
+import importlib.util
 import re
 import statistics
 import subprocess
@@ -142,3 +143,25 @@ def test_rooms_are_small():
     assert statistics.median(lengths.values()) <= 120
     long = [path.name for files in rooms().values() for path in files if len(text_of(path).splitlines()) > 250]
     assert not long
+
+
+# modules that only rooms use, and PEFT's of that name where it has one
+HELPERS = ("lycoris_utils", "shared_room", "sparse_room", "wavelets")
+
+
+def lines(*paths: Path) -> int:
+    return sum(len(text_of(path).splitlines()) for path in paths)
+
+
+def test_rooms_are_a_fifth_of_peft():
+    spec = importlib.util.find_spec("peft")
+    if spec is None:
+        pytest.skip("peft is not installed")
+    theirs = Path(spec.origin).parent / "tuners"
+    methods = {name: files for name, files in rooms().items() if "prompt_learning" not in text_of(files[0])}
+    assert len(methods) >= 30
+    own = lines(*(path for files in methods.values() for path in files))
+    own += lines(*(ROOT / "peft_c" / "tuners" / f"{name}.py" for name in HELPERS))
+    peft = lines(*(path for name in (*methods, *HELPERS) for path in (theirs / name).glob("*.py")))
+    peft += lines(*(path for name in HELPERS if (path := theirs / f"{name}.py").exists()))
+    assert own < 0.2 * peft, f"{own} lines, {own / peft:.3f} of PEFT's {peft}"
