@@ -89,24 +89,48 @@ static bool output_is_ours(const module_state *state, const gate_plan *plan, PyO
            view_as_rows(vy, &rows) && view_again(state, x, &vx) == VIEW_OK && !view_may_overlap(vy, &vx);
 }
 
+/* x and the plan's factors into the product; false when one of them has no view. */
+static bool product_find(const module_state *state, const gate_plan *plan, PyObject *x, forward_product *p,
+                         PyObject **copy) {
+    memset(p, 0, offsetof(forward_product, factors));
+    p->count = plan->count;
+    if (!forward_rows(state, x, &p->x, copy)) return false;
+    for (int i = 0; i < p->count; i++) {
+        if (!forward_factor(state, &plan->terms[i], &p->factors[i]) || p->factors[i].down.cols != p->x.cols)
+            return false;
+    }
+    return true;
+}
+
+static bool product_fits(const forward_product *p, int64_t columns) {
+    for (int i = 0; i < p->count; i++) {
+        if (p->factors[i].up.rows != columns) return false;
+    }
+    return true;
+}
+
 /* out += terms, no graph. 1 done, 0 a tensor has no view (nothing written), -1 with an exception. */
 static int add_raw(const module_state *state, const gate_plan *plan, PyObject *x, PyObject *out) {
     PyObject *copy = NULL;
     forward_product p;
     int rc = 0;
-    p.count = plan->count;
-    p.t.data = NULL;
-    if (!forward_rows(state, x, &p.x, &copy) || !forward_rows(state, out, &p.y, NULL)) goto done;
-    for (int i = 0; i < p.count; i++) {
-        const gate_term *term = &plan->terms[i];
-        const pk_lowrank *f = &p.factors[i];
-        if (!forward_factor(state, term, &p.factors[i])) goto done;
-        if (f->down.cols != p.x.cols || f->up.rows != p.y.cols) goto done;
-    }
-    rc = forward_run(state, &p) < 0 ? -1 : 1;
-done:
+    if (product_find(state, plan, x, &p, &copy) && forward_rows(state, out, &p.y, NULL) && product_fits(&p, p.y.cols))
+        rc = forward_run(state, &p) < 0 ? -1 : 1;
     Py_XDECREF(copy);
     return rc;
+}
+
+/* Base layer and terms by one kernel, no graph. New reference; Py_None, borrowed, where that is not the way to do it. */
+static PyObject *whole_layer(const module_state *state, const gate_plan *plan, PyObject *x) {
+    PyObject *copy = NULL, *y = Py_None;
+    forward_product p;
+    if (product_find(state, plan, x, &p, &copy) && forward_takes_layer(state, plan->weight, plan->bias, &p) &&
+        product_fits(&p, p.weight.rows)) {
+        y = forward_empty(state, x, p.weight.rows);
+        if (y != NULL && (!forward_rows(state, y, &p.y, NULL) || forward_run(state, &p) < 0)) Py_CLEAR(y);
+    }
+    Py_XDECREF(copy);
+    return y;
 }
 
 /* base(x) + terms; takes over the reference to y. New reference or NULL. */
@@ -161,11 +185,17 @@ static PyObject *call_base(const gate_plan *plan, PyObject *x, PyObject *args, P
     return result;
 }
 
-/* Can base layer and terms be one node of the graph? Only when the base is frozen and the terms fit its output. */
+/* Is the base layer's product without a gradient of its own, and do the terms go with it? */
 static bool linear_is_frozen(const module_state *state, const gate_plan *plan) {
+    if (plan_drops(plan) || !view_is_plain(state, plan->weight)) return false;
+    if (plan->bias != Py_None && !view_is_plain(state, plan->bias)) return false;
+    if (!state->torch.aoti_torch_grad_mode_is_enabled()) return true;
+    return !wants_grad(state, plan->weight) && (plan->bias == Py_None || !wants_grad(state, plan->bias));
+}
+
+/* Do the terms have the base layer's number of outputs? */
+static bool linear_fits(const module_state *state, const gate_plan *plan) {
     TensorView weight, up;
-    if (plan_drops(plan) || !view_is_plain(state, plan->weight) || wants_grad(state, plan->weight)) return false;
-    if (plan->bias != Py_None && (!view_is_plain(state, plan->bias) || wants_grad(state, plan->bias))) return false;
     if (view_peek(state, plan->weight, &weight) != VIEW_OK || weight.ndim != 2) return false;
     for (int i = 0; i < plan->count; i++) {
         if (view_again(state, plan->terms[i].up, &up) != VIEW_OK || up.shape[0] != weight.shape[0]) return false;
@@ -201,7 +231,13 @@ done:
 /* The layer's output when its base is an nn.Linear and nothing but F.linear would happen in a call of it. */
 static PyObject *forward_linear(module_state *state, const gate_plan *plan, PyObject *x) {
     PyObject *y;
-    if (forward_wants_graph(state, plan, x) && linear_is_frozen(state, plan)) return graph_linear(state, plan, x);
+    if (linear_is_frozen(state, plan)) {
+        if (!forward_wants_graph(state, plan, x)) {
+            if ((y = whole_layer(state, plan, x)) != Py_None) return y;
+        } else if (linear_fits(state, plan)) {
+            return graph_linear(state, plan, x);
+        }
+    }
     y = PyObject_CallFunctionObjArgs(state->objects.linear, x, plan->weight, plan->bias, NULL);
     return y != NULL ? add_terms(state, plan, x, y) : NULL;
 }

@@ -19,13 +19,21 @@ static int kernel_error(int rc) {
     return -1;
 }
 
-static bool is_large(const pk_mat *x, const pk_mat *y, int64_t rank) {
-    return (double)(x->rows + FORWARD_READING) * (double)rank * (double)(x->cols + y->cols) > (double)FORWARD_PARALLEL;
+static bool is_large(const pk_mat *x, const pk_mat *y, int64_t rank, bool whole) {
+    const double each = (double)rank * (double)(x->cols + y->cols) + (whole ? (double)x->cols * (double)y->cols : 0.0);
+    return (double)(x->rows + FORWARD_READING) * each > (double)FORWARD_PARALLEL;
+}
+
+static int kernel_run(const forward_product *p, void *work, pk_parallel_fn parallel) {
+    const pk_mat *t = p->t.data != NULL ? &p->t : NULL;
+    if (p->weight.data == NULL) return pk_lowrank_apply(&p->y, &p->x, p->factors, p->count, t, work, parallel);
+    return pk_linear(&p->y, &p->x, &p->weight, &p->bias, p->factors, p->count, t, work, parallel);
 }
 
 int forward_run(const module_state *state, const forward_product *p) {
-    const size_t size = pk_lowrank_apply_work(&p->y, &p->x, p->factors, p->count);
-    const pk_mat *t = p->t.data != NULL ? &p->t : NULL;
+    const bool whole = p->weight.data != NULL;
+    const size_t size = whole ? pk_linear_work(&p->y, &p->x, &p->weight, p->factors, p->count)
+                              : pk_lowrank_apply_work(&p->y, &p->x, p->factors, p->count);
     char stack[STACK_WORK];
     void *work = size <= sizeof stack ? stack : malloc(size);
     int64_t rank = 0;
@@ -35,12 +43,12 @@ int forward_run(const module_state *state, const forward_product *p) {
         return -1;
     }
     for (int i = 0; i < p->count; i++) rank += p->factors[i].down.rows;
-    if (is_large(&p->x, &p->y, rank)) {
+    if (is_large(&p->x, &p->y, rank, whole)) {
         PyThreadState *thread = PyEval_SaveThread();
-        rc = pk_lowrank_apply(&p->y, &p->x, p->factors, p->count, t, work, state->torch.torch_parallel_for);
+        rc = kernel_run(p, work, state->torch.torch_parallel_for);
         PyEval_RestoreThread(thread);
     } else {
-        rc = pk_lowrank_apply(&p->y, &p->x, p->factors, p->count, t, work, NULL);
+        rc = kernel_run(p, work, NULL);
     }
     if (work != stack) free(work);
     return rc == PK_OK ? 0 : kernel_error(rc);
@@ -56,7 +64,7 @@ static int backward_run(const module_state *state, const pk_backward *q) {
         PyErr_NoMemory();
         return -1;
     }
-    if (is_large(&q->x, &q->g, q->factor.down.rows)) {
+    if (is_large(&q->x, &q->g, q->factor.down.rows, false)) {
         PyThreadState *thread = PyEval_SaveThread();
         rc = pk_lowrank_backward(q, work, state->torch.torch_parallel_for);
         PyEval_RestoreThread(thread);
@@ -97,6 +105,41 @@ bool forward_factor(const module_state *state, const gate_term *term, pk_lowrank
     return factor_of(state, term->down, term->up, term->scale, out);
 }
 
+/* ----------------------------------------------------------------------------------------------- the whole layer */
+
+bool forward_takes_layer(const module_state *state, PyObject *weight, PyObject *bias, forward_product *p) {
+    TensorView view;
+    pk_mat w;
+    p->weight.data = p->bias.data = NULL;
+    if (!view_is_plain(state, weight) || view_peek(state, weight, &view) != VIEW_OK || view.ndim != 2) return false;
+    if (!view_as_rows(&view, &w) || w.dtype != p->x.dtype || w.cols != p->x.cols || (w.cs != 1 && w.cols > 1))
+        return false;
+    if (!pk_linear_suits(w.dtype, p->x.rows, w.rows, w.cols)) return false;
+    if (bias != Py_None) {
+        if (!view_is_plain(state, bias) || view_peek(state, bias, &view) != VIEW_OK || view.ndim != 1) return false;
+        if (!view_as_rows(&view, &p->bias) || p->bias.cols != w.rows || p->bias.dtype != w.dtype) return false;
+    }
+    p->weight = w;
+    return w.data != NULL;
+}
+
+PyObject *forward_empty(const module_state *state, PyObject *x, int64_t n) {
+    TensorView view;
+    PyObject *shape, *result = NULL;
+    if (view_again(state, x, &view) != VIEW_OK || view.ndim == 0) {
+        PyErr_SetString(PyExc_ValueError, "the input must be a strided CPU tensor of one dimension or more");
+        return NULL;
+    }
+    shape = PyTuple_New(view.ndim);
+    for (int i = 0; shape != NULL && i < view.ndim; i++) {
+        PyObject *size = PyLong_FromLongLong(i == view.ndim - 1 ? n : view.shape[i]);
+        if (size == NULL || PyTuple_SetItem(shape, i, size) < 0) Py_CLEAR(shape);
+    }
+    if (shape != NULL) result = PyObject_CallMethodObjArgs(x, state->names.new_empty, shape, NULL);
+    Py_XDECREF(shape);
+    return result;
+}
+
 /* ------------------------------------------------------------------------- the two halves of the autograd.Function */
 
 /* factors = (A_0, B_0, ...), scales = (s_0, ...) into p. 1, 0 without a view, -1 with an exception. */
@@ -126,7 +169,7 @@ static PyObject *forward_apply(PyObject *module, PyObject *args) {
     int rc;
     if (!PyArg_ParseTuple(args, "OOOO!O!:lowrank_apply", &y, &x, &t, &PyTuple_Type, &scales, &PyTuple_Type, &factors))
         return NULL;
-    p.t.data = NULL;
+    p.t.data = p.weight.data = NULL;
     if (view_get(state, y, "y", true, &view) < 0) return NULL;
     if ((rc = parse_factors(state, scales, factors, p.factors, &p.count)) < 0) return NULL;
     if (rc == 0 || !forward_rows(state, y, &p.y, NULL) || (t != Py_None && !matrix_of(state, t, &p.t)) ||
@@ -141,6 +184,72 @@ static PyObject *forward_apply(PyObject *module, PyObject *args) {
 done:
     Py_XDECREF(copy);
     return result;
+}
+
+static PyObject *forward_linear(PyObject *module, PyObject *args) {
+    const module_state *state = state_of(module);
+    PyObject *x, *weight, *bias, *t, *scales, *factors, *copy = NULL, *y = NULL;
+    forward_product p;
+    int rc;
+    if (!PyArg_ParseTuple(args, "OOOOO!O!:lowrank_linear", &x, &weight, &bias, &t, &PyTuple_Type, &scales,
+                          &PyTuple_Type, &factors))
+        return NULL;
+    p.t.data = NULL;
+    if ((rc = parse_factors(state, scales, factors, p.factors, &p.count)) < 0) return NULL;
+    if (rc == 0 || (t != Py_None && !matrix_of(state, t, &p.t)) || !forward_rows(state, x, &p.x, &copy)) {
+        PyErr_SetString(PyExc_ValueError,
+                        "lowrank_linear: x, t and the factors must be strided CPU matrices, A (r, k), B (n, r)");
+        goto done;
+    }
+    if (forward_takes_layer(state, weight, bias, &p)) {
+        y = forward_empty(state, x, p.weight.rows);
+    } else {
+        y = PyObject_CallFunctionObjArgs(state->objects.linear, x, weight, bias, NULL);
+    }
+    if (y != NULL && !forward_rows(state, y, &p.y, NULL)) {
+        PyErr_SetString(PyExc_ValueError, "lowrank_linear: the layer's output is no strided CPU tensor");
+        Py_CLEAR(y);
+    }
+    if (y != NULL && forward_run(state, &p) < 0) Py_CLEAR(y);
+done:
+    Py_XDECREF(copy);
+    return y;
+}
+
+static PyObject *forward_linear_grad(PyObject *module, PyObject *args) {
+    const module_state *state = state_of(module);
+    PyObject *g, *weight, *dx, *copy = NULL;
+    pk_mat mg, mw, mx;
+    TensorView view;
+    void *work;
+    int rc;
+    if (!PyArg_ParseTuple(args, "OO:linear_grad", &g, &weight)) return NULL;
+    if (!view_is_plain(state, g) || view_peek(state, g, &view) != VIEW_OK ||
+        view_peek(state, weight, &view) != VIEW_OK)
+        Py_RETURN_NONE;
+    if (!matrix_of(state, weight, &mw) || mw.cs != 1 || !forward_rows(state, g, &mg, &copy) || mg.dtype != mw.dtype ||
+        mg.cols != mw.rows || !pk_linear_grad_suits(mw.dtype, mg.rows, mw.rows, mw.cols)) {
+        Py_XDECREF(copy);
+        Py_RETURN_NONE;
+    }
+    if ((dx = forward_empty(state, g, mw.cols)) == NULL) goto done;
+    (void)forward_rows(state, dx, &mx, NULL);
+    if ((work = malloc(pk_linear_grad_work(&mx, &mg, &mw))) == NULL) {
+        PyErr_NoMemory();
+        Py_CLEAR(dx);
+        goto done;
+    }
+    PyThreadState *thread = PyEval_SaveThread();
+    rc = pk_linear_grad(&mx, &mg, &mw, work, state->torch.torch_parallel_for);
+    PyEval_RestoreThread(thread);
+    free(work);
+    if (rc != PK_OK) {
+        kernel_error(rc);
+        Py_CLEAR(dx);
+    }
+done:
+    Py_XDECREF(copy);
+    return dx;
 }
 
 /* `tensor` as rows into `out`, or data NULL for None. */
@@ -217,6 +326,12 @@ PyMethodDef forward_raw_methods[] = {
      "y (..., n) += sum_i scales[i] (x A_i^T) B_i^T in place; factors = (A_0, B_0, ...). t: None, or (m, sum r_i) "
      "that receives\n"
      "x A^T. Autograd does not see it."},
+    {"lowrank_linear", forward_linear, METH_VARARGS,
+     "lowrank_linear(x, weight, bias, t, scales, factors)\n--\n\n"
+     "F.linear(x, weight, bias) plus these terms (see lowrank_apply) as a new tensor. Autograd does not see it."},
+    {"linear_grad", forward_linear_grad, METH_VARARGS,
+     "linear_grad(g, weight)\n--\n\n"
+     "g @ weight where that is faster here than in torch, else None. Autograd does not see it."},
     {"lowrank_backward", forward_backward, METH_VARARGS,
      "lowrank_backward(g, x, t, scales, factors, dx, grads, add=False)\n--\n\n"
      "Fills dx (..., k), or adds to it, and grads = (dA_0, dB_0, ...), tensors or None, from g (..., n). x is needed "

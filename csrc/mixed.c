@@ -87,7 +87,7 @@ static int run(const module_state *state, PyObject *layer, PyObject *x, PyObject
         if (!parts[i].adapted) continue;
         p.x = rows_between(mx, parts[i].begin, parts[i].end, inner);
         p.y = rows_between(my, parts[i].begin, parts[i].end, inner);
-        p.t.data = NULL;
+        p.t.data = p.weight.data = NULL;
         p.factors[0] = parts[i].factor;
         p.count = 1;
         if (forward_run(state, &p) < 0) return -1;

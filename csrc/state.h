@@ -11,7 +11,7 @@
 /* clang-format off */
 #define STATE_NAMES(X)                                                                                           \
     X(__dlpack__) X(forward) X(base_layer) X(weight) X(bias) X(training) X(p) X(inplace) X(requires_grad)        \
-    X(clone) X(contiguous) X(cpu) X(_modules) X(_parameters) X(_forward_hooks) X(_forward_pre_hooks)             \
+    X(clone) X(new_empty) X(contiguous) X(cpu) X(_modules) X(_parameters) X(_forward_hooks) X(_forward_pre_hooks)             \
     X(_backward_hooks) X(_backward_pre_hooks) X(_compiled_call_impl) X(linear)                            \
     X(_global_forward_hooks) X(_global_forward_pre_hooks)                                                        \
     X(_global_backward_hooks) X(_global_backward_pre_hooks) X(_disable_adapters) X(_active_adapter)              \

@@ -47,6 +47,15 @@ def lowrank_apply(
     y: Tensor, x: Tensor, t: Tensor | None, scales: tuple[float, ...], factors: tuple[Tensor, ...]
 ) -> None: ...
 def lowrank_mixed(layer: Any, x: Tensor, y: Tensor, names: list[str]) -> bool: ...
+def lowrank_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    t: Tensor | None,
+    scales: tuple[float, ...],
+    factors: tuple[Tensor, ...],
+) -> Tensor: ...
+def linear_grad(g: Tensor, weight: Tensor) -> Tensor | None: ...
 def lowrank_backward(
     g: Tensor,
     x: Tensor | None,

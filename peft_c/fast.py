@@ -174,16 +174,18 @@ class _LowRank(torch.autograd.Function):
     def forward(ctx, y, x, weight, bias, scales, in_place, *factors):
         # With in_place nobody else holds y, and its memory becomes the output's. detach(), because y may be a view in
         # autograd's eyes (F.linear reshapes), and the output must not be one.
-        out = (F.linear(x, weight, bias) if y is None else y).detach()
-        out = out.contiguous() if in_place else out.clone(memory_format=torch.contiguous_format)
         needs = ctx.needs_input_grad
         need_x = any(needs[6:])
         t = None
         if any(needs[7::2]):
-            wide = torch.float64 if torch.float64 in (x.dtype, out.dtype) else torch.float32
+            wide = torch.float64 if torch.float64 in (x.dtype, (x if y is None else y).dtype) else torch.float32
             ranks = sum(down.shape[0] for down in factors[::2])
             t = torch.empty(x.shape[:-1].numel(), ranks, dtype=wide)
-        _C.lowrank_apply(out, x, t, scales, factors)
+        if y is None:
+            out = _C.lowrank_linear(x, weight, bias, t, scales, factors).detach()
+        else:
+            out = y.detach() if in_place else y.detach().clone(memory_format=torch.contiguous_format)
+            _C.lowrank_apply(out, x, t, scales, factors)
         ctx.scales = scales
         ctx.x_like = (x.shape, x.dtype)
         ctx.save_for_backward(x if need_x else None, t, weight if needs[1] else None, *factors)
@@ -196,9 +198,12 @@ class _LowRank(torch.autograd.Function):
         if g is None:
             return (None,) * len(needs)
         x, t, weight, *factors = ctx.saved_tensors
-        dx = g @ weight if weight is not None else None
-        grads = None
-        if not torch.is_grad_enabled():
+        dx = grads = None
+        seen = torch.is_grad_enabled()  # by autograd: with create_graph
+        if weight is not None:
+            dx = None if seen else _C.linear_grad(g, weight)
+            dx = g @ weight if dx is None else dx
+        if not seen:
             grads = _backward_in_c(g, x, t, ctx.scales, factors, needs[1], needs[6:], dx, *ctx.x_like)
         if grads is None:
             grads = _backward_composed(g, x, ctx.scales, factors, needs[1], needs[6:], dx, *ctx.x_like)

@@ -62,6 +62,17 @@ size_t pk_lowrank_apply_work(const pk_mat *y, const pk_mat *x, const pk_lowrank 
 int pk_lowrank_apply(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int nf, const pk_mat *t, void *work,
                      pk_parallel_fn par);
 
+/* The same with a linear layer below: y (m, n) = x w^T + bias + the terms, rounded once, in one pass over w (n, k); bias
+ * (1, n): NULL for none. And the gradient of such a layer's input, dx (m, k) = g (m, n) w. For few rows: m <= 64; no
+ * f64. The two that end in _suits: 1 where that is faster than what torch does for x and w of dtype. */
+int pk_linear_suits(pk_dtype dtype, int64_t m, int64_t n, int64_t k);
+size_t pk_linear_work(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_lowrank *f, int nf);
+int pk_linear(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_mat *bias, const pk_lowrank *f, int nf,
+              const pk_mat *t, void *work, pk_parallel_fn par);
+int pk_linear_grad_suits(pk_dtype dtype, int64_t m, int64_t n, int64_t k);
+size_t pk_linear_grad_work(const pk_mat *dx, const pk_mat *g, const pk_mat *w);
+int pk_linear_grad(const pk_mat *dx, const pk_mat *g, const pk_mat *w, void *work, pk_parallel_fn par);
+
 /* The products of one factor's backward; every output with data == NULL is left out.
  *   u  = scale * g B          (m, r), internal
  *   dx (m, k) += u A          dx_add = 1: added to what is there; 0: written

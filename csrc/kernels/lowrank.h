@@ -4,6 +4,11 @@
 
 #include "internal.h"
 
+enum {
+    LINEAR_ROWS = 64,      /* at most that many rows go through a linear layer here */
+    LARGE_WEIGHT = 1 << 18 /* elements: larger than a core's own cache */
+};
+
 /* y (m, n) op= sum_i scale_i (x down_i^T) up_i^T, op OP_ADD or OP_SET: a forward's A and B, a backward's B^T and A^T.
  * t (m, R) acc, contiguous, receives x down^T. With area->base NULL it only counts its workspace. */
 int product_run(const pk_mat *y, const pk_mat *x, const pk_lowrank *parts, int nparts, int wide, row_op op, char *t,

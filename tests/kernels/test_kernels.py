@@ -442,6 +442,70 @@ def test_forward_sizes_and_threads(isa, dtype, m, n, k, r):
     assert np.abs(klib.widen(y, dtype) - want).max() <= (EPS[dtype] * 1.01) * np.abs(want).max() + 1e-3
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 64), shapes, st.sampled_from([F32, BF16, F16]), seeds, st.sampled_from(ISAS))
+def test_linear_layers(m, shape, dtype, seed, name):
+    """Base layer and terms at once, and the gradient of its input; any strides, row by row, whatever the threads."""
+    n, k, r = shape
+    rng = np.random.default_rng(seed)
+    select(name)
+    x, w, bias = (random(rng, s, dtype, kind=rng.integers(4)) for s in ((m, k), (n, k), (1, n)))
+    bias = bias if rng.integers(2) else None
+    parts = random_factors(rng, n, k, r, dtype, nf=int(rng.integers(3)), size=0.3) if rng.integers(4) else []
+    f, rank = klib.factors(parts), sum(p[0].shape[0] for p in parts)
+    xf, wf, t = klib.widen(x, dtype), klib.widen(w, dtype), np.zeros((m, rank), np.float32)
+    want, total, seen = xf @ wf.T, np.abs(xf) @ np.abs(wf).T, []
+    if bias is not None:
+        want, total = want + klib.widen(bias, dtype), total + np.abs(klib.widen(bias, dtype))
+    for a, da, b, db, s in parts:
+        af, bf = klib.widen(a, da), klib.widen(b, db)
+        want, total = want + s * (xf @ af.T) @ bf.T, total + s * (np.abs(xf) @ np.abs(af).T) @ np.abs(bf).T
+
+    def run(x, par, t=None):
+        y = np.zeros((len(x), n), klib.STORED[dtype])
+        args = klib.mat(y, dtype), klib.mat(x, dtype), klib.mat(w, dtype)
+        keep, p = klib.buffer(LIB.pk_linear_work(*args, f, len(parts)))
+        assert LIB.pk_linear(*args, klib.mat(bias, dtype), f, len(parts), klib.mat(t, F32), p, par) == OK
+        return y
+
+    for threads in (1, 3):
+        LIB.shim_threads(threads)
+        seen.append(run(x, PAR, t))
+    assert np.array_equal(bits(seen[0]), bits(seen[1]))
+    tiny = 2.0**-25 if dtype == F16 else 0
+    bound = 1.01 * EPS[dtype] * np.abs(want) + (k + 3 * rank + 9) * EPS[F32] * total + tiny
+    assert (np.abs(klib.widen(seen[0], dtype) - want) <= bound).all()
+    if rank:
+        assert np.allclose(t, np.hstack([xf @ klib.widen(p[0], p[1]).T for p in parts]), rtol=1e-5, atol=1e-4)
+    if m:
+        assert np.array_equal(bits(run(x[:1].copy(), None)), bits(seen[0][:1])), "a row depends on the others"
+
+    g, dx = random(rng, (m, n), dtype, kind=rng.integers(4)), random(rng, (m, k), dtype, kind=rng.integers(2))
+    gf = klib.widen(g, dtype)
+    args = klib.mat(dx, dtype), klib.mat(g, dtype), klib.mat(w, dtype)
+    keep, p = klib.buffer(LIB.pk_linear_grad_work(*args))
+    assert LIB.pk_linear_grad(*args, p, PAR) == OK
+    want, total = gf @ wf, np.abs(gf) @ np.abs(wf)
+    assert (
+        np.abs(klib.widen(dx, dtype) - want) <= 1.01 * EPS[dtype] * np.abs(want) + (n + 9) * EPS[F32] * total + tiny
+    ).all()
+    select(ISAS[0])
+
+
+def test_linear_layers_refuse(isa):
+    x, w, y = np.zeros((65, 4), np.float32), np.zeros((3, 4), np.float32), np.zeros((65, 3), np.float32)
+    mats = klib.mat(y, F32), klib.mat(x, F32), klib.mat(w, F32)
+    work = np.zeros(10**5, np.uint8).ctypes.data
+    assert LIB.pk_linear(*mats, None, None, 0, None, work, None) == EINVAL
+    assert LIB.pk_linear_grad(mats[1], mats[0], mats[2], work, None) == EINVAL
+    few = klib.mat(y[:2], F32), klib.mat(x[:2], F32), klib.mat(w, F32)
+    bias = np.zeros((1, 4), np.float32)
+    assert LIB.pk_linear(*few, klib.mat(bias, F32), None, 0, None, work, None) == EINVAL
+    assert LIB.pk_linear(*few, None, None, 0, None, work, None) == OK
+    assert not LIB.pk_linear_suits(F32, 65, 1024, 1024) and not LIB.pk_linear_suits(F64, 1, 1024, 1024)
+    assert bool(LIB.pk_linear_suits(F32, 8, 1024, 1024)) == isa.startswith("avx512")
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 40), shapes, dtypes, seeds, st.sampled_from(ISAS))
 def test_backward(m, shape, dtype, seed, name):

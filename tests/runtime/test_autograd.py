@@ -45,7 +45,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda p: f"{p[0]}+{p[1]}".replace("torch.", ""))
-@pytest.mark.parametrize("lead", [(), (6,), (2, 3), (2, 1, 3), (2, 1, 2, 2)], ids=str)
+@pytest.mark.parametrize("lead", [(), (6,), (90,), (2, 3), (2, 1, 3), (2, 1, 2, 2)], ids=str)
 def test_gradients(pair, lead):
     layer = make(dtype=pair[0], adapter_dtype=pair[1])
     x = torch.randn(*lead, 24, dtype=pair[0]).requires_grad_()
@@ -358,3 +358,8 @@ def test_hooks_on_parameters_and_output_run_once():
     layer.lora_A["default"].weight.grad = None
     layer.composed(x).sum().backward()
     close(twice, layer.lora_A["default"].weight.grad, 10)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 40])
+def test_large_layers(rows):
+    compare(make(k=600, n=500, adapters=("a", "b")), torch.randn(rows, 600).requires_grad_(), 10)

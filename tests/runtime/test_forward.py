@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from toy_layer import ToyLayer, close, make
 
@@ -37,11 +38,13 @@ def test_dtypes_and_leading_dims(pair, lead):
     close(actual, expected)
 
 
+@pytest.mark.parametrize("rows", [9, 90])
 @torch.no_grad()
-def test_mixed_precision_rounds_once():
+def test_mixed_precision_rounds_once(rows):
     layer = make(dtype=torch.bfloat16, adapter_dtype=torch.float32, adapters=("a", "b", "c"))
-    x = torch.randn(9, 24, dtype=torch.bfloat16)
-    exact = layer.base_layer(x).double()
+    x, base = torch.randn(rows, 24, dtype=torch.bfloat16), layer.base_layer
+    whole = rows == 9 and "avx512bf16" == _C.info()["isa"]  # then the base layer's output is not rounded by itself
+    exact = F.linear(x.double(), base.weight.double(), base.bias.double()) if whole else base(x).double()
     for name in "abc":
         exact = (
             exact
@@ -306,3 +309,36 @@ def test_terms_given_at_the_call(pair):
     for wrong in (terms[0], [terms[0][:2]], [(A, B, "x")], [3]):
         with pytest.raises(TypeError):
             _C.lowrank_terms(layer, x, wrong, (), {})
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 65])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_base_layer_and_terms_for_few_and_many_rows(rows, bias, dtype):
+    layer = make(k=100, n=70, bias=bias, dtype=dtype, adapters=("a", "b"))
+    for x in (torch.randn(rows, 100), torch.randn(100, rows).t(), torch.randn(1, rows, 200)[..., ::2]):
+        with torch.no_grad():
+            close(*both(layer, x.to(dtype)), 2)
+    layer.base_layer.weight = nn.Parameter(torch.randn(100, 70, dtype=dtype).t() / 10, requires_grad=False)
+    with torch.no_grad():
+        close(*both(layer, torch.randn(rows, 100, dtype=dtype)), 2)
+    with torch.inference_mode():
+        assert layer(torch.randn(rows, 100, dtype=dtype)).is_inference()
+    with pytest.raises(RuntimeError), torch.no_grad():  # as F.linear has it
+        layer(torch.randn(rows, 100, dtype=torch.bfloat16 if dtype == torch.float32 else torch.float32))
+
+
+def test_linear_grad_is_the_product():
+    for rows in (2, 8, 32):
+        g, weight = torch.randn(rows, 600), torch.randn(600, 500)
+        found = _C.linear_grad(g, weight)
+        assert (found is not None) == _C.info()["isa"].startswith("avx512")
+        if found is not None:
+            close(found, g @ weight, 30)
+            close(_C.linear_grad(g.view(2, -1, 600), weight), found.view(2, -1, 500), 30)
+            close(_C.linear_grad(g.t().contiguous().t(), weight), found)
+    assert _C.linear_grad(torch.randn(8, 600), weight.t()[:500, :600]) is None
+    assert _C.linear_grad(torch.randn(8, 5), torch.randn(5, 5)) is None
+    assert _C.linear_grad(torch.randn(8, 600, device="meta"), weight) is None
+    with pytest.raises(ValueError):
+        _C.lowrank_linear(g.to("meta"), weight.t(), None, None, (), ())

@@ -33,6 +33,7 @@ class Broken(nn.Linear):
 broken, odd = ToyLayer(Broken(24, 40)), ToyLayer(nn.Linear(24, 40))
 odd._active_adapter = 7
 frozen = make().requires_grad_(False)
+square, wide = torch.randn(512, 512), torch.randn(2, 512)
 
 def fails(function, *args):
     try:
@@ -84,6 +85,8 @@ BODIES = {
     "forward-refused": "_C.lowrank_forward(odd, x); fails(_C.lowrank_forward, broken, x); fails(_C.lowrank_forward)",
     "forward-graph": "_C.lowrank_forward(layer, leaf).sum().backward(); leaf.grad = None; layer.zero_grad()",
     "apply": "_C.lowrank_apply(y, x, t, (1.0,), (A, B)); fails(_C.lowrank_apply, y, x, t, (1.0,), (B, A))",
+    "linear": "_C.lowrank_linear(x, layer.base_layer.weight, None, t, (1.0,), (A, B)); fails(_C.lowrank_linear, meta)",
+    "linear-grad": "_C.linear_grad(wide, square); _C.linear_grad(g, A); fails(_C.linear_grad)",
     "backward": "_C.lowrank_backward(g, x, t, (1.0,), (A, B), dx, (dA, dB))",
     "backward-refused": "_C.lowrank_backward(neg, x, t, (1.0,), (A, B), dx, (dA, dB)); fails(_C.lowrank_backward, 1)",
     "terms": "with torch.no_grad(): _C.lowrank_terms(layer, x, [(A, B, 1.0)], (), {})",
