@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .room import AddRoom, RoomConfig, RoomModel, kaiming, option, pattern_value, positive, register, shared
-from .shared_room import wide
+from .shared_room import multipliable
 
 
 @dataclass
@@ -70,7 +70,7 @@ class HiraLayer(AddRoom):
 
     def delta(self, name: str) -> torch.Tensor:
         A, B = self.factors(name)
-        return (wide(B) @ wide(A)).to(A.dtype) * self.bare_weight()
+        return (multipliable(B) @ multipliable(A)).to(A.dtype) * self.bare_weight()
 
 
 class Linear(HiraLayer):
@@ -103,7 +103,7 @@ class Embedding(HiraLayer):
 
     def delta(self, name: str) -> torch.Tensor:
         A, B = self.factors(name)
-        return self.bare_weight() * (wide(A).T @ wide(B).T).to(A.dtype)
+        return self.bare_weight() * (multipliable(A).T @ multipliable(B).T).to(A.dtype)
 
     def term_beside(self, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         A, B = self.factors(name)

@@ -38,6 +38,14 @@ from .merging import check_adapters_to_merge
 from .offloaded import onload_layer
 
 
+def multiplies_slowly(tensor: torch.Tensor) -> bool:
+    """Whether matrices like it are better multiplied in fp32: half precision on CPUs without instructions for it."""
+    if tensor.device.type != "cpu":
+        return False
+    without = tensor.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return tensor.dtype == torch.float16 or without
+
+
 class LowRank(NamedTuple):
     """The change scale * B @ A of a weight's matrix: A (r, k), B (n, r), or stacks (e, r, k), (e, n, r)."""
 
@@ -54,10 +62,12 @@ class LowRank(NamedTuple):
         return self.A.shape[-2] > WIDE
 
     def delta(self) -> torch.Tensor:
-        """scale * B @ A in the factors' dtype; half precision on the CPU is multiplied in fp32."""
+        """scale * B @ A in the factors' dtype; half precision on the CPU that has to be scaled, or that it multiplies
+        slowly, is multiplied in fp32."""
         A, B = self.A, self.B
-        wide = B.device.type == "cpu" and B.dtype in (torch.float16, torch.bfloat16)
-        if wide:
+        if isinstance(self.scale, float) and self.scale == 1.0 and not multiplies_slowly(B):
+            return B @ A
+        if B.device.type == "cpu" and B.dtype in (torch.float16, torch.bfloat16):
             return ((B.float() @ A.float()) * self.scale).to(B.dtype)
         return (B @ A) * self.scale
 

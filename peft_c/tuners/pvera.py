@@ -10,7 +10,7 @@ from torch import nn
 
 from .law import LowRank
 from .room import option, positive, register, shared
-from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, drawn, wide
+from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, drawn, multipliable
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Linear(SharedRoom):
         return A.to(d.device), d, B.to(d.device), b
 
     def low_rank(self, name: str) -> LowRank:
-        A, d, B, b = map(wide, self.parts(name))
+        A, d, B, b = map(multipliable, self.parts(name))
         r = self.r[name]
         return LowRank(d[:r, None] * A[:r], b[:, None] * B, 1.0)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from .law import LowRank
 from .room import option, positive, register, shared
-from .shared_room import ProjectionConfig, ProjectionModel, SharedRoom, wide
+from .shared_room import ProjectionConfig, ProjectionModel, SharedRoom, multipliable, wide
 
 
 @dataclass
@@ -81,13 +81,12 @@ class Linear(SharedRoom):
         bases, small = gamma.shape
         A = self.randlora_A[name][..., :small]
         B = self.randlora_B[name][: max(self.in_features, self.out_features), :bases]
-        return wide(A.to(gamma.device)), wide(scales), wide(gamma), wide(B.to(gamma.device)).flatten(1)
+        return wide(A.to(gamma.device)), wide(scales), wide(gamma), multipliable(B.to(gamma.device)).flatten(1)
 
     def low_rank(self, name: str) -> LowRank:
         A, scales, gamma, Q = self.parts(name)
-        P = UniqueBaseGrad.apply(A, scales, gamma).flatten(0, 1)
-        P, Q = (P, Q) if P.shape[1] == self.in_features else (Q.T, P.T)
-        return LowRank(P, Q, self.scaling[name])
+        P = UniqueBaseGrad.apply(A, scales * self.scaling[name], gamma).flatten(0, 1).to(Q.dtype)
+        return LowRank(P, Q, 1.0) if P.shape[1] == self.in_features else LowRank(Q.T, P.T, 1.0)
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         r = self.r[name]
@@ -97,8 +96,8 @@ class Linear(SharedRoom):
         A, x = A[:, 0], x.to(gamma.dtype)
         if gamma.shape[1] == self.in_features:
             x = ((x.unsqueeze(-2) * gamma) @ A.T).mT * scales
-            return F.linear(x.flatten(-2), Q) * self.scaling[name]
-        x = (x @ Q).unflatten(-1, scales.shape) * scales
+            return F.linear(x.flatten(-2).to(Q.dtype), Q) * self.scaling[name]
+        x = (x.to(Q.dtype) @ Q).unflatten(-1, scales.shape) * scales
         return ((x.mT @ A) * gamma).sum(-2) * self.scaling[name]
 
 

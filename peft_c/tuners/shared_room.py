@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from . import law
 from ._buffer_dict import BufferDict
 from .room import AddRoom, RoomConfig, RoomModel, State
 from .targets import _maybe_include_all_linear_layers, outer_modules
@@ -24,6 +25,11 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in fp32 if it is a half-precision one on the CPU, else itself."""
     half = tensor.device.type == "cpu" and tensor.dtype in (torch.float16, torch.bfloat16)
     return tensor.float() if half else tensor
+
+
+def multipliable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in fp32 if it is a half-precision one on a CPU that multiplies such matrices slowly, else itself."""
+    return tensor.float() if law.multiplies_slowly(tensor) else tensor
 
 
 class SharedRoom(AddRoom):
