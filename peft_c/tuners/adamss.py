@@ -107,7 +107,7 @@ class Linear(AddRoom):
         U, V = singular_vectors(whole, config.r, config.random_seed)
         rows = groups(U, config.num_subspaces)
         count = len(rows)
-        pairs = [self.initial(U[indices.to(U.device)], config) for indices in rows]
+        pairs = [self.initial(U[indices.to(U.device)], config, weight.dtype) for indices in rows]
         for container, factors in zip((self.adamss_A, self.adamss_B), zip(*pairs, strict=True), strict=True):
             container[name] = nn.ParameterList([nn.Parameter(factor.to(weight.dtype)) for factor in factors])
         self.adamss_newB[name] = V.to(weight.dtype).contiguous()
@@ -117,8 +117,8 @@ class Linear(AddRoom):
             self.reset_importance(name)
 
     @staticmethod
-    def initial(U: torch.Tensor, config: AdamssConfig) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B of the subspace whose rows of the left singular vectors are U (rows, r)."""
+    def initial(U: torch.Tensor, config: AdamssConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """A, and B in `dtype`, of the subspace whose rows of the left singular vectors are U (rows, r)."""
         gram, rank = U @ U.T, min(len(U), config.subspace_rank)
         if config.use_dynamic_rank:
             values = torch.svd_lowrank(gram, q=len(gram), niter=2)[1]
@@ -126,7 +126,7 @@ class Linear(AddRoom):
         directions = torch.svd_lowrank(gram, q=min(len(gram), rank), niter=2)[0][:, :rank]
         A = torch.linalg.qr(U.T @ directions).Q.T.contiguous()
         start = torch.zeros if config.init_weights == "orthogonal" else torch.randn
-        return A, start(len(U), rank, device=U.device) * 0.01
+        return A, start(len(U), rank, dtype=dtype, device=U.device) * 0.01
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A (sum of r_i, in + 1) and B (out, sum of r_i) of all subspaces together."""

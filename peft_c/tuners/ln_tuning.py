@@ -18,6 +18,8 @@ from .room import Room, RoomConfig, RoomModel, register, shared
 class LNTuningConfig(RoomConfig):
     """Options of LayerNorm tuning."""
 
+    as_sets = ()
+
     target_modules: list[str] | str | None = shared("target_modules")
     exclude_modules: list[str] | str | None = shared("exclude_modules")
     modules_to_save: list[str] | None = shared("modules_to_save")

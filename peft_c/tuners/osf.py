@@ -20,6 +20,8 @@ from .room import AddRoom, RoomConfig, RoomModel, option, positive, register, sh
 class OSFConfig(RoomConfig):
     """Options of OSF. A rank is a number, or a fraction in (0, 1] of a weight's smaller size."""
 
+    as_sets = ()
+
     effective_rank: int | float | None = option(
         None, "Number of the largest singular directions that stay as they are; the others are trained. None: half."
     )

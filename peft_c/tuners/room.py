@@ -114,11 +114,12 @@ class RoomConfig(PeftConfig):
     """
 
     method = ""  # the name under which it is registered
+    as_sets: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules")  # options whose lists become sets
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType[self.method.upper()]
-        for name in ("target_modules", "exclude_modules"):
+        for name in self.as_sets:
             value = getattr(self, name, None)
             if isinstance(value, list):
                 setattr(self, name, set(value))

@@ -280,10 +280,10 @@ class BaseTunerLayer(_C.Layer, ABC):
             if any(p.device.type == "meta" for p in _parameters_of(item)):
                 continue
             own = getattr(item, "dtype", None)  # a module has none and keeps its integer buffers by itself
-            if dtype is not None and (own is None or own.is_floating_point or own.is_complex):
-                container[adapter_name] = item.to(device, dtype=dtype)
-            else:
-                container[adapter_name] = item.to(device)
+            castable = dtype is not None and (own is None or own.is_floating_point or own.is_complex)
+            moved = item.to(device, dtype=dtype) if castable else item.to(device)
+            frozen = isinstance(item, nn.Parameter) and not item.requires_grad
+            container[adapter_name] = nn.Parameter(moved, requires_grad=False) if frozen else moved
 
     def _may_be_trainable(self, adapter_name: str) -> None:
         """Notes that entries of this adapter were added or replaced and may be trainable now."""

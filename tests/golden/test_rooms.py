@@ -65,6 +65,24 @@ def test_a_new_adapter_has_the_same_values_names_and_flags(method, kind, neutral
     assert {name: tensor.shape for name, tensor in left.items()} == {name: t.shape for name, t in right.items()}
 
 
+@each
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_new_adapter_has_the_same_values_dtypes_and_flags_in_other_dtypes(method, kind, dtype):
+    if method == "psoft" and dtype is torch.float64:
+        for package in (peft_c, peft):
+            with pytest.raises(TypeError, match="float32"):
+                start(method, kind, package, dtype=dtype)
+        return
+    ours, theirs = (start(method, kind, package, dtype=dtype) for package in (peft_c, peft))
+    theirs, ours = (dict(model.named_parameters()) for model in (theirs, ours))
+    assert ours.keys() == theirs.keys()
+    for name, left in ours.items():
+        right = theirs[name]
+        assert left.dtype is right.dtype
+        assert left.requires_grad is (right.requires_grad and "ranknum" not in name)
+        assert torch.allclose(left.float(), right.float(), atol=1e-3, rtol=1e-2), name
+
+
 def without(pairs, *exceptions):
     """Parametrised over the pairs of method and kind that are in none of the exceptions."""
     left = [pair for pair in pairs if not any(pair in each or pair[0] in each for each in exceptions)]
@@ -212,3 +230,14 @@ def test_bad_values_are_refused_as_by_peft(method, option, value):
     if theirs is not None:
         assert ours is not None, f"PEFT raises {theirs!r}"
         assert isinstance(ours, (type(theirs), ValueError)), f"PEFT raises {theirs!r}, this is {ours!r}"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING if kind != "CPT"])
+def test_configs_keep_lists_and_sets_as_peft_does(kind):
+    found = []
+    for package in (peft_c, peft):
+        cls = getattr(package, PEFT_TYPE_TO_CONFIG_MAPPING[kind].__name__)
+        known = {field.name for field in dataclasses.fields(cls)} & {"target_modules", "exclude_modules", "total_step"}
+        config = cls(**{name: 3 if name == "total_step" else ["b", "a"] for name in known}).to_dict()
+        found.append({name: config[name] for name in known})
+    assert found[0] == found[1]

@@ -113,11 +113,11 @@ def config_of(method, kind="Linear", package=peft_c, **options):
     return cls(target_modules=targets, **{name: value for name, value in options.items() if name in known})
 
 
-def start(method, kind="Linear", package=peft_c, adapters=("default",), **options):
+def start(method, kind="Linear", package=peft_c, adapters=("default",), dtype=torch.float32, **options):
     """A model with freshly drawn adapters."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        base, _ = network(kind)
+        base = network(kind)[0].to(dtype)
         torch.manual_seed(1)
         model = package.get_peft_model(base, config_of(method, kind, package, **options), adapters[0])
         for name in adapters[1:]:

@@ -12,6 +12,7 @@ class TrainableTokensConfig(RoomConfig):
     """Which rows of which embeddings to train. Few tokens are cheap: storage and memory grow with their number."""
 
     method = "trainable_tokens"
+    as_sets = ()
 
     token_indices: list[int] = option([], "Indices of the tokens, as a tokenizer returns them in `input_ids`.")
     target_modules: list[str] | str | None = option(
