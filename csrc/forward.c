@@ -242,6 +242,14 @@ static PyObject *forward_linear(module_state *state, const gate_plan *plan, PyOb
     return y != NULL ? add_terms(state, plan, x, y) : NULL;
 }
 
+PyObject *forward_base(const module_state *state, const gate_plan *plan, PyObject *x) {
+    gate_plan alone = *plan;
+    PyObject *y = Py_None;
+    alone.count = 0;
+    if (linear_is_frozen(state, &alone)) y = whole_layer(state, &alone, x);
+    return y != Py_None ? y : PyObject_CallFunctionObjArgs(state->objects.linear, x, plan->weight, plan->bias, NULL);
+}
+
 PyObject *forward_planned(module_state *state, const gate_plan *plan, PyObject *x, PyObject *args, PyObject *kwargs) {
     const bool bare = (args == NULL || PyTuple_Size(args) == 0) && (kwargs == NULL || PyDict_Size(kwargs) == 0);
     PyObject *y;

@@ -10,7 +10,7 @@ enum {
 
 /* ---------------------------------------------------------------------------------------------------- kernel calls */
 
-static int kernel_error(int rc) {
+int forward_error(int rc) {
     if (rc == PK_EPARALLEL) {
         PyErr_SetString(PyExc_RuntimeError, "torch's thread pool could not run the low-rank kernel");
     } else {
@@ -51,7 +51,7 @@ int forward_run(const module_state *state, const forward_product *p) {
         rc = kernel_run(p, work, NULL);
     }
     if (work != stack) free(work);
-    return rc == PK_OK ? 0 : kernel_error(rc);
+    return rc == PK_OK ? 0 : forward_error(rc);
 }
 
 /* 0, or -1 with an exception. */
@@ -72,7 +72,7 @@ static int backward_run(const module_state *state, const pk_backward *q) {
         rc = pk_lowrank_backward(q, work, NULL);
     }
     if (work != stack) free(work);
-    return rc == PK_OK ? 0 : kernel_error(rc);
+    return rc == PK_OK ? 0 : forward_error(rc);
 }
 
 /* ------------------------------------------------------------------------------------------------- tensors to rows */
@@ -244,7 +244,7 @@ static PyObject *forward_linear_grad(PyObject *module, PyObject *args) {
     PyEval_RestoreThread(thread);
     free(work);
     if (rc != PK_OK) {
-        kernel_error(rc);
+        forward_error(rc);
         Py_CLEAR(dx);
     }
 done:

@@ -28,6 +28,9 @@ typedef struct {
     int count;
 } forward_product;
 
+/* Sets the exception of a kernel's result other than PK_OK. Returns -1. */
+int forward_error(int rc);
+
 /* Runs it; 0, or -1 with an exception. */
 int forward_run(const module_state *state, const forward_product *product);
 

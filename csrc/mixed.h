@@ -1,9 +1,10 @@
 /* mixed.h: a batch whose rows use different adapters, and the names of the adapters of its rows.
  *
- *   lowrank_mixed(layer, x, y, names) -> bool
- *       y[i] += scaling * B(A(x[i])) of the adapter names[i], in place, for every row i of the first dimension whose adapter the
- *       layer has; other rows ("__base__") stay as they are. Rows beside each other with one adapter are one kernel call.
- *       False: nothing was written, take the composed path (the gate says no, autograd is needed, dropout is active). */
+ *   lowrank_mixed(layer, x, y, names) -> Tensor or None
+ *       y[i] += scaling * B(A(x[i])) of the adapter names[i], in place, for every row i of the first dimension whose
+ *       adapter the layer has; other rows ("__base__") stay as they are. Returns y. With y None the output of the base
+ *       layer, if that is a plain nn.Linear, is computed, too. Rows beside each other with one adapter are one kernel
+ *       call. None: nothing was written, take the composed path (the gate says no, autograd is needed, dropout is active). */
 #ifndef PEFT_C_MIXED_H
 #define PEFT_C_MIXED_H
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ... import _C
 from ...import_utils import loaded
 from ...utils.aux_wrappers import AuxiliaryTrainingWrapper
 from ..tuner_layer import BaseTunerLayer
@@ -32,12 +33,11 @@ def _get_encoder(model: nn.Module) -> nn.Module | None:
     return None if encoder is model else encoder
 
 
-def _adapters_on(layers: list[nn.Module]) -> set[str]:
-    names: set[str] = set()
-    for layer in layers:
-        if isinstance(layer, BaseTunerLayer):
-            names.update(layer._all_available_adapter_names())
-    return names
+def _has_adapter(layer: nn.Module, name: str) -> bool:
+    if not isinstance(layer, BaseTunerLayer):
+        return False
+    containers = (getattr(layer, each) for each in (*layer.adapter_layer_names, *layer.other_param_names))
+    return any(hasattr(container, "keys") and name in container for container in containers)
 
 
 def _check_adapter_names(adapter_names: Any, layers: list[nn.Module], training: bool) -> None:
@@ -46,7 +46,8 @@ def _check_adapter_names(adapter_names: Any, layers: list[nn.Module], training: 
     if not isinstance(adapter_names, (list, tuple)):
         raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
     # a single layer need not have every adapter, but some layer must, or it is a mistyped name
-    unknown = set(adapter_names) - {"__base__"} - _adapters_on(layers)
+    names = dict.fromkeys(adapter_names)
+    unknown = [name for name in names if name != "__base__" and not any(_has_adapter(layer, name) for layer in layers)]
     if unknown:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
 
@@ -70,7 +71,7 @@ def per_call_arguments(
     """
     beams = num_beams if isinstance(num_beams, int) and num_beams > 1 else 1
     kinds = (tuner.tuner_layer_cls, AuxiliaryTrainingWrapper)
-    layers = [module for module in tuner.modules() if isinstance(module, kinds)]
+    layers = _C.find(tuner, kinds)[0]
     if adapter_names is not None:
         _check_adapter_names(adapter_names, layers, tuner.training)
     if alora_offsets is not None and beams > 1:

@@ -362,6 +362,11 @@ class LoraLayer(BaseTunerLayer):
     ) -> torch.Tensor:
         """The forward of a batch whose row i uses adapter `adapter_names[i]`; "__base__": none."""
         variant_kwargs = {key: kwargs.pop(key, None) for key in VARIANT_KWARG_KEYS}
+        in_c = getattr(self, "_lowrank_names", None) and not is_compiling()
+        if in_c and not args and not kwargs:
+            result = _C.lowrank_mixed(self, x, None, list(adapter_names))
+            if result is not None:
+                return result
         result = self.base_layer(x, *args, **kwargs)
         offsets = variant_kwargs.get("alora_offsets")
         own = self._merge_adapters()
@@ -371,9 +376,8 @@ class LoraLayer(BaseTunerLayer):
                 rows_of.setdefault(name, []).append(row)
         if rows_of and (type(self.base_layer).forward is not nn.Linear.forward or self.base_layer._forward_hooks):
             result = result.clone()  # somebody else may hold what this layer returned
-        if getattr(self, "_lowrank_names", None) and not is_compiling():
-            if _C.lowrank_mixed(self, x, result, list(adapter_names)):
-                return result
+        if in_c and _C.lowrank_mixed(self, x, result, list(adapter_names)) is not None:
+            return result
         for name, rows in rows_of.items():
             dtype = self._input_dtype(name)
             part = x[rows] if dtype is None else x[rows].to(dtype)
