@@ -207,8 +207,11 @@ static bool record_at(PyObject *records, int64_t at, pk_record *out) {
 static PyObject *record_new(const merge_job *job, int64_t at, pk_record *out) {
     const pk_mat w = matrix_at(&job->weight, at);
     const size_t bound = pk_record_bound(&w);
-    PyObject *room = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)bound);
-    if (room == NULL) return NULL;
+    PyObject *room = PyByteArray_FromStringAndSize(NULL, 0); /* a large one, if it fails, Python 3.11 frees badly */
+    if (room == NULL || PyByteArray_Resize(room, (Py_ssize_t)bound) < 0) {
+        Py_XDECREF(room);
+        return NULL;
+    }
     out->data = PyByteArray_AsString(room);
     out->capacity = bound;
     out->size = 0;

@@ -35,6 +35,12 @@ static int status_error(int status) {
     return -1;
 }
 
+/* Both as arrays that may change places. */
+static bool pair_view(const module_state *state, PyObject *weight, PyObject *other, TensorView *w, TensorView *o) {
+    return merge_is_possible(state, false) && array_view(state, weight, w) && array_view(state, other, o) &&
+           are_alike(w, o) && !view_may_overlap(w, o);
+}
+
 PyDoc_STRVAR(exchange_doc,
              "exchange(weight, other, add, check, owner, /)\n--\n\n"
              "weight gets the values of other (with add: weight + other, rounded once), other those that weight had;\n"
@@ -54,9 +60,7 @@ static PyObject *exchange(PyObject *module, PyObject *const *args, Py_ssize_t na
     }
     const int add = PyObject_IsTrue(args[2]), check = PyObject_IsTrue(args[3]);
     if (add < 0 || check < 0) return NULL;
-    if (!merge_is_possible(state, false) || !array_view(state, args[0], &weight) ||
-        !array_view(state, args[1], &other) || !are_alike(&weight, &other) || view_may_overlap(&weight, &other))
-        Py_RETURN_NONE;
+    if (!pair_view(state, args[0], args[1], &weight, &other)) Py_RETURN_NONE;
     if (view_bump_version(state, args[4]) < 0) return NULL;
     Py_BEGIN_ALLOW_THREADS status = pk_exchange(weight.dtype, weight.data, other.data, weight.numel, add,
                                                 check ? PK_CHECK : 0, &digest, state->torch.torch_parallel_for);
@@ -66,6 +70,31 @@ static PyObject *exchange(PyObject *module, PyObject *const *args, Py_ssize_t na
     }
     if (status == PK_NONFINITE) return Py_BuildValue("(Oi)", Py_False, 0);
     return Py_BuildValue("(OK)", Py_True, (unsigned long long)digest);
+}
+
+PyDoc_STRVAR(restore_doc, "restore(weight, other, digest, owner, /)\n--\n\n"
+                          "exchange(weight, other, False, False, owner), if weight has this digest.\n\n"
+                          "Returns whether it has; if not, nothing has changed. None if C may not act here.");
+
+static PyObject *restore(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    const module_state *state = state_of(module);
+    TensorView weight, other;
+    int status;
+    if (nargs != 4) {
+        PyErr_SetString(PyExc_TypeError, "restore(weight, other, digest, owner)");
+        return NULL;
+    }
+    const uint64_t wanted = PyLong_AsUnsignedLongLongMask(args[2]);
+    if (wanted == (uint64_t)-1 && PyErr_Occurred()) return NULL;
+    if (!pair_view(state, args[0], args[1], &weight, &other)) Py_RETURN_NONE;
+    if (view_bump_version(state, args[3]) < 0) return NULL;
+    Py_BEGIN_ALLOW_THREADS status =
+        pk_exchange_back(weight.dtype, weight.data, other.data, weight.numel, wanted, state->torch.torch_parallel_for);
+    Py_END_ALLOW_THREADS if (status != PK_OK && status != PK_CHANGED) {
+        (void)status_error(status);
+        return NULL;
+    }
+    return PyBool_FromLong(status == PK_OK);
 }
 
 PyDoc_STRVAR(digest_doc, "digest(tensor, /)\n--\n\n"
@@ -88,6 +117,7 @@ static PyObject *digest(PyObject *module, PyObject *tensor) {
 
 PyMethodDef exchange_methods[] = {
     {"exchange", (PyCFunction)(void (*)(void))exchange, METH_FASTCALL, exchange_doc},
+    {"restore", (PyCFunction)(void (*)(void))restore, METH_FASTCALL, restore_doc},
     {"digest", digest, METH_O, digest_doc},
     {NULL, NULL, 0, NULL},
 };

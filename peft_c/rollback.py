@@ -1,10 +1,14 @@
-"""`undo_on_error`: what fails halfway while adding an adapter leaves the model as it was."""
+"""All or nothing: `undo_on_error` takes back what fails halfway while an adapter is added; `undivided` keeps Ctrl-C
+from coming halfway."""
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -87,3 +91,39 @@ def undo_on_error(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             saved.restore()
         raise
+
+
+class undivided:
+    """Holds Ctrl-C back while a block runs, so that it comes where `let_through` is called and nowhere between.
+
+    One inside another is the same as one: `let_through` is then for both. Only the main thread gets signals; in others
+    there is nothing to hold back.
+    """
+
+    def __init__(self) -> None:
+        self.held: tuple[int, Any] | None = None
+        self.handler: Any = None
+
+    def __enter__(self) -> undivided:
+        handler = signal.getsignal(signal.SIGINT)
+        outer = getattr(handler, "__self__", None)
+        if isinstance(outer, undivided):
+            return outer
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            self.handler = handler
+            signal.signal(signal.SIGINT, self._hold)
+        return self
+
+    def _hold(self, number: int, frame: Any) -> None:
+        self.held = number, frame
+
+    def let_through(self) -> None:
+        """Handle now what was held back: a KeyboardInterrupt, as a rule."""
+        if self.held is not None:
+            held, self.held = self.held, None
+            self.handler(*held)
+
+    def __exit__(self, *_: Any) -> None:
+        if self.handler is not None:
+            signal.signal(signal.SIGINT, self.handler)
+            self.let_through()

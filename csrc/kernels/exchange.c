@@ -14,7 +14,7 @@ typedef struct {
     pk_dtype dtype;
     char *w, *other; /* other NULL: only the digest */
     int64_t n;
-    int add;
+    int add, old; /* old: the digest is of what w was, not of what it becomes */
     _Atomic uint64_t digest;
     atomic_int bad;
 } exchange_job;
@@ -55,7 +55,7 @@ static void exchange_range(int64_t begin, int64_t end, void *ctx) {
         for (int64_t at = i * BLOCK; at < stop; at += PIECE) {
             const int64_t n = min64(PIECE, stop - at);
             if (job->other) exchange_piece(job, job->w + at * size, job->other + at * size, n);
-            hash_piece(job->isa, hash.hash, job->w + at * size, n * size);
+            hash_piece(job->isa, hash.hash, (job->old ? job->other : job->w) + at * size, n * size);
         }
         digest += ((uint64_t)trace_hash(&hash) + 1) * (2 * (uint64_t)i + 1);
     }
@@ -79,6 +79,15 @@ int pk_exchange(pk_dtype dtype, void *w, void *other, int64_t n, int add, unsign
     job.add = 0;
     rc = exchange_run(&job, par);
     return rc != PK_OK ? rc : PK_NONFINITE;
+}
+
+int pk_exchange_back(pk_dtype dtype, void *w, void *other, int64_t n, uint64_t digest, pk_parallel_fn par) {
+    exchange_job job = {.dtype = dtype, .w = w, .other = other, .n = n, .old = 1};
+    if (!other && n) return PK_EINVAL;
+    int rc = exchange_run(&job, par);
+    if (rc != PK_OK || atomic_load(&job.digest) == digest) return rc;
+    rc = exchange_run(&job, par);
+    return rc != PK_OK ? rc : PK_CHANGED;
 }
 
 int pk_digest(pk_dtype dtype, const void *w, int64_t n, uint64_t *digest, pk_parallel_fn par) {

@@ -154,6 +154,9 @@ int pk_switch(const pk_mat *w, const pk_delta *old, const pk_record *old_record,
 int pk_exchange(pk_dtype dtype, void *w, void *other, int64_t n, int add, unsigned flags, uint64_t *digest,
                 pk_parallel_fn par);
 
+/* The same (without add) for an old w of this digest; PK_CHANGED: it has another one, and nothing has changed. */
+int pk_exchange_back(pk_dtype dtype, void *w, void *other, int64_t n, uint64_t digest, pk_parallel_fn par);
+
 /* A digest of n elements' bits, the same on every machine and for every number of threads. */
 int pk_digest(pk_dtype dtype, const void *w, int64_t n, uint64_t *digest, pk_parallel_fn par);
 

@@ -32,7 +32,8 @@ class BaseView(NamedTuple):
     @property
     def tensor(self) -> torch.Tensor:
         """The live weight, as `owner` has it now."""
-        return getattr(self.owner, self.name)
+        own = self.owner.__dict__.get("_parameters", ())  # what getattr would find last
+        return own[self.name] if self.name in own else getattr(self.owner, self.name)
 
     def matrix(self, tensor: torch.Tensor | None = None) -> torch.Tensor:
         """`tensor` (default: the live weight) as (n, k) or, when stacked, (e, n, k), sharing its memory.

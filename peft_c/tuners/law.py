@@ -22,16 +22,16 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, takewhile
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 
 from .. import _C
+from ..rollback import undivided
 from ..utils.warning import PeftWarning
 from .base_view import BaseView
 from .merging import check_adapters_to_merge
@@ -127,7 +127,7 @@ class exact_unmerge:
 # ---------------------------------------------------------------------------------------------------- one weight
 
 
-@dataclass
+@dataclass(eq=False)
 class Saved:
     """What undoing one merge of one weight needs: `undo` is the kernels' record (one bytearray a matrix), a
     `Difference`, or None (then the change is subtracted)."""
@@ -158,7 +158,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 class Difference:
     """The record of a merge done with torch operations: the old values where subtraction gives others, or all."""
 
-    digest: int
+    digest: int | None  # None: not known any more
     index: torch.Tensor | None
     old: torch.Tensor
 
@@ -216,9 +216,22 @@ class Difference:
         bits[self.index] = self.old
         return bits.view(tensor.dtype).view(tensor.shape)
 
-    def put_back(self, view: BaseView, tensor: torch.Tensor) -> None:
-        """Write the old values, which are all here, to the merged `tensor`."""
-        _write(view, tensor, self.restore(tensor, None))
+    def put_back(self, view: BaseView, tensor: torch.Tensor, fits: bool) -> str | None:
+        """`swap`, or nothing if there is a `mismatch`, which is returned."""
+        done = _C.restore(tensor, self.old, self.digest, view.tensor) if fits and self.digest is not None else None
+        if done is not None:
+            return None if done else "was written to"
+        reason = self.mismatch(tensor, fits)
+        if reason is None:
+            self.swap(view, tensor)
+        return reason
+
+    def swap(self, view: BaseView, tensor: torch.Tensor) -> None:
+        """Write the old values, which are all here, to `tensor` and keep those that were there."""
+        if _C.exchange(tensor, self.old, False, False, view.tensor) is None:
+            before = tensor.clone()
+            _write(view, tensor, self.restore(tensor, None))
+            self.old = before
 
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.index, self.old) if t is not None)
@@ -234,8 +247,11 @@ class Places(Difference):
         flat = tensor.flatten()
         return flat.index_copy(0, self.index, self.old).view(tensor.shape)
 
-    def put_back(self, view: BaseView, tensor: torch.Tensor) -> None:
-        tensor.view(-1).index_copy_(0, self.index, self.old)
+    def swap(self, view: BaseView, tensor: torch.Tensor) -> None:
+        flat = tensor.view(-1)
+        before = flat[self.index]
+        flat.index_copy_(0, self.index, self.old)
+        self.old = before
         _wrote(view)
 
 
@@ -328,7 +344,7 @@ def _meta(tensor: torch.Tensor) -> tuple:
 # ----------------------------------------------------------------------------------------------------- one layer
 
 
-@dataclass
+@dataclass(eq=False)
 class Merge:
     """One step of a layer's merging: adapters merged in one pass, or one that is merged by itself (`alone`): by its
     variant, or by replacing the weight."""
@@ -375,8 +391,7 @@ def _values_of(change: Callable[[], torch.Tensor]) -> torch.Tensor:
 def _weight(view: BaseView, layer: Any) -> torch.Tensor:
     """The weight to write to; ValueError if there is none that a merge could change."""
     tensor = view.tensor
-    parametrized = getattr(view.owner, "parametrizations", None)
-    if parametrized is not None and view.name in parametrized:
+    if view.name in view.owner._modules.get("parametrizations", ()):
         raise ValueError(
             f"Cannot merge into '{view.name}' of {type(view.owner).__name__} ({describe(layer)}): it is parametrized. "
             "Remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)."
@@ -402,10 +417,11 @@ def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None 
     if not names:
         return
     targets = layer._merge_targets()
-    variants = getattr(layer, "lora_variant", {})
+    variants = layer.__dict__.get("lora_variant", ())
     plans = {name: layer._merge_changes(name) for name in names}
-    for label in {label for plan in plans.values() for label in plan}:
-        _weight(targets[label], layer)
+    for plan in plans.values():
+        for label in plan:
+            _weight(targets[label], layer)
     if safe_merge:
         broken = [name for name in names if not _finite(plans[name].values())]
         if broken:
@@ -414,13 +430,14 @@ def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None 
     def merges_alone(name: str) -> bool:
         return name in variants or any(isinstance(change, Replace) for change in plans[name].values())
 
-    with transaction(layer):
-        start = len(records(layer))
+    start = len(records(layer))
+    with undivided() as interrupts, transaction(layer):
         for alone, group in groupby(names, key=merges_alone):
             for adapters in [[name] for name in group] if alone else [list(group)]:
                 _merge_step(layer, Merge(adapters, alone=alone), targets, plans, safe_merge)
-        if not exact_unmerge.enabled:
-            _drop_records(layer, plans, start)
+                interrupts.let_through()
+    if not exact_unmerge.enabled:
+        _drop_records(layer, plans, start)
 
 
 def _drop_records(layer: Any, plans: dict, start: int) -> None:
@@ -431,17 +448,39 @@ def _drop_records(layer: Any, plans: dict, start: int) -> None:
                 saved.undo = None
 
 
-@contextmanager
-def transaction(layer: Any) -> Iterator[None]:
-    """An exception inside takes back the merges that were made inside."""
-    start = len(records(layer))
-    try:
-        yield
-    except BaseException:
-        targets = layer._merge_targets()
-        while len(records(layer)) > start:
-            _undo(layer, records(layer).pop(), targets)
-        raise
+class transaction:
+    """A block that brings the layer's merging back to where it was if it raises: records, adapters, weights."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.names, self.steps = list(layer.merged_adapters), list(records(layer))
+        self.suspended = layer.__dict__.get("_merge_suspended", False)
+
+    def __enter__(self) -> transaction:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is not None:
+            self.go_back()
+
+    @torch.no_grad()
+    def go_back(self) -> None:
+        """Take the steps back that were made since, and make those again that were taken back: the same bits."""
+        layer, now = self.layer, records(self.layer)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] is pair[1], zip(now, self.steps, strict=False)))
+        if [*now, *layer.merged_adapters] != [*self.steps, *self.names]:
+            targets = layer._merge_targets()
+            while len(now) > same:
+                _undo(layer, now.pop(), targets)
+            recorded = {name for step in self.steps for name in step.adapters}.union(layer.merged_adapters)
+            for name in self.names:
+                if name not in recorded and not self.suspended:
+                    _redo(layer, _unrecorded(layer, name), targets)
+            for step in self.steps[same:]:
+                _redo(layer, step, targets)
+            now[:] = self.steps
+        layer.merged_adapters[:] = self.names
+        layer._merge_suspended = self.suspended
 
 
 def _merge_step(layer: Any, step: Merge, targets: dict, plans: dict, safe_merge: bool) -> None:
@@ -456,7 +495,7 @@ def _merge_step(layer: Any, step: Merge, targets: dict, plans: dict, safe_merge:
 
 
 def _variant(layer: Any, step: Merge) -> Any:
-    return getattr(layer, "lora_variant", {}).get(step.adapters[0])
+    return layer.__dict__.get("lora_variant", {}).get(step.adapters[0])
 
 
 def _merge_group(layer: Any, step: Merge, targets: dict, plans: dict, safe_merge: bool) -> None:
@@ -511,6 +550,7 @@ def _merge_variant(layer: Any, step: Merge, targets: dict, plans: dict, safe_mer
     view, variant = targets["weight"], layer.lora_variant[name]
     weight = view.tensor
     home, before = weight.data, weight.data.clone()
+    saved = Saved("weight", [], Difference(None, None, before), _meta(home))
     try:
         if safe_merge:
             merged = variant.merge_safe(layer, name, before.clone())
@@ -521,12 +561,13 @@ def _merge_variant(layer: Any, step: Merge, targets: dict, plans: dict, safe_mer
             merged = weight.data
         if merged.data_ptr() != home.data_ptr():
             home.copy_(merged)
+        saved.undo.digest = Difference.digest_of(home)
     except BaseException:
         home.copy_(before)
         raise
     finally:
         weight.data = home
-    step.saved.append(Saved("weight", [], Difference.between(before, home, None), _meta(home)))
+    step.saved.append(saved)
     rest = {label: change for label, change in plans[name].items() if label != "weight"}
     _merge_group(layer, step, {label: targets[label] for label in rest}, {name: rest}, safe_merge)
 
@@ -546,39 +587,76 @@ def _merge_replacement(layer: Any, step: Merge, targets: dict, plans: dict, safe
 
 
 def _undo(layer: Any, step: Merge, targets: dict) -> list[str]:
-    """Take one step back. The reasons, if any, why bits may differ."""
-    reasons = []
-    for saved in reversed(step.saved):
-        view = targets[saved.label]
-        undo = _subtract(view, view.tensor.data, saved) if saved.changes else _restore(layer, step, view, saved)
-        reasons.append(undo)
+    """Take one step back, or, after an error, nothing of it. The reasons, if any, why bits may differ."""
+    reasons, undone = [], []
+    try:
+        for saved in reversed(step.saved):
+            view = targets[saved.label]
+            tensor = view.tensor.data
+            undo = _subtract(view, tensor, saved) if saved.changes else _restore(layer, step, view, tensor, saved)
+            reasons.append(undo)
+            undone.append(saved)
+    except BaseException:
+        _redo(layer, Merge(step.adapters, undone[::-1], step.alone), targets)
+        raise
     for name in step.adapters:
         if name in layer.merged_adapters:
             layer.merged_adapters.remove(name)
     return [reason for reason in reasons if reason]
 
 
-def _restore(layer: Any, step: Merge, view: BaseView, saved: Saved) -> str | None:
+def _redo(layer: Any, step: Merge, targets: dict) -> None:
+    """Make a step again that `_undo` took back, of its own snapshots, so that the weights get the same bits again."""
+    for saved in step.saved:
+        view = targets[saved.label]
+        tensor = view.tensor.data
+        variant = _variant(layer, step) if saved.label == "weight" else None
+        if saved.changes:
+            saved.undo = _add(view, tensor, saved.changes, False, saved.undo is not None)[1]
+        elif variant is not None:  # makes, too, what it keeps until it is unmerged
+            before = tensor.clone()
+            variant.merge_unsafe(layer, step.adapters[0], view.tensor)
+            if saved.undo is not None:
+                _write(view, tensor, before)
+        if saved.undo is not None and not saved.changes:
+            saved.undo.swap(view, tensor)
+        elif not saved.changes and variant is None:
+            changes = [change for change in _changes_now(layer, step, saved.label) if not isinstance(change, Replace)]
+            _add(view, tensor, changes, False, False)
+
+
+def _changes_now(layer: Any, step: Merge, label: str) -> list[Any]:
+    """What merging the step's adapters would do to a weight as they are now."""
+    plans = [layer._merge_changes(name) for name in step.adapters if name in layer._merge_adapters()]
+    changes = [plan[label] for plan in plans]
+    return [change if isinstance(change, (LowRank, Replace)) else change() for change in changes]
+
+
+def _restore(layer: Any, step: Merge, view: BaseView, tensor: torch.Tensor, saved: Saved) -> str | None:
     """Undo a merge of which no change was kept: from the copy, or, where that does not fit any more, by asking the
     variant or the adapters as they are now."""
-    tensor, undo = view.tensor.data, saved.undo
-    reason = "" if undo is None else undo.mismatch(tensor, saved.meta == _meta(tensor))
+    undo, undone = saved.undo, None
     variant = _variant(layer, step) if saved.label == "weight" else None
-    undone = None
     if variant is not None and step.adapters[0] in layer.merged_adapters:  # drops what the variant keeps, too
-        undone = variant.unmerge(layer, step.adapters[0], view.tensor)
+        kept = dict(layer._caches)
+        try:
+            undone = variant.unmerge(layer, step.adapters[0], view.tensor)
+        except BaseException:
+            layer._caches.update(kept)
+            raise
+    reason = "" if undo is None else undo.put_back(view, tensor, saved.meta == _meta(tensor))
     if reason is None:
-        undo.put_back(view, tensor)
         return None
+    if undo is not None:
+        saved.undo = Difference(None, None, tensor.clone())
     if undone is not None:
         _write(view, tensor, undone)
         return reason
-    for name in reversed(step.adapters):
-        change = layer._merge_changes(name)[saved.label] if name in layer._merge_adapters() else None
+    for change in reversed(_changes_now(layer, step, saved.label)):
         if isinstance(change, Replace):  # nothing to subtract: what was written since is lost
             _write(view, tensor, undo.old.view(saved.meta[0]).view(saved.meta[1]))
-        elif change is not None:
-            _subtract(view, tensor, Saved(saved.label, [change if isinstance(change, LowRank) else change()]))
+        else:
+            _subtract(view, tensor, Saved(saved.label, [change]))
     return reason
 
 
@@ -595,14 +673,15 @@ def unmerge(layer: Any) -> None:
         return
     targets = layer._merge_targets()
     reasons = []
-    while steps:
-        step = steps[-1]
-        if any(name in layer.merged_adapters for name in step.adapters):
-            reasons += _undo(layer, step, targets)
-        steps.pop()
-    while layer.merged_adapters:  # merged by others, without a record
-        _take_out(layer, layer.merged_adapters[-1], targets)
-        layer.merged_adapters.pop()
+    with undivided() as interrupts, transaction(layer):
+        while steps:
+            step = steps[-1]
+            if any(name in layer.merged_adapters for name in step.adapters):
+                reasons += _undo(layer, step, targets)
+            steps.pop()
+            interrupts.let_through()
+        while layer.merged_adapters:  # merged by others, without a record
+            _undo(layer, _unrecorded(layer, layer.merged_adapters[-1]), targets)
     _warn_about(layer, reasons)
 
 
@@ -615,12 +694,10 @@ def _warn_about(layer: Any, reasons: list[str]) -> None:
         )
 
 
-def _take_out(layer: Any, name: str, targets: dict) -> None:
-    """Undo a merge that left no record, with the adapter as it is now."""
-    if name in layer._merge_adapters():
-        for label, change in layer._merge_changes(name).items():
-            if not isinstance(change, Replace):
-                _restore(layer, Merge([name]), targets[label], Saved(label, []))
+def _unrecorded(layer: Any, name: str) -> Merge:
+    """A step for an adapter that somebody else has merged, without a record."""
+    plan = layer._merge_changes(name) if name in layer._merge_adapters() else {}
+    return Merge([name], [Saved(label, []) for label, change in plan.items() if not isinstance(change, Replace)])
 
 
 # -------------------------------------------------------------------------------------------------------- switching
@@ -639,9 +716,20 @@ def switch(layer: Any, adapter_names: list[str], safe_merge: bool = False) -> No
     known = layer._merge_adapters()
     names = [name for name in dict.fromkeys(adapter_names) if name in known]
     plans = {name: layer._merge_changes(name) for name in names}
-    if not names or not _is_one_pass(layer, plans):
-        _switch_in_two(layer, names, safe_merge)
-        return
+    with undivided() as interrupts, transaction(layer):
+        if names and _is_one_pass(layer, plans):
+            reasons = _switch_in_one(layer, names, plans, safe_merge)
+        else:
+            reasons = []
+            if layer.merged:
+                layer.unmerge()
+            if names:
+                layer.merge(safe_merge=safe_merge, adapter_names=names)
+        interrupts.let_through()
+    _warn_about(layer, [reason for reason in reasons if reason])
+
+
+def _switch_in_one(layer: Any, names: list[str], plans: dict, safe_merge: bool) -> list[str | None]:
     targets = layer._merge_targets()
     (old,) = records(layer)
     new = Merge(names)
@@ -667,7 +755,7 @@ def switch(layer: Any, adapter_names: list[str], safe_merge: bool = False) -> No
     layer.merged_adapters[:] = names
     if not exact_unmerge.enabled:
         _drop_records(layer, plans, 0)
-    _warn_about(layer, [reason for reason in reasons if reason])
+    return reasons
 
 
 def _is_one_pass(layer: Any, plans: dict) -> bool:
@@ -678,23 +766,10 @@ def _is_one_pass(layer: Any, plans: dict) -> bool:
         and not steps[0].alone
         and steps[0].adapters == layer.merged_adapters
         and all(saved.changes for saved in steps[0].saved)
-        and not any(name in getattr(layer, "lora_variant", {}) for name in plans)
+        and not any(name in layer.__dict__.get("lora_variant", ()) for name in plans)
         and not any(isinstance(change, Replace) for change in changes)
         and all(isinstance(plan["weight"], LowRank) for plan in plans.values() if "weight" in plan)
     )
-
-
-def _switch_in_two(layer: Any, names: list[str], safe_merge: bool) -> None:
-    before = list(layer.merged_adapters)
-    if before:
-        layer.unmerge()
-    try:
-        if names:
-            layer.merge(safe_merge=safe_merge, adapter_names=names)
-    except BaseException:
-        if before:
-            layer.merge(adapter_names=before)
-        raise
 
 
 def _switch_one(
@@ -786,6 +861,10 @@ class Merging:
         if getattr(base, "bias", None) is not None:
             targets["bias"] = BaseView(base, "bias")
         return targets
+
+    def _merging(self) -> transaction:
+        """The way back to what is merged now; see `transaction`."""
+        return transaction(self)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters (default: the active ones) into the base weights, in place, in one pass where that can be.

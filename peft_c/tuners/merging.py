@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from .. import _C
+from ..rollback import undivided
 from ..utils.matching import _get_submodules
 from .offloaded import onload_layer
 from .tuner_layer import BaseTunerLayer
@@ -90,32 +92,49 @@ def tie_again(layers: Iterable[BaseTunerLayer]) -> None:
 # --- merge, unmerge ---
 
 
-def _roll_back(touched: list[tuple[nn.Module, list[str]]]) -> None:
-    """Brings every layer back to the adapters that were merged before; goes on when one of them fails."""
-    with warnings.catch_warnings():
+class _Merged:
+    """What is merged into a layer that does its merging by itself; for others see `law.transaction`."""
+
+    def __init__(self, layer: BaseTunerLayer) -> None:
+        self.layer = layer
+        self.names = list(layer.merged_adapters)
+
+    def go_back(self) -> None:
+        """Unmerge, and merge again what was merged, by what the adapters are now."""
+        if list(self.layer.merged_adapters) == self.names:
+            return
+        self.layer.unmerge()
+        if self.names:
+            self.layer.merge(adapter_names=self.names)
+
+
+def _merged(layers: Iterable[BaseTunerLayer]) -> list[Any]:
+    """For each layer what knows how to `go_back` to what is merged into it now."""
+    return [layer._merging() if hasattr(layer, "_merging") else _Merged(layer) for layer in layers]
+
+
+def _roll_back(states: list[Any]) -> None:
+    """Brings every layer back; goes on when one of them fails."""
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        for layer, before in reversed(touched):
-            if list(layer.merged_adapters) == before:
-                continue
+        for state in reversed(states):
             try:
-                with onload_layer(layer):
-                    layer.unmerge()
-                    if before:
-                        layer.merge(adapter_names=before)
+                with onload_layer(state.layer):
+                    state.go_back()
             except Exception:  # the error that led here is the one to raise
                 continue
 
 
-def _apply(layers: Iterable[nn.Module], act: Callable[[nn.Module], None]) -> None:
+def _apply(layers: list[BaseTunerLayer], act: Callable[[BaseTunerLayer], None], interrupts: undivided) -> None:
     """act(layer) for every layer; if one fails, what the others have merged or unmerged is taken back."""
-    touched: list[tuple[nn.Module, list[str]]] = []
+    before = _merged(layers)
     try:
         for layer in layers:
-            touched.append((layer, list(layer.merged_adapters)))
             with onload_layer(layer):
                 act(layer)
+            interrupts.let_through()
     except BaseException:
-        _roll_back(touched)
+        _roll_back(before)
         raise
 
 
@@ -126,14 +145,15 @@ def merge_layers(model: nn.Module, adapter_names: list[str] | None, safe_merge: 
     are unmerged before the error is raised.
     """
     (layers,) = _C.find(model, BaseTunerLayer)
-    untied = _untie([layer for layer in layers if not layer.merged], adapter_names)
-    try:
-        _apply(layers, lambda layer: layer.merge(adapter_names=adapter_names, safe_merge=safe_merge))
-    except BaseException:
-        _tie(untied)
-        raise
-    for base, shared in untied:
-        base.__dict__["_untied_from"] = shared  # not an attribute assignment: that would register a parameter
+    with undivided() as interrupts:
+        untied = _untie([layer for layer in layers if not layer.merged], adapter_names)
+        try:
+            _apply(layers, lambda layer: layer.merge(adapter_names=adapter_names, safe_merge=safe_merge), interrupts)
+        except BaseException:
+            _tie(untied)
+            raise
+        for base, shared in untied:
+            base.__dict__["_untied_from"] = shared  # not an attribute assignment: that would register a parameter
 
 
 def unmerge_layers(model: nn.Module) -> None:
@@ -142,8 +162,9 @@ def unmerge_layers(model: nn.Module) -> None:
     The last layer comes first: what two layers did to memory that they share is undone exactly in that order only.
     """
     (layers,) = _C.find(model, BaseTunerLayer)
-    _apply(reversed(layers), lambda layer: layer.unmerge())
-    tie_again(layers)
+    with undivided() as interrupts:
+        _apply(layers[::-1], lambda layer: layer.unmerge(), interrupts)
+        tie_again(layers)
 
 
 def switch_layers(model: nn.Module, adapter_names: list[str], safe_merge: bool) -> None:
@@ -161,7 +182,8 @@ def switch_layers(model: nn.Module, adapter_names: list[str], safe_merge: bool) 
             layer.unmerge()
         layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
-    _apply(layers, switch)
+    with undivided() as interrupts:
+        _apply(layers, switch, interrupts)
 
 
 # --- unload ---
@@ -183,7 +205,7 @@ class Unloading:
         self.merge = merge
         self.how = {"safe_merge": safe_merge, "adapter_names": adapter_names}
         self.saved: list[tuple[nn.Module, dict, dict]] = []  # modules with their children and parameters
-        self.touched: list[tuple[nn.Module, list[str]]] = []
+        self.touched: list[Any] = []  # how to go back in the layers inside
 
     def run(self, progressbar: bool = False) -> None:
         from .targets import outer_modules
@@ -194,20 +216,22 @@ class Unloading:
             for name, module in outer_modules(model)
             if name and (hasattr(module, "base_layer") or hasattr(module, "unload_and_optionally_merge_module"))
         ]
-        untied = _untie(_C.find(model, BaseTunerLayer)[0], self.how["adapter_names"]) if self.merge else []
-        try:
-            for name in _progress(names, progressbar, self.merge):
-                self.unload(name)
-        except BaseException:
-            for module, children, parameters in reversed(self.saved):
-                module._modules.update(children)
-                module._parameters.clear()
-                module._parameters.update(parameters)
-            _roll_back(self.touched)
-            _tie(untied)
-            raise
-        # equal after all: the adapters were tied as well
-        _tie((base, shared) for base, shared in untied if torch.equal(base.weight, shared))
+        with undivided() as interrupts:
+            untied = _untie(_C.find(model, BaseTunerLayer)[0], self.how["adapter_names"]) if self.merge else []
+            try:
+                for name in _progress(names, progressbar, self.merge):
+                    self.unload(name)
+                    interrupts.let_through()
+            except BaseException:
+                for module, children, parameters in reversed(self.saved):
+                    module._modules.update(children)
+                    module._parameters.clear()
+                    module._parameters.update(parameters)
+                _roll_back(self.touched)
+                _tie(untied)
+                raise
+            # equal after all: the adapters were tied as well
+            _tie((base, shared) for base, shared in untied if torch.equal(base.weight, shared))
 
     def unload(self, name: str) -> None:
         try:
@@ -216,7 +240,7 @@ class Unloading:
             return  # it was inside a module that has been replaced
         for module in (*_C.find(target, nn.Module)[0], parent):
             self.saved.append((module, dict(module._modules), dict(module._parameters)))
-        self.touched += [(layer, list(layer.merged_adapters)) for layer in _C.find(target, BaseTunerLayer)[0]]
+        self.touched += _merged(_C.find(target, BaseTunerLayer)[0])
         with onload_layer(target):
             if hasattr(target, "unload_and_optionally_merge_module"):
                 new_module = target.unload_and_optionally_merge_module(merge=self.merge, **self.how)

@@ -141,6 +141,23 @@ def test_exchange_of_what_is_not_finite():
             assert not torch.isfinite(w).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_restore_exchanges_what_has_the_digest(dtype):
+    torch.manual_seed(0)
+    for shape in ((301, 207), (5,), (0, 3)):
+        w, other = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+        before, after, version = other.clone(), w.clone(), w._version
+        digest = _C.digest(w)
+        assert _C.restore(w, other, digest, w) is True
+        assert torch.equal(w, before) and torch.equal(other, after) and w._version == version + 1
+        assert _C.restore(w, other, digest + 1, w) is False
+        assert torch.equal(w, before) and torch.equal(other, after)
+    w = torch.ones(2, 3, dtype=dtype)
+    assert _C.restore(w, w, 0, w) is None and _C.restore(w, torch.ones(3, 2, dtype=dtype), 0, w) is None
+    with pytest.raises(TypeError):
+        _C.restore(w, other, "0", w)
+
+
 def test_what_exchange_refuses():
     w = torch.randn(6, 5)
     before = w.clone()

@@ -26,6 +26,10 @@ def composed(monkeypatch):
             return None
 
         @staticmethod
+        def restore(*_):
+            return None
+
+        @staticmethod
         def digest(_):
             return None
 

@@ -895,20 +895,18 @@ class MultiheadAttention(_LoraModule):
     def unmerge(self) -> None:
         """See `Linear.unmerge`; unmerges the output projection, too."""
         out_proj = self.get_base_layer().out_proj
-        if out_proj.merged:
-            out_proj.unmerge()
-        law.unmerge(self)
+        with law.transaction(out_proj):
+            if out_proj.merged:
+                out_proj.unmerge()
+            law.unmerge(self)
 
     def switch(self, adapter_names: list[str], safe_merge: bool = False) -> None:
         """See `Linear.switch`; switches the output projection, too."""
         law.resume(self)
-        before = list(self.merged_adapters)
-        law.switch(self, adapter_names, safe_merge)
-        try:
-            self.get_base_layer().out_proj.switch(adapter_names, safe_merge)
-        except BaseException:
-            law.switch(self, before)
-            raise
+        out_proj = self.get_base_layer().out_proj
+        with law.transaction(self), law.transaction(out_proj):
+            law.switch(self, adapter_names, safe_merge)
+            out_proj.switch(adapter_names, safe_merge)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
