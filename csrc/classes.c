@@ -1,6 +1,21 @@
 /* classes.c: see classes.h. */
 #include "classes.h"
 
+enum { LONGEST_SEARCH = 64, MOST_SEARCHES = 4 };
+
+PyObject *dict_search(PyObject *dict, PyObject *key, hint *where) {
+    PyObject *value = PyDict_GetItemWithError(dict, key), *found;
+    if (value == NULL || where->searched >= MOST_SEARCHES) return value;
+    where->searched++;
+    Py_ssize_t next = 0;
+    for (Py_ssize_t at = 0, n = 0; n < LONGEST_SEARCH && PyDict_Next(dict, &next, &found, NULL); at = next, n++) {
+        if (found != key) continue;
+        where->at = at;
+        break;
+    }
+    return value;
+}
+
 /* 1 if type.name is base.name, 0 if not, -1 with an exception. */
 static int shares(PyTypeObject *type, PyObject *base, PyObject *name) {
     PyObject *own = PyObject_GetAttr((PyObject *)type, name), *other = own ? PyObject_GetAttr(base, name) : NULL;
@@ -12,7 +27,7 @@ static int shares(PyTypeObject *type, PyObject *base, PyObject *name) {
 
 static PyObject *attribute_name(const module_state *state, int attribute) {
     PyObject *const names[] = {state->names.adapter_layer_names, state->names.other_param_names,
-                               state->names.frozen_peft_weight_names};
+                               state->names.frozen_peft_weight_names, state->names.merged_adapters};
     return names[attribute];
 }
 
@@ -50,6 +65,7 @@ static int ask_layer(const module_state *state, class_facts *facts) {
 
 static void forget(class_facts *facts) {
     for (int k = 0; k < ATTRIBUTES; k++) Py_XDECREF(facts->attributes[k]);
+    for (int k = 0; k < CHILDREN; k++) Py_XDECREF(facts->children[k]);
     Py_XDECREF(facts->containers);
     Py_XDECREF(facts->type);
     PyMem_Free(facts);
@@ -78,7 +94,7 @@ failed:
     return NULL;
 }
 
-const class_facts *class_of(const module_state *state, class_table *table, PyTypeObject *type) {
+class_facts *class_of(const module_state *state, class_table *table, PyTypeObject *type) {
     for (size_t i = 0; i < table->count; i++) {
         if (table->items[i]->type == type) return table->items[i];
     }
@@ -92,6 +108,19 @@ const class_facts *class_of(const module_state *state, class_table *table, PyTyp
     class_facts *facts = ask(state, type);
     if (facts != NULL) table->items[table->count++] = facts;
     return facts;
+}
+
+int classes_same(const module_state *state, const class_table *table) {
+    int same = 1;
+    for (size_t i = 0; same && i < table->count; i++) {
+        const class_facts *old = table->items[i];
+        class_facts *now = ask(state, old->type);
+        if (now == NULL) return -1;
+        same = now->own == old->own && now->plain == old->plain;
+        for (int k = 0; k < ATTRIBUTES; k++) same = same && now->attributes[k] == old->attributes[k];
+        forget(now);
+    }
+    return same;
 }
 
 void class_table_free(class_table *table) {

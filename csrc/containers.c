@@ -1,14 +1,28 @@
 /* containers.c: see containers.h. */
 #include "containers.h"
 
-#include "work.h"
+#include "prefetch.h"
 
 /* dict[key] if that is a dict: new reference, else NULL (exception set only on failure). */
-static PyObject *dict_item(PyObject *dict, PyObject *key) {
-    PyObject *item = PyDict_GetItemWithError(dict, key);
-    if (item == NULL || !(PyDict_CheckExact(item) || PyDict_Check(item))) return NULL;
+static PyObject *dict_item(PyObject *dict, PyObject *key, hint *where) {
+    PyObject *item = dict_get(dict, key, where);
+    if (item == NULL || !PyDict_Check(item)) return NULL;
     PREFETCH(item);
     return Py_NewRef(item);
+}
+
+int layer_open(const module_state *state, class_table *classes, PyObject *object, tuned_layer *self) {
+    *self = (tuned_layer){.facts = class_of(state, classes, Py_TYPE(object)), .object = Py_NewRef(object)};
+    if (self->facts != NULL) self->dict = PyObject_GenericGetDict(object, NULL);
+    if (self->dict != NULL) PREFETCH(self->dict);
+    return self->dict ? 0 : -1;
+}
+
+void layer_close(tuned_layer *self) {
+    Py_XDECREF(self->object);
+    Py_XDECREF(self->dict);
+    Py_XDECREF(self->modules);
+    Py_XDECREF(self->names);
 }
 
 void containers_free(container_pool *pool) {
@@ -34,30 +48,29 @@ static int pool_reserve(container_pool *pool, size_t more) {
     return 0;
 }
 
-int containers_find(const module_state *state, const class_facts *facts, PyObject *layer, PyObject *dict,
-                    container_pool *pool, containers *found) {
+/* Finds the containers of one layer. */
+static int find_containers(const module_state *state, tuned_layer *self, container_pool *pool) {
     int rc = -1;
-    PyObject *children = dict_item(dict, state->names._modules), *names = NULL;
-    *found = (containers){NULL, pool->count, 0};
-    if (children == NULL && PyErr_Occurred()) return -1;
-    if ((names = layer_attribute(state, facts, layer, dict, LAYER_NAMES)) == NULL) goto done;
-    if ((found->names = PySequence_Tuple(names)) == NULL) goto done;
-    found->count = (size_t)PyTuple_Size(found->names);
-    if (pool_reserve(pool, found->count) < 0) goto done;
-    for (size_t k = 0; k < found->count; k++) {
-        PyObject *name = PyTuple_GetItem(found->names, (Py_ssize_t)k);
-        PyObject *object = children ? PyDict_GetItemWithError(children, name) : NULL;
+    PyObject *names = layer_attribute(state, self->facts, self->object, self->dict, LAYER_NAMES);
+    if (names == NULL || (self->names = PySequence_Tuple(names)) == NULL) goto done;
+    self->first = pool->count;
+    self->count = (size_t)PyTuple_Size(self->names);
+    self->steady = self->names == names;
+    if (pool_reserve(pool, self->count) < 0) goto done;
+    for (size_t k = 0; k < self->count; k++) {
+        PyObject *name = PyTuple_GetItem(self->names, (Py_ssize_t)k);
+        PyObject *object =
+            self->modules ? dict_get(self->modules, name, &self->facts->in_modules[k % CHILDREN]) : NULL;
         if (object == NULL && PyErr_Occurred()) goto done;
-        object = object ? Py_NewRef(object) : PyObject_GetAttr(layer, name);
+        if (object == NULL) self->steady = false;
+        object = object ? Py_NewRef(object) : PyObject_GetAttr(self->object, name);
         if (object == NULL) goto done;
         PREFETCH(object);
         pool->items[pool->count++] = (container){.name = name, .object = object};
     }
     rc = 0;
 done:
-    Py_XDECREF(children);
     Py_XDECREF(names);
-    if (rc < 0) Py_CLEAR(found->names);
     return rc;
 }
 
@@ -72,32 +85,60 @@ static int copy_items(container *self) {
     return self->order != NULL ? 0 : -1;
 }
 
-int containers_open(const module_state *state, container_pool *pool) {
-    for (size_t i = 0; i < pool->count; i++) {
+/* Finds where the containers from `first` on keep their entries. */
+static int find_entries(const module_state *state, container_pool *pool, size_t first) {
+    for (size_t i = first; i < pool->count; i++) {
         container *const self = &pool->items[i];
         PyObject *const type = (PyObject *)Py_TYPE(self->object);
         if (type != state->objects.ModuleDict && type != state->objects.ParameterDict) continue;
         if ((self->dict = PyObject_GenericGetDict(self->object, NULL)) == NULL) return -1;
         PREFETCH(self->dict);
     }
-    for (size_t i = 0; i < pool->count; i++) {
+    for (size_t i = first; i < pool->count; i++) {
         container *const self = &pool->items[i];
         if (self->dict == NULL) continue;
         const int parameters = (PyObject *)Py_TYPE(self->object) == state->objects.ParameterDict;
-        self->entries = dict_item(self->dict, parameters ? state->names._parameters : state->names._modules);
-        self->order = parameters ? dict_item(self->dict, state->names._keys) : Py_XNewRef(self->entries);
+        self->entries = parameters ? dict_item(self->dict, state->names._parameters, &pool->hints[PARAMETERS])
+                                   : dict_item(self->dict, state->names._modules, &pool->hints[MODULES]);
+        self->order =
+            parameters ? dict_item(self->dict, state->names._keys, &pool->hints[KEYS]) : Py_XNewRef(self->entries);
         if (PyErr_Occurred()) return -1;
     }
-    for (size_t i = 0; i < pool->count; i++) {
+    for (size_t i = first; i < pool->count; i++) {
         container *const self = &pool->items[i];
-        if (self->entries == NULL || self->order == NULL) {
-            Py_CLEAR(self->entries);
-            Py_CLEAR(self->order);
-            if (copy_items(self) < 0) return -1;
-        }
-        self->size = (int32_t)PyDict_Size(self->order);
+        if (self->entries != NULL && self->order != NULL) continue;
+        Py_CLEAR(self->entries);
+        Py_CLEAR(self->order);
+        self->copied = true;
+        if (copy_items(self) < 0) return -1;
     }
     return 0;
+}
+
+int containers_open(const module_state *state, tuned_layer *const *layers, size_t count, container_pool *pool) {
+    const size_t first = pool->count;
+    for (size_t i = 0; i < count; i++) {
+        tuned_layer *const self = layers[i];
+        PyObject *modules = dict_get(self->dict, state->names._modules, &self->facts->hints[MODULES]);
+        if (modules == NULL && PyErr_Occurred()) return -1;
+        if (modules == NULL || !PyDict_Check(modules)) continue;
+        self->modules = Py_NewRef(modules);
+        PREFETCH(modules);
+    }
+    for (size_t i = 0; i < count; i++) {
+        if (find_containers(state, layers[i], pool) < 0) return -1;
+    }
+    if (find_entries(state, pool, first) < 0) return -1;
+    for (size_t i = 0; i < count; i++) {
+        const container *own = pool->items + layers[i]->first;
+        for (size_t k = 0; k < layers[i]->count; k++) layers[i]->steady &= !own[k].copied;
+    }
+    containers_measure(pool);
+    return 0;
+}
+
+void containers_measure(container_pool *pool) {
+    for (size_t i = 0; i < pool->count; i++) pool->items[i].size = (int32_t)PyDict_Size(pool->items[i].order);
 }
 
 PyObject *container_get(const container *self, PyObject *adapter) {

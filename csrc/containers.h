@@ -1,4 +1,4 @@
-/* containers.h: the per-adapter containers of tuner layers, seen as dicts adapter name -> entry. */
+/* containers.h: tuner layers and their per-adapter containers, seen as dicts adapter name -> entry. */
 #ifndef PEFT_C_CONTAINERS_H
 #define PEFT_C_CONTAINERS_H
 
@@ -11,24 +11,34 @@ typedef struct {
     PyObject *order;   /* owned: a dict whose keys are the adapter names, oldest first */
     PyObject *entries; /* owned: a dict with the entries (a ParameterDict may keep some elsewhere) */
     int32_t size;      /* number of adapter names */
+    bool copied;       /* order and entries are copies: it is a mapping of another class */
 } container;
 
 typedef struct {
     container *items;
     size_t count, capacity;
-} container_pool; /* starts as zeros */
+    hint hints[PLACES]; /* in the __dict__ of the containers */
+} container_pool;       /* starts as zeros */
 
-/* Those of one layer: `count` in the pool from `first` on. */
+/* A layer: any object that has BaseTunerLayer's attributes. What its adapter_layer_names lists is `count` containers in
+ * a pool from `first` on, once they are opened. */
 typedef struct {
-    PyObject *names; /* owned: the tuple adapter_layer_names */
+    class_facts *facts; /* borrowed from a class table */
+    PyObject *object;   /* owned */
+    PyObject *dict;     /* owned: its __dict__ */
+    PyObject *modules;  /* owned or NULL: its `_modules` */
+    PyObject *names;    /* owned: the tuple adapter_layer_names */
     size_t first, count;
-} containers;
+    bool steady; /* its containers stay what they are as long as adapter_layer_names and `modules` do */
+} tuned_layer;   /* starts as zeros */
 
-/* Finds what layer.adapter_layer_names lists; `dict` is layer.__dict__. 0, or -1 with an exception and nothing to free. */
-int containers_find(const module_state *state, const class_facts *facts, PyObject *layer, PyObject *dict,
-                    container_pool *pool, containers *found);
-/* Opens all that were found, of all layers. 0, or -1 with an exception. */
-int containers_open(const module_state *state, container_pool *pool);
+/* Fills in all but the containers. 0, or -1 with an exception; to be closed in both cases. */
+int layer_open(const module_state *state, class_table *classes, PyObject *object, tuned_layer *self);
+void layer_close(tuned_layer *self);
+/* Opens the containers of layers, which the pool then has room for. 0, or -1 with an exception. */
+int containers_open(const module_state *state, tuned_layer *const *layers, size_t count, container_pool *pool);
+/* Reads the sizes again. */
+void containers_measure(container_pool *pool);
 void containers_free(container_pool *pool);
 /* The entry of `adapter`: new reference, or NULL (exception set only on failure). */
 PyObject *container_get(const container *self, PyObject *adapter);

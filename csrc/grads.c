@@ -4,10 +4,10 @@
 #include <string.h>
 
 /* Puts a new reference to `value` in the place of an owned one. */
-static void replace(PyObject **place, PyObject *value) {
-    PyObject *old = *place;
+static void replace(PyObject **slot, PyObject *value) {
+    PyObject *old = *slot;
     Py_XINCREF(value);
-    *place = value;
+    *slot = value;
     Py_XDECREF(old);
 }
 
@@ -27,7 +27,6 @@ int switch_names(switch_call *call, PyObject *names) {
 int switch_end(switch_call *call, int rc) {
     if (rc < 0) journal_undo(call->state, &call->log);
     journal_free(&call->log);
-    class_table_free(&call->classes);
     Py_XDECREF(call->names);
     Py_XDECREF(call->ledger);
     Py_XDECREF(call->suspects);
@@ -42,27 +41,19 @@ int switch_end(switch_call *call, int rc) {
 /* --- layers and stages --- */
 
 void target_free(target *layer) {
-    Py_XDECREF(layer->layer);
-    Py_XDECREF(layer->dict);
-    Py_XDECREF(layer->in.names);
     Py_XDECREF(layer->suspects);
     Py_XDECREF(layer->trainable);
     Py_XDECREF(layer->memory);
 }
 
-void stage_free(stage *self) {
-    work_free(&self->work);
-    containers_free(&self->pool);
-}
-
 static container *containers_of(const stage *self, const target *layer) {
-    return self->pool.items + layer->in.first;
+    return self->pool->items + layer->of->first;
 }
 
 /* Queues the entries of the adapters in `names` (a tuple). `notes`, if given, has a byte for each name and container. */
 static int queue(stage *self, const target *layer, PyObject *names, int act, char *notes) {
     const container *all = containers_of(self, layer);
-    const size_t count = layer->in.count;
+    const size_t count = layer->of->count;
     for (Py_ssize_t i = 0; i < PyTuple_Size(names); i++) {
         PyObject *const name = PyTuple_GetItem(names, i);
         for (size_t k = 0; k < count; k++) {
@@ -78,9 +69,15 @@ static int queue(stage *self, const target *layer, PyObject *names, int act, cha
 
 /* --- the ledger --- */
 
-static PyObject *ledger_of(const module_state *state, PyObject *dict) {
-    PyObject *ledger = PyDict_GetItemWithError(dict, state->names._adapter_ledger);
+static PyObject *ledger_of(const switch_call *call, const target *layer) {
+    tuned_layer *const of = layer->of;
+    PyObject *ledger = dict_get(of->dict, call->state->names._adapter_ledger, &of->facts->hints[LEDGER]);
     return ledger != NULL && PyTuple_Check(ledger) && PyTuple_Size(ledger) == 2 ? ledger : NULL;
+}
+
+static int ledger_set(switch_call *call, const target *layer, PyObject *ledger) {
+    tuned_layer *const of = layer->of;
+    return dict_write(&call->log, of->dict, call->state->names._adapter_ledger, ledger, &of->facts->hints[LEDGER]);
 }
 
 /* Numbers of entries that a ledger (may be NULL) was written for; NULL if it is not for these containers. `current`, if
@@ -157,14 +154,15 @@ done:
 static int find_suspects(switch_call *call, const stage *self, target *layer) {
     const container *all = containers_of(self, layer);
     int current, known = 0;
-    PyObject *ledger = ledger_of(call->state, layer->dict);
+    tuned_layer *const of = layer->of;
+    PyObject *ledger = ledger_of(call, layer);
     PyObject *active =
-        PyErr_Occurred() ? NULL : PyDict_GetItemWithError(layer->dict, call->state->names._active_adapter);
+        PyErr_Occurred() ? NULL : dict_get(of->dict, call->state->names._active_adapter, &of->facts->hints[ACTIVE]);
     if (PyErr_Occurred()) return -1;
-    ledger_sizes(ledger, all, layer->in.count, &current);
+    ledger_sizes(ledger, all, layer->of->count, &current);
     if (current && ledger == call->ledger && (known = covers(call, active)) < 0) return -1;
     if (!known) {
-        PyObject *names = suspects_collect(call, ledger, active, all, layer->in.count);
+        PyObject *names = suspects_collect(call, ledger, active, all, layer->of->count);
         if (names == NULL) return -1;
         replace(&call->ledger, current ? ledger : NULL);
         replace(&call->suspects, names);
@@ -199,18 +197,18 @@ static PyObject *ledger_new(PyObject *names, const container *all, size_t count)
 static int ledger_write(switch_call *call, const stage *self, const target *layer, PyObject *names) {
     const container *all = containers_of(self, layer);
     int current;
-    ledger_sizes(call->written, all, layer->in.count, &current);
+    ledger_sizes(call->written, all, layer->of->count, &current);
     if (!current) {
-        PyObject *ledger = ledger_of(call->state, layer->dict);
+        PyObject *ledger = ledger_of(call, layer);
         if (PyErr_Occurred()) return -1;
-        ledger_sizes(ledger, all, layer->in.count, &current);
+        ledger_sizes(ledger, all, layer->of->count, &current);
         if (current && (current = same_names(PyTuple_GetItem(ledger, 0), names)) < 0) return -1;
-        ledger = current ? Py_NewRef(ledger) : ledger_new(names, all, layer->in.count);
+        ledger = current ? Py_NewRef(ledger) : ledger_new(names, all, layer->of->count);
         if (ledger == NULL) return -1;
         replace(&call->written, ledger);
         Py_DECREF(ledger);
     }
-    return dict_write(&call->log, layer->dict, call->state->names._adapter_ledger, call->written);
+    return ledger_set(call, layer, call->written);
 }
 
 /* Adds a name to a ledger: a new one, or a new reference to the old one if it has the name. */
@@ -227,8 +225,8 @@ static PyObject *ledger_with(PyObject *ledger, PyObject *name) {
 }
 
 /* Adds call->names to the ledger, if there is one. */
-static int ledger_add(switch_call *call, PyObject *dict) {
-    PyObject *ledger = ledger_of(call->state, dict);
+static int ledger_add(switch_call *call, const target *layer) {
+    PyObject *ledger = ledger_of(call, layer);
     if (ledger == NULL) return PyErr_Occurred() ? -1 : 0;
     if (ledger != call->ledger) {
         PyObject *result = Py_NewRef(ledger);
@@ -242,7 +240,7 @@ static int ledger_add(switch_call *call, PyObject *dict) {
         replace(&call->written, result);
         Py_DECREF(result);
     }
-    return dict_write(&call->log, dict, call->state->names._adapter_ledger, call->written);
+    return ledger_set(call, layer, call->written);
 }
 
 /* --- the operations --- */
@@ -260,13 +258,13 @@ int grads_note_set_adapter(switch_call *call, stage *self, target *layer, int fr
 }
 
 int grads_plan_set(switch_call *call, stage *self, target *layer, int flag) {
-    if (flag && ledger_add(call, layer->dict) < 0) return -1;
+    if (flag && ledger_add(call, layer) < 0) return -1;
     return queue(self, layer, call->names, flag ? ON : OFF, NULL);
 }
 
 int grads_plan_disable(switch_call *call, stage *self, target *layer) {
     if (find_suspects(call, self, layer) < 0) return -1;
-    const size_t size = (size_t)PyTuple_Size(layer->suspects) * layer->in.count;
+    const size_t size = (size_t)PyTuple_Size(layer->suspects) * layer->of->count;
     if ((layer->trainable = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)size)) == NULL) return -1;
     char *const notes = PyBytes_AsString(layer->trainable);
     memset(notes, 0, size);
@@ -275,17 +273,17 @@ int grads_plan_disable(switch_call *call, stage *self, target *layer) {
 
 /* The pairs (container, adapter) that were trainable: new tuple. Layers that are alike share it. */
 static PyObject *paused_pairs(switch_call *call, const target *layer) {
-    if (call->paused.names == layer->suspects && call->paused.containers == layer->in.names) {
+    if (call->paused.names == layer->suspects && call->paused.containers == layer->of->names) {
         const int same = PyObject_RichCompareBool(call->paused.trainable, layer->trainable, Py_EQ);
         if (same != 0) return same < 0 ? NULL : Py_NewRef(call->paused.pairs);
     }
     const char *flags = PyBytes_AsString(layer->trainable);
-    const Py_ssize_t count = (Py_ssize_t)layer->in.count;
+    const Py_ssize_t count = (Py_ssize_t)layer->of->count;
     PyObject *list = PyList_New(0), *pairs = NULL;
     for (Py_ssize_t i = 0; list != NULL && i < PyBytes_Size(layer->trainable); i++) {
         if (!flags[i]) continue;
         PyObject *pair =
-            PyTuple_Pack(2, PyTuple_GetItem(layer->in.names, i % count), PyTuple_GetItem(layer->suspects, i / count));
+            PyTuple_Pack(2, PyTuple_GetItem(layer->of->names, i % count), PyTuple_GetItem(layer->suspects, i / count));
         if (pair == NULL || PyList_Append(list, pair) < 0) Py_CLEAR(list);
         Py_XDECREF(pair);
     }
@@ -293,16 +291,21 @@ static PyObject *paused_pairs(switch_call *call, const target *layer) {
     Py_XDECREF(list);
     if (pairs != NULL) {
         replace(&call->paused.names, layer->suspects);
-        replace(&call->paused.containers, layer->in.names);
+        replace(&call->paused.containers, layer->of->names);
         replace(&call->paused.trainable, layer->trainable);
         replace(&call->paused.pairs, pairs);
     }
     return pairs;
 }
 
+int memory_write(switch_call *call, const target *layer, PyObject *memory) {
+    tuned_layer *const of = layer->of;
+    return dict_write(&call->log, of->dict, call->state->names._disabled_trainable, memory, &of->facts->hints[MEMORY]);
+}
+
 int grads_note_disable(switch_call *call, target *layer) {
     PyObject *pairs = paused_pairs(call, layer);
-    const int rc = pairs ? dict_write(&call->log, layer->dict, call->state->names._disabled_trainable, pairs) : -1;
+    const int rc = pairs ? memory_write(call, layer, pairs) : -1;
     Py_XDECREF(pairs);
     return rc;
 }
@@ -311,11 +314,11 @@ int grads_note_disable(switch_call *call, target *layer) {
 static int restore_pair(switch_call *call, stage *self, const target *layer, PyObject *pair) {
     const container *all = containers_of(self, layer);
     PyObject *const list = PyTuple_GetItem(pair, 0), *const name = PyTuple_GetItem(pair, 1);
-    PyObject *ledger = name ? ledger_of(call->state, layer->dict) : NULL;
+    PyObject *ledger = name ? ledger_of(call, layer) : NULL;
     PyObject *more = ledger ? ledger_with(ledger, name) : NULL;
-    int rc = more ? dict_write(&call->log, layer->dict, call->state->names._adapter_ledger, more) : 0;
+    int rc = more ? ledger_set(call, layer, more) : 0;
     Py_XDECREF(more);
-    for (size_t k = 0; rc == 0 && !PyErr_Occurred() && k < layer->in.count; k++) {
+    for (size_t k = 0; rc == 0 && !PyErr_Occurred() && k < layer->of->count; k++) {
         if (all[k].name != list && PyUnicode_Compare(all[k].name, list) != 0) continue;
         PyObject *entry = container_get(&all[k], name);
         if (entry != NULL) rc = work_add(&self->work, entry, ON, NULL);
@@ -339,7 +342,7 @@ int grads_plan_freeze(stage *self, const target *layer, PyObject *declared, PyOb
     int rc = iterator ? 0 : -1;
     while (rc == 0 && (name = PyIter_Next(iterator)) != NULL) {
         PyObject *frozen = PyDict_GetItemWithError(declared, name); /* the containers' names */
-        for (size_t k = 0; frozen != NULL && rc == 0 && k < layer->in.count; k++) {
+        for (size_t k = 0; frozen != NULL && rc == 0 && k < layer->of->count; k++) {
             const int listed = PySequence_Contains(frozen, all[k].name);
             PyObject *entry = listed > 0 ? container_get(&all[k], name) : NULL;
             rc = entry ? work_add(&self->work, entry, OFF, NULL) : PyErr_Occurred() ? -1 : 0;

@@ -21,7 +21,6 @@
 typedef struct {
     const module_state *state;
     journal log;
-    class_table classes;
     PyObject *names;  /* tuple: the adapters asked for; NULL if none were */
     PyObject *ledger; /* a layer's ledger, and the names to look at for it, without those asked for */
     PyObject *suspects;
@@ -38,22 +37,19 @@ int switch_end(switch_call *call, int rc);
 
 /* A layer in a call. */
 typedef struct {
-    const class_facts *facts; /* borrowed from the call */
-    PyObject *layer, *dict;   /* owned: the layer and its __dict__ */
-    containers in;            /* its containers in the pool of the stage */
-    PyObject *suspects;       /* owned: the names that were looked at */
-    PyObject *trainable;      /* owned: bytes, 1 for each of them and each container that had a flag set */
-    PyObject *memory;         /* owned: what enabling restores */
+    tuned_layer *of;     /* borrowed */
+    PyObject *suspects;  /* owned: the names that were looked at */
+    PyObject *trainable; /* owned: bytes, 1 for each of them and each container that had a flag set */
+    PyObject *memory;    /* owned: what enabling restores */
 } target;
 
 /* What is done to several layers at once. */
 typedef struct {
-    container_pool pool;
+    const container_pool *pool; /* borrowed: the containers of all of them */
     worklist work;
-} stage; /* starts as zeros */
+} stage;
 
 void target_free(target *layer);
-void stage_free(stage *self);
 
 /* Trainable: the entries of the adapters in call->names unless frozen; every other entry is frozen. */
 int grads_plan_set_adapter(switch_call *call, stage *self, target *layer, int frozen);
@@ -63,6 +59,8 @@ int grads_plan_set(switch_call *call, stage *self, target *layer, int flag);
 /* Freezes all entries; the note says in _disabled_trainable which were trainable. */
 int grads_plan_disable(switch_call *call, stage *self, target *layer);
 int grads_note_disable(switch_call *call, target *layer);
+/* Writes _disabled_trainable; NULL: there is nothing to restore. */
+int memory_write(switch_call *call, const target *layer, PyObject *memory);
 /* Restores what `memory`, from _disabled_trainable, says. With `strict`, entries of the adapters in `strict` (any
  * iterable) that are not in it are frozen. */
 int grads_plan_restore(switch_call *call, stage *self, target *layer, PyObject *memory, PyObject *strict);

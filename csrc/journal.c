@@ -49,9 +49,10 @@ void journal_free(journal *log) {
     memset(log, 0, sizeof *log);
 }
 
-int dict_write(journal *log, PyObject *dict, PyObject *key, PyObject *value) {
-    PyObject *old = PyDict_GetItemWithError(dict, key);
-    if (old == value || (old == NULL && PyErr_Occurred())) return old == value ? 0 : -1;
-    if (journal_add(log, dict, key, old) < 0) return -1;
-    return value != NULL ? PyDict_SetItem(dict, key, value) : PyDict_DelItem(dict, key);
+int dict_write(journal *log, PyObject *dict, PyObject *key, PyObject *value, hint *where) {
+    PyObject *old = dict_get(dict, key, where);
+    if (old == NULL && PyErr_Occurred()) return -1;
+    if (value == NULL && old != NULL) value = Py_None;
+    if (old == value) return 0;
+    return journal_add(log, dict, key, old) < 0 ? -1 : PyDict_SetItem(dict, key, value);
 }

@@ -2,7 +2,7 @@
 #ifndef PEFT_C_JOURNAL_H
 #define PEFT_C_JOURNAL_H
 
-#include "state.h"
+#include "classes.h"
 
 /* Undo log of a model-wide change: flags turned and dictionary items written, newest last. */
 typedef struct {
@@ -18,7 +18,7 @@ int journal_add(journal *log, PyObject *object, PyObject *key, PyObject *old);
 void journal_undo(const module_state *state, journal *log); /* takes everything back; keeps the current exception */
 void journal_free(journal *log);
 
-/* dict[key] = value (value NULL: remove the key if present), logged. */
-int dict_write(journal *log, PyObject *dict, PyObject *key, PyObject *value);
+/* dict[key] = value (value NULL: None if the key is there), logged. */
+int dict_write(journal *log, PyObject *dict, PyObject *key, PyObject *value, hint *where);
 
 #endif

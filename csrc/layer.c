@@ -19,37 +19,29 @@ typedef struct {
     int (*note)(switch_call *call, stage *work, target *self, int flag);
 } layer_switch;
 
-/* Does a switch to layers whose `facts`, `layer` and `dict` are given. */
-static int perform(switch_call *call, const layer_switch *what, target *layers, size_t count, int flag) {
-    stage work = {0};
+/* Does a switch to layers whose containers are in `pool`. */
+static int perform(switch_call *call, const layer_switch *what, target *layers, size_t count,
+                   const container_pool *pool, int flag) {
+    stage work = {.pool = pool};
     int rc = 0;
-    for (size_t i = 0; rc == 0 && i < count; i++) {
-        target *const self = &layers[i];
-        rc = containers_find(call->state, self->facts, self->layer, self->dict, &work.pool, &self->in);
-    }
-    if (rc == 0) rc = containers_open(call->state, &work.pool);
     for (size_t i = 0; rc == 0 && i < count; i++) rc = what->plan(call, &work, &layers[i], flag);
     if (rc == 0) rc = work_run(call->state, &call->log, &work.work, NULL);
     for (size_t i = 0; rc == 0 && i < count; i++) rc = what->note(call, &work, &layers[i], flag);
-    stage_free(&work);
+    work_free(&work.work);
     return rc;
 }
 
 /* Freezes what frozen_peft_weight_names declares for `names` (an iterable; NULL: the active ones). */
-static int freeze(switch_call *call, const target *self, PyObject *names) {
-    const module_state *state = call->state;
-    PyObject *frozen = layer_attribute(state, self->facts, self->layer, self->dict, FROZEN_NAMES), *active = NULL;
+static int freeze(switch_call *call, const stage *opened, const target *self, PyObject *names) {
+    tuned_layer *const of = self->of;
+    PyObject *frozen = layer_attribute(call->state, of->facts, of->object, of->dict, FROZEN_NAMES), *active = NULL;
     int rc = frozen ? PyObject_IsTrue(frozen) : -1;
     if (rc > 0) {
-        stage work = {0};
-        target inner = {self->facts, self->layer, self->dict, .in = {0}};
-        if (names == NULL) names = active = PyObject_GetAttr(self->layer, state->names.active_adapters);
-        rc = names ? containers_find(state, self->facts, self->layer, self->dict, &work.pool, &inner.in) : -1;
-        if (rc == 0) rc = containers_open(state, &work.pool);
-        if (rc == 0) rc = grads_plan_freeze(&work, &inner, frozen, names);
-        if (rc == 0) rc = work_run(state, &call->log, &work.work, NULL);
-        Py_XDECREF(inner.in.names);
-        stage_free(&work);
+        stage work = {.pool = opened->pool};
+        if (names == NULL) names = active = PyObject_GetAttr(of->object, call->state->names.active_adapters);
+        rc = names ? grads_plan_freeze(&work, self, frozen, names) : -1;
+        if (rc == 0) rc = work_run(call->state, &call->log, &work.work, NULL);
+        work_free(&work.work);
     }
     Py_XDECREF(frozen);
     Py_XDECREF(active);
@@ -57,11 +49,12 @@ static int freeze(switch_call *call, const target *self, PyObject *names) {
 }
 
 /* The same, by the layer's own method if it has one. */
-static int freeze_declared(switch_call *call, const target *self, PyObject *names) {
-    if (!(self->facts->own & 1u << FREEZE)) return freeze(call, self, names);
-    PyObject *active = names ? Py_NewRef(names) : PyObject_GetAttr(self->layer, call->state->names.active_adapters);
+static int freeze_declared(switch_call *call, const stage *opened, const target *self, PyObject *names) {
+    if (!(self->of->facts->own & 1u << FREEZE)) return freeze(call, opened, self, names);
+    PyObject *active =
+        names ? Py_NewRef(names) : PyObject_GetAttr(self->of->object, call->state->names.active_adapters);
     PyObject *list = active ? PySequence_List(active) : NULL, *done = NULL;
-    if (list != NULL) done = PyObject_CallMethod(self->layer, "_freeze_non_trainable_peft_weights", "(O)", list);
+    if (list != NULL) done = PyObject_CallMethod(self->of->object, "_freeze_non_trainable_peft_weights", "(O)", list);
     Py_XDECREF(active);
     Py_XDECREF(list);
     Py_XDECREF(done);
@@ -70,34 +63,48 @@ static int freeze_declared(switch_call *call, const target *self, PyObject *name
 
 /* 1 if layer.__dict__["_disable_adapters"] is true. */
 static int disabled(switch_call *call, const target *self) {
-    PyObject *flag = PyDict_GetItemWithError(self->dict, call->state->names._disable_adapters);
+    PyObject *flag = dict_get(self->of->dict, call->state->names._disable_adapters, &self->of->facts->hints[DISABLED]);
     return flag != NULL ? PyObject_IsTrue(flag) : PyErr_Occurred() ? -1 : 0;
 }
 
 /* What was trainable before disabling (borrowed), or NULL (exception set only on failure). */
 static PyObject *memory_of(switch_call *call, const target *self) {
-    PyObject *memory = PyDict_GetItemWithError(self->dict, call->state->names._disabled_trainable);
+    PyObject *memory =
+        dict_get(self->of->dict, call->state->names._disabled_trainable, &self->of->facts->hints[MEMORY]);
     return memory != NULL && PyTuple_Check(memory) ? memory : NULL;
 }
 
 /* --- the switches --- */
 
+/* 1 if the active adapters are a list of call->names. */
+static int is_active(const switch_call *call, PyObject *active) {
+    Py_ssize_t left = active != NULL && PyList_CheckExact(active) ? PyList_Size(active) : -1;
+    int same = left == PyTuple_Size(call->names);
+    while (same > 0 && left-- > 0) {
+        same = PyObject_RichCompareBool(PyList_GetItem(active, left), PyTuple_GetItem(call->names, left), Py_EQ);
+    }
+    return same;
+}
+
 static int note_set_adapter(switch_call *call, stage *work, target *self, int inference_mode) {
     const module_state *state = call->state;
-    int rc = -1;
-    PyObject *list = PySequence_List(call->names), *memory = NULL;
-    if (list == NULL || grads_note_set_adapter(call, work, self, inference_mode) < 0) goto done;
-    if (freeze_declared(call, self, list) < 0) goto done;
+    hint *const hints = self->of->facts->hints;
+    PyObject *memory = NULL, *const dict = self->of->dict;
+    if (grads_note_set_adapter(call, work, self, inference_mode) < 0) return -1;
+    if (freeze_declared(call, work, self, call->names) < 0) return -1;
     const int off = disabled(call, self);
-    if (off < 0) goto done;
+    if (off < 0) return -1;
     if (off) { /* the choice made now is what enabling shall restore: the default, or nothing */
-        if (inference_mode && (memory = PyTuple_New(0)) == NULL) goto done;
-        if (dict_write(&call->log, self->dict, state->names._disabled_trainable, memory) < 0) goto done;
+        if (inference_mode && (memory = PyTuple_New(0)) == NULL) return -1;
+        const int rc = memory_write(call, self, memory);
+        Py_XDECREF(memory);
+        if (rc < 0) return -1;
     }
-    rc = dict_write(&call->log, self->dict, state->names._active_adapter, list);
-done:
+    const int same = is_active(call, dict_get(dict, state->names._active_adapter, &hints[ACTIVE]));
+    if (same != 0 || PyErr_Occurred()) return same > 0 ? 0 : -1;
+    PyObject *list = PySequence_List(call->names);
+    const int rc = list ? dict_write(&call->log, dict, state->names._active_adapter, list, &hints[ACTIVE]) : -1;
     Py_XDECREF(list);
-    Py_XDECREF(memory);
     return rc;
 }
 
@@ -119,25 +126,26 @@ static int own_set_adapter(const module_state *state, PyObject *layer, PyObject 
 }
 
 /* Activates what is active already, for which a set_adapter of the layer's own is called. */
-static int activate(switch_call *call, const target *self, PyObject *active) {
-    if (self->facts->own & 1u << SET_ADAPTER) return own_set_adapter(call->state, self->layer, active, 0);
-    target inner = {self->facts, Py_NewRef(self->layer), Py_NewRef(self->dict), .in = {0}};
+static int activate(switch_call *call, const stage *opened, const target *self, PyObject *active) {
+    tuned_layer *const of = self->of;
+    if (of->facts->own & 1u << SET_ADAPTER) return own_set_adapter(call->state, of->object, active, 0);
+    target inner = {.of = of};
     int rc = switch_names(call, active);
-    if (rc == 0) rc = perform(call, &set_adapter, &inner, 1, 0);
+    if (rc == 0) rc = perform(call, &set_adapter, &inner, 1, opened->pool, 0);
     target_free(&inner);
     return rc;
 }
 
 static int plan_enable(switch_call *call, stage *work, target *self) {
     int rc = -1;
-    const int off = disabled(call, self), own = (self->facts->own & 1u << SET_ADAPTER) != 0;
+    const int off = disabled(call, self), own = (self->of->facts->own & 1u << SET_ADAPTER) != 0;
     PyObject *active = NULL;
     self->memory = off > 0 ? memory_of(call, self) : NULL;
     Py_XINCREF(self->memory);
     if (PyErr_Occurred()) return -1;
     if (self->memory == NULL || own) {
-        active = PyObject_GetAttr(self->layer, call->state->names.active_adapters);
-        if (active == NULL || activate(call, self, active) < 0) goto done;
+        active = PyObject_GetAttr(self->of->object, call->state->names.active_adapters);
+        if (active == NULL || activate(call, work, self, active) < 0) goto done;
     }
     rc = self->memory ? grads_plan_restore(call, work, self, self->memory, active) : 0;
 done:
@@ -150,16 +158,16 @@ static int plan_enable_adapters(switch_call *call, stage *work, target *self, in
 }
 
 static int note_enable_adapters(switch_call *call, stage *work, target *self, int enabled) {
-    (void)work;
     const module_state *state = call->state;
     if (enabled) {
-        if (self->memory != NULL && freeze_declared(call, self, NULL) < 0) return -1;
-        if (dict_write(&call->log, self->dict, state->names._disabled_trainable, NULL) < 0) return -1;
+        if (self->memory != NULL && freeze_declared(call, work, self, NULL) < 0) return -1;
+        if (memory_write(call, self, NULL) < 0) return -1;
     } else {
         const int off = disabled(call, self);
         if (off < 0 || (!off && grads_note_disable(call, self) < 0)) return -1;
     }
-    return dict_write(&call->log, self->dict, state->names._disable_adapters, enabled ? Py_False : Py_True);
+    return dict_write(&call->log, self->of->dict, state->names._disable_adapters, enabled ? Py_False : Py_True,
+                      &self->of->facts->hints[DISABLED]);
 }
 
 /* Removes the adapters in call->names from what enabling restores. */
@@ -174,7 +182,7 @@ static int memory_forget(switch_call *call, const target *self) {
         if (listed < 0 || (!listed && PyList_Append(list, pair) < 0)) goto done;
     }
     if (list != NULL && (kept = PyList_AsTuple(list)) != NULL) {
-        rc = dict_write(&call->log, self->dict, call->state->names._disabled_trainable, kept);
+        rc = memory_write(call, self, kept);
     }
 done:
     Py_XDECREF(list);
@@ -183,8 +191,7 @@ done:
 }
 
 static int note_set_requires_grad(switch_call *call, stage *work, target *self, int flag) {
-    (void)work;
-    return flag ? freeze_declared(call, self, call->names) : memory_forget(call, self);
+    return flag ? freeze_declared(call, work, self, call->names) : memory_forget(call, self);
 }
 
 static const layer_switch *switch_of(int method) {
@@ -204,50 +211,68 @@ static int own_method(const module_state *state, int method, PyObject *layer, Py
     return done ? 0 : -1;
 }
 
-static int target_open(switch_call *call, PyObject *layer, target *self) {
-    *self = (target){class_of(call->state, &call->classes, Py_TYPE(layer)), Py_NewRef(layer), NULL, .in = {0}};
-    if (self->facts != NULL) self->dict = PyObject_GenericGetDict(layer, NULL);
-    return self->dict ? 0 : -1;
-}
-
-int layers_switch(const module_state *state, int method, PyObject *layers, PyObject *names, int flag) {
+int layers_switch(const module_state *state, int method, tuned_layer *const *layers, size_t size, container_pool *pool,
+                  PyObject *names, int flag) {
     switch_call call = {.state = state};
-    size_t count = 0;
-    const Py_ssize_t size = PyList_Size(layers);
-    target *targets = PyMem_Calloc((size_t)size + 1, sizeof *targets);
-    int rc = targets ? 0 : -1;
-    if (targets == NULL) PyErr_NoMemory();
+    size_t count = 0, closed = 0;
+    target *targets = PyMem_Calloc(size + 1, sizeof *targets);
+    tuned_layer **to_open = PyMem_Calloc(size + 1, sizeof *to_open);
+    int rc = targets != NULL && to_open != NULL ? 0 : -1;
+    if (rc < 0) PyErr_NoMemory();
     if (rc == 0 && names != NULL) rc = switch_names(&call, names);
-    for (Py_ssize_t i = 0; rc == 0 && i < size && i < PyList_Size(layers); i++) {
-        target *const self = &targets[count++];
-        rc = target_open(&call, PyList_GetItem(layers, i), self);
-        if (rc == 0) PREFETCH(self->dict);
-        if (rc == 0 && (self->facts->own & 1u << method)) {
-            rc = own_method(state, method, self->layer, names, flag);
-            target_free(&targets[--count]);
+    for (size_t i = 0; rc == 0 && i < size; i++) {
+        if (layers[i]->facts->own & 1u << method) {
+            rc = own_method(state, method, layers[i]->object, names, flag);
+        } else {
+            targets[count++].of = layers[i];
+            if (layers[i]->names == NULL) to_open[closed++] = layers[i];
         }
     }
-    if (rc == 0) rc = perform(&call, switch_of(method), targets, count, flag);
+    if (rc == 0 && closed > 0) rc = containers_open(state, to_open, closed, pool);
+    if (rc == 0) rc = perform(&call, switch_of(method), targets, count, pool, flag);
     while (count > 0) target_free(&targets[--count]);
     PyMem_Free(targets);
+    PyMem_Free(to_open);
     return switch_end(&call, rc);
 }
 
-PyObject *layer_flags(const module_state *state, PyObject *layer, PyObject *also, PyObject *skip) {
-    switch_call call = {.state = state};
-    stage work = {0};
+/* One layer in a call of its own. */
+typedef struct {
+    switch_call call;
+    class_table classes;
+    container_pool pool;
+    tuned_layer layer;
     target self;
+} single;
+
+/* 0, or -1 with an exception; to be ended in both cases. */
+static int single_start(single *one, const module_state *state, PyObject *layer, PyObject *names) {
+    tuned_layer *const opened = &one->layer;
+    *one = (single){.call = {.state = state}};
+    one->self.of = opened;
+    if (layer_open(state, &one->classes, layer, opened) < 0) return -1;
+    if (names != NULL && switch_names(&one->call, names) < 0) return -1;
+    return containers_open(state, &one->self.of, 1, &one->pool);
+}
+
+static int single_end(single *one, int rc) {
+    target_free(&one->self);
+    layer_close(&one->layer);
+    containers_free(&one->pool);
+    class_table_free(&one->classes);
+    return switch_end(&one->call, rc);
+}
+
+PyObject *layer_flags(const module_state *state, PyObject *layer, PyObject *also, PyObject *skip) {
+    single one;
     PyObject *list = PyList_New(0);
-    int rc = target_open(&call, layer, &self);
-    if (rc == 0 && list != NULL) rc = switch_names(&call, also);
-    if (rc == 0) rc = containers_find(state, self.facts, layer, self.dict, &work.pool, &self.in);
-    if (rc == 0) rc = containers_open(state, &work.pool);
-    if (rc == 0) rc = grads_plan_list(&call, &work, &self, skip);
-    if (rc == 0) rc = work_run(state, &call.log, &work.work, list);
+    int rc = single_start(&one, state, layer, also);
+    stage work = {.pool = &one.pool};
+    if (rc == 0) rc = list ? grads_plan_list(&one.call, &work, &one.self, skip) : -1;
+    if (rc == 0) rc = work_run(state, &one.call.log, &work.work, list);
     if (rc < 0) Py_CLEAR(list);
-    target_free(&self);
-    stage_free(&work);
-    switch_end(&call, rc);
+    work_free(&work.work);
+    single_end(&one, rc);
     return list;
 }
 
@@ -290,20 +315,17 @@ static const module_state *state_of_class(PyTypeObject *cls) {
 }
 
 /* Ends the call of a method: None, or NULL after everything was taken back. */
-static PyObject *finish(switch_call *call, target *self, int rc) {
-    target_free(self);
-    if (switch_end(call, rc) < 0) return NULL;
+static PyObject *finish(single *one, int rc) {
+    if (single_end(one, rc) < 0) return NULL;
     Py_RETURN_NONE;
 }
 
 /* Runs a switch's method in C, which a method of its own may have called. */
 static PyObject *run(PyTypeObject *cls, int method, PyObject *layer, PyObject *names, int flag) {
-    switch_call call = {.state = state_of_class(cls)};
-    target self;
-    int rc = target_open(&call, layer, &self);
-    if (rc == 0 && names != NULL) rc = switch_names(&call, names);
-    if (rc == 0) rc = perform(&call, switch_of(method), &self, 1, flag);
-    return finish(&call, &self, rc);
+    single one;
+    int rc = single_start(&one, state_of_class(cls), layer, names);
+    if (rc == 0) rc = perform(&one.call, switch_of(method), &one.self, 1, &one.pool, flag);
+    return finish(&one, rc);
 }
 
 static PyObject *layer_py_set_adapter(PyObject *self, PyTypeObject *cls, PyObject *const *args, Py_ssize_t count,
@@ -339,15 +361,17 @@ static PyObject *layer_py_freeze(PyObject *self, PyTypeObject *cls, PyObject *co
         return NULL;
     }
     const int given = count + (keywords ? PyTuple_Size(keywords) : 0) == 1 && args[0] != Py_None;
-    switch_call call = {.state = state_of_class(cls)};
-    target layer;
+    single one;
     PyObject *names = NULL;
-    int rc = target_open(&call, self, &layer);
-    if (rc == 0 && given) rc = switch_names(&call, args[0]);
-    if (rc == 0 && !given) names = PyObject_GetAttr(self, call.state->names.frozen_peft_weight_names);
-    if (rc == 0) rc = given || names ? freeze(&call, &layer, given ? call.names : names) : -1;
+    int rc = single_start(&one, state_of_class(cls), self, given ? args[0] : NULL);
+    if (rc == 0 && !given) {
+        names = PyObject_GetAttr(self, one.call.state->names.frozen_peft_weight_names);
+        rc = names ? 0 : -1;
+    }
+    const stage opened = {.pool = &one.pool};
+    if (rc == 0) rc = freeze(&one.call, &opened, &one.self, given ? one.call.names : names);
     Py_XDECREF(names);
-    return finish(&call, &layer, rc);
+    return finish(&one, rc);
 }
 
 #define METHOD(name, function, doc) \

@@ -6,6 +6,7 @@
 #include "layer.h"
 #include "merge.h"
 #include "mixed.h"
+#include "tree.h"
 #include "view.h"
 #include "walk.h"
 
@@ -18,7 +19,7 @@
 
 /* A unit with heap types or settings adds one line here: X(its init), int init(PyObject *module, module_state *state)
  */
-#define UNIT_INITS(X) X(gate_init) X(layer_init)
+#define UNIT_INITS(X) X(gate_init) X(layer_init) X(tree_init)
 
 static int module_exec(PyObject *module) {
     module_state *state = state_of(module);

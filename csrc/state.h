@@ -18,7 +18,8 @@
     X(merged_adapters) X(cast_input_dtype_enabled) X(_lowrank_names) X(adapter_names) X(alora_offsets)           \
     X(_current_level) X(adapter_layer_names) X(other_param_names) X(frozen_peft_weight_names) X(_keys)           \
     X(is_leaf) X(set_adapter) X(enable_adapters) X(set_requires_grad) X(_freeze_non_trainable_peft_weights)      \
-    X(active_adapters) X(inference_mode) X(named_modules) X(_adapter_ledger) X(_disabled_trainable)
+    X(active_adapters) X(inference_mode) X(named_modules) X(_adapter_ledger) X(_disabled_trainable)  \
+    X(disable_adapters)
 /* clang-format on */
 
 /* X(field, "module", "attribute.path"): an object fetched once at import, as state->objects.field */
@@ -48,7 +49,7 @@
     X(module_globals, "torch.nn.modules.module", "__dict__")
 
 /* X(field): a heap type made by a unit's init function, as state->types.field */
-#define STATE_TYPES(X) X(LayerBase)
+#define STATE_TYPES(X) X(LayerBase) X(Tree)
 
 typedef struct {
     torch_table torch;

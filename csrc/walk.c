@@ -9,33 +9,11 @@
 
 #include "layer.h"
 
-/* A module. Its children are `count` indices in `edges` from `first` on. */
-typedef struct {
-    PyObject *module;         /* owned */
-    PyObject *dict;           /* owned while its level is read: its __dict__, then its `_modules` */
-    const class_facts *facts; /* once queued */
-    size_t first, count;
-    bool queued; /* its children are or will be read */
-    bool flat;   /* it has said itself what modules there are below it; theirs are not asked for */
-    bool seen;   /* is in the order */
-} node;
-
 /* What was found in a `_modules`. */
-typedef struct {
+struct found {
     PyObject *module; /* owned */
     int listed;       /* it has the name of an adapter container */
-} found;
-
-typedef struct {
-    const module_state *state;
-    class_table classes;
-    node *nodes;
-    size_t *slots; /* open addressing by address: index of the node + 1 */
-    size_t *edges, *queue, *order;
-    found *row; /* what the level has below it */
-    size_t node_count, node_capacity, slot_mask, edge_count, edge_capacity, queue_count, queue_capacity, row_count,
-        row_capacity, order_count;
-} walk;
+};
 
 /* `items` with room for one more of `size` bytes, perhaps elsewhere; NULL with an exception, and `items` as they were. */
 static void *with_room(void *items, size_t count, size_t *capacity, size_t size) {
@@ -108,23 +86,37 @@ static PyObject *container_names(const walk *self, const class_facts *facts, PyO
 }
 
 static int add_found(walk *self, PyObject *module, int listed) {
-    found *row = with_room(self->row, self->row_count, &self->row_capacity, sizeof *row);
+    struct found *row = with_room(self->row, self->row_count, &self->row_capacity, sizeof *row);
     if (row == NULL) return -1;
     self->row = row;
     PREFETCH(module);
-    self->row[self->row_count++] = (found){Py_NewRef(module), listed};
+    self->row[self->row_count++] = (struct found){Py_NewRef(module), listed};
     return 0;
 }
 
-/* Adds the children of a plain module to the row. `dict` is its __dict__, `children` its `_modules`. */
-static int read_children(walk *self, const node *parent, PyObject *dict, PyObject *children) {
+/* 1 if child number `at` of a layer, called `name`, has the name of one of its containers `names`. */
+static int is_listed(class_facts *facts, PyObject *names, PyObject *name, size_t at) {
+    const int usual = names == facts->containers && at < CHILDREN;
+    if (usual && facts->children[at] == name) return facts->listed[at];
+    const int listed = PySet_Contains(names, name);
+    if (usual && listed >= 0) {
+        Py_XDECREF(facts->children[at]);
+        facts->children[at] = Py_NewRef(name);
+        facts->listed[at] = listed;
+    }
+    return listed;
+}
+
+/* Adds the children of a plain module to the row. */
+static int read_children(walk *self, const node *parent, PyObject *children) {
     Py_ssize_t position = 0;
     const int layer = parent->facts->layer;
-    PyObject *names = layer ? container_names(self, parent->facts, parent->module, dict) : NULL, *name, *child;
+    PyObject *names = layer ? container_names(self, parent->facts, parent->module, parent->dict) : NULL, *name, *child;
     int rc = layer && names == NULL ? -1 : 0;
-    while (rc == 0 && PyDict_Next(children, &position, &name, &child)) {
-        const int listed = names && child != Py_None ? PySet_Contains(names, name) : 0;
-        if (child != Py_None) rc = listed < 0 ? -1 : add_found(self, child, listed);
+    for (size_t at = 0; rc == 0 && PyDict_Next(children, &position, &name, &child); at++) {
+        if (child == Py_None) continue;
+        const int listed = layer ? is_listed(parent->facts, names, name, at) : 0;
+        rc = listed < 0 ? -1 : add_found(self, child, listed);
     }
     Py_XDECREF(names);
     return rc;
@@ -144,42 +136,41 @@ static int ask_modules(walk *self, PyObject *module) {
     return rc < 0 || PyErr_Occurred() ? -1 : 0;
 }
 
-/* Reads what lies below the module self->nodes[index] into the row. */
-static int read_node(walk *self, size_t index) {
-    node *const parent = &self->nodes[index];
-    PyObject *dict = parent->dict, *children = PyDict_GetItemWithError(dict, self->state->names._modules);
-    int rc = -1;
-    parent->dict = NULL;
-    if (children != NULL && PyDict_Check(children) && parent->facts->plain) {
-        Py_INCREF(children);
-        rc = PyDict_Size(children) ? read_children(self, parent, dict, children) : 0;
-        Py_DECREF(children);
-    } else if (!PyErr_Occurred()) {
+/* Reads what lies below a module into the row. */
+static int read_node(walk *self, node *parent) {
+    PyObject *const children = parent->children;
+    if (children == NULL || !PyDict_Check(children) || !parent->facts->plain) {
         parent->flat = true;
-        rc = ask_modules(self, parent->module);
+        return ask_modules(self, parent->module);
     }
-    Py_DECREF(dict);
-    return rc;
+    return PyDict_Size(children) ? read_children(self, parent, children) : 0;
+}
+
+static int look_at(walk *self, node *at) {
+    if ((at->facts = class_of(self->state, &self->classes, Py_TYPE(at->module))) == NULL) return -1;
+    if ((at->dict = PyObject_GenericGetDict(at->module, NULL)) == NULL) return -1;
+    PREFETCH(at->dict);
+    return 0;
 }
 
 /* Reads the modules in the queue from `start` to `end`; those below them are queued. */
 static int read_level(walk *self, size_t start, size_t end) {
     const module_state *state = self->state;
     for (size_t i = start; i < end; i++) {
-        node *const parent = &self->nodes[self->queue[i]];
-        if ((parent->facts = class_of(state, &self->classes, Py_TYPE(parent->module))) == NULL) return -1;
-        if ((parent->dict = PyObject_GenericGetDict(parent->module, NULL)) == NULL) return -1;
-        PREFETCH(parent->dict);
+        if (look_at(self, &self->nodes[self->queue[i]]) < 0) return -1;
     }
     for (size_t i = start; i < end; i++) {
-        PyObject *children = PyDict_GetItemWithError(self->nodes[self->queue[i]].dict, state->names._modules);
+        node *const parent = &self->nodes[self->queue[i]];
+        PyObject *children = dict_get(parent->dict, state->names._modules, &parent->facts->hints[MODULES]);
+        if (children == NULL && PyErr_Occurred()) return -1;
+        parent->children = Py_XNewRef(children);
         if (children != NULL) PREFETCH(children);
     }
     for (size_t i = start; i < end; i++) {
-        const size_t index = self->queue[i];
-        self->nodes[index].first = self->row_count;
-        if (read_node(self, index) < 0) return -1;
-        self->nodes[index].count = self->row_count - self->nodes[index].first;
+        node *const parent = &self->nodes[self->queue[i]];
+        parent->first = self->row_count;
+        if (read_node(self, parent) < 0) return -1;
+        parent->count = self->row_count - parent->first;
     }
     size_t at = 0;
     for (size_t i = start; i < end; i++) {
@@ -226,20 +217,24 @@ static int put_in_order(walk *self) {
     return 0;
 }
 
-static int walk_run(walk *self, PyObject *root) {
+int walk_run(walk *self, PyObject *root) {
     int rc = add_edge(self, root, 1);
     for (size_t start = 0; rc == 0 && start < self->queue_count;) {
         const size_t end = self->queue_count;
         rc = read_level(self, start, end);
         start = end;
     }
+    for (size_t i = 0; rc == 0 && i < self->node_count; i++) { /* those whose children are not asked for */
+        if (self->nodes[i].facts == NULL) rc = look_at(self, &self->nodes[i]);
+    }
     return rc < 0 ? -1 : put_in_order(self);
 }
 
-static void walk_free(walk *self) {
+void walk_free(walk *self) {
     for (size_t i = 0; i < self->node_count; i++) {
-        Py_DECREF(self->nodes[i].module);
+        if (i > 0 || !self->root_borrowed) Py_DECREF(self->nodes[i].module);
         Py_XDECREF(self->nodes[i].dict);
+        Py_XDECREF(self->nodes[i].children);
     }
     for (size_t i = 0; i < self->row_count; i++) Py_DECREF(self->row[i].module);
     PyMem_Free(self->nodes);
@@ -251,43 +246,56 @@ static void walk_free(walk *self) {
     class_table_free(&self->classes);
 }
 
-/* --- find(model, *classes) --- */
+/* --- finding --- */
 
-/* 1 if object is an instance of `kind`, a class or a tuple of classes. Classes registered with ABC.register are not
+/* 1 if `kind`, a class or a tuple of classes, is or has a base of `type`. Classes registered with ABC.register are not
  * asked: a tuner layer inherits from its base. */
-static int is_a(PyObject *object, PyObject *kind) {
-    if (PyType_Check(kind)) return PyType_IsSubtype(Py_TYPE(object), (PyTypeObject *)kind);
+static int is_a(PyTypeObject *type, PyObject *kind) {
+    if (PyType_Check(kind)) return PyType_IsSubtype(type, (PyTypeObject *)kind);
     if (!PyTuple_Check(kind)) {
-        PyErr_Format(PyExc_TypeError, "find() takes classes and tuples of classes, got %R", kind);
+        PyErr_Format(PyExc_TypeError, "expected classes and tuples of classes, got %R", kind);
         return -1;
     }
     int match = 0;
-    for (Py_ssize_t i = 0; match == 0 && i < PyTuple_Size(kind); i++) match = is_a(object, PyTuple_GetItem(kind, i));
+    for (Py_ssize_t i = 0; match == 0 && i < PyTuple_Size(kind); i++) match = is_a(type, PyTuple_GetItem(kind, i));
     return match;
 }
 
+int walk_match(const walk *self, PyObject *kind) {
+    for (size_t i = 0; i < self->classes.count; i++) {
+        class_facts *const facts = self->classes.items[i];
+        if ((facts->match = is_a(facts->type, kind)) < 0) return -1;
+    }
+    return 0;
+}
+
+static int append_kind(const walk *self, PyObject *kind, PyObject *list) {
+    if (walk_match(self, kind) < 0) return -1;
+    for (size_t i = 0; i < self->order_count; i++) {
+        const node *next = &self->nodes[self->order[i]];
+        if (next->facts->match && PyList_Append(list, next->module) < 0) return -1;
+    }
+    return 0;
+}
+
+PyObject *walk_list(walk *self, PyObject *const *kinds, Py_ssize_t count) {
+    PyObject *result = PyTuple_New(count);
+    for (Py_ssize_t k = 0; result != NULL && k < count; k++) {
+        PyObject *list = PyList_New(0);
+        if (list == NULL || PyTuple_SetItem(result, k, list) < 0 || append_kind(self, kinds[k], list) < 0) {
+            Py_CLEAR(result);
+        }
+    }
+    return result;
+}
+
 static PyObject *walk_find(PyObject *module, PyObject *const *args, Py_ssize_t count) {
-    walk self = {.state = state_of(module)};
-    PyObject *result = NULL;
     if (count < 2) {
         PyErr_SetString(PyExc_TypeError, "find() takes a module and at least one class");
         return NULL;
     }
-    if (walk_run(&self, args[0]) < 0) goto done;
-    if ((result = PyTuple_New(count - 1)) == NULL) goto done;
-    for (Py_ssize_t k = 1; k < count; k++) {
-        PyObject *list = PyList_New(0);
-        if (list == NULL || PyTuple_SetItem(result, k - 1, list) < 0) goto failed;
-        for (size_t i = 0; i < self.order_count; i++) {
-            PyObject *const found_module = self.nodes[self.order[i]].module;
-            const int match = is_a(found_module, args[k]);
-            if (match < 0 || (match && PyList_Append(list, found_module) < 0)) goto failed;
-        }
-    }
-    goto done;
-failed:
-    Py_CLEAR(result);
-done:
+    walk self = {.state = state_of(module)};
+    PyObject *result = walk_run(&self, args[0]) == 0 ? walk_list(&self, args + 1, count - 1) : NULL;
     walk_free(&self);
     return result;
 }
@@ -301,10 +309,28 @@ static int expect(const char *name, Py_ssize_t count, Py_ssize_t wanted) {
     return -1;
 }
 
-static PyObject *switch_list(PyObject *module, int method, PyObject *layers, PyObject *names, PyObject *flag) {
+static PyObject *switch_list(PyObject *module, int method, PyObject *list, PyObject *names, PyObject *flag) {
+    const module_state *state = state_of(module);
     const int value = PyObject_IsTrue(flag);
-    if (!PyList_Check(layers)) PyErr_SetString(PyExc_TypeError, "expected a list of tuner layers");
-    if (PyErr_Occurred() || layers_switch(state_of(module), method, layers, names, value) < 0) return NULL;
+    if (!PyList_Check(list)) PyErr_SetString(PyExc_TypeError, "expected a list of tuner layers");
+    if (PyErr_Occurred()) return NULL;
+    const size_t size = (size_t)PyList_Size(list);
+    class_table classes = {0};
+    container_pool pool = {0};
+    tuned_layer *layers = PyMem_Calloc(size + 1, sizeof *layers), **all = PyMem_Calloc(size + 1, sizeof *all);
+    int rc = layers != NULL && all != NULL ? 0 : -1;
+    if (rc < 0) PyErr_NoMemory();
+    for (size_t i = 0; rc == 0 && i < size; i++) {
+        all[i] = &layers[i];
+        rc = layer_open(state, &classes, PyList_GetItem(list, (Py_ssize_t)i), all[i]);
+    }
+    if (rc == 0) rc = layers_switch(state, method, all, size, &pool, names, value);
+    for (size_t i = 0; layers != NULL && i < size; i++) layer_close(&layers[i]);
+    PyMem_Free(layers);
+    PyMem_Free(all);
+    containers_free(&pool);
+    class_table_free(&classes);
+    if (rc < 0) return NULL;
     Py_RETURN_NONE;
 }
 

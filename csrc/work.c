@@ -36,9 +36,9 @@ static int is_tensor(const module_state *state, PyObject *entry) {
 }
 
 /* Replaces the __dict__ of a module without children, such as nn.Linear, by its parameters, of others by NULL. */
-static int find_parameters(const module_state *state, work_item *item) {
-    PyObject *dict = item->dict, *parameters = PyDict_GetItemWithError(dict, state->names._parameters);
-    PyObject *modules = parameters ? PyDict_GetItemWithError(dict, state->names._modules) : NULL;
+static int find_parameters(const module_state *state, worklist *work, work_item *item) {
+    PyObject *dict = item->dict, *parameters = dict_get(dict, state->names._parameters, &work->hints[PARAMETERS]);
+    PyObject *modules = parameters ? dict_get(dict, state->names._modules, &work->hints[MODULES]) : NULL;
     const int plain = modules != NULL && PyDict_CheckExact(modules) && PyDict_CheckExact(parameters);
     item->dict = plain && PyDict_Size(modules) == 0 ? Py_NewRef(parameters) : NULL;
     if (item->dict != NULL) PREFETCH(item->dict);
@@ -79,7 +79,15 @@ static int find_tensors(const module_state *state, worklist *work, worklist *ten
         }
     }
     for (size_t i = 0; i < work->count; i++) {
-        if (work->items[i].dict != NULL && find_parameters(state, &work->items[i]) < 0) return -1;
+        if (work->items[i].dict == NULL) continue;
+        prefetch_item(work->items[i].dict, work->hints[PARAMETERS].at);
+        prefetch_item(work->items[i].dict, work->hints[MODULES].at);
+    }
+    for (size_t i = 0; i < work->count; i++) {
+        if (work->items[i].dict != NULL && find_parameters(state, work, &work->items[i]) < 0) return -1;
+    }
+    for (size_t i = 0; i < work->count; i++) {
+        if (work->items[i].dict != NULL) prefetch_item(work->items[i].dict, 0);
     }
     for (size_t i = 0; i < work->count; i++) {
         if (add_tensors(&work->items[i], work->items[i].old, tensors) < 0) return -1;
@@ -148,6 +156,7 @@ static int do_item(const module_state *state, journal *log, work_item *item, PyO
 int work_run(const module_state *state, journal *log, worklist *work, PyObject *list) {
     worklist tensors = {0};
     int rc = find_tensors(state, work, &tensors);
+    for (size_t i = 0; i < tensors.count; i++) prefetch_tensor(tensors.items[i].object);
     for (size_t i = 0; rc == 0 && i < tensors.count; i++) {
         if ((tensors.items[i].old = flag_of(state, tensors.items[i].object)) < 0) rc = -1;
     }

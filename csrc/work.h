@@ -5,10 +5,9 @@
 #ifndef PEFT_C_WORK_H
 #define PEFT_C_WORK_H
 
+#include "classes.h"
 #include "journal.h"
-
-/* Asks for an object's memory: its header and, before that, where its __dict__ is. */
-#define PREFETCH(object) (__builtin_prefetch((const char *)(object)-32), __builtin_prefetch(object))
+#include "prefetch.h"
 
 /* What to do with a flag. */
 enum { OFF, ON, LIST };
@@ -23,7 +22,8 @@ typedef struct {
 typedef struct {
     work_item *items;
     size_t count, capacity;
-} worklist; /* starts as zeros */
+    hint hints[PLACES]; /* in the __dict__ of the entries that are modules */
+} worklist;             /* starts as zeros */
 
 /* Adds an entry and takes its reference, also on failure. */
 int work_add(worklist *work, PyObject *entry, int act, char *note);

@@ -252,6 +252,30 @@ class AdapterLoadingMixin(hub.PushToHubMixin):
         return result
 
 
+def _disable(tuner: nn.Module) -> bool | str | None:
+    """Disables the adapter layers. Returns whether they were enabled before: True, False, None if there are none, or
+    "irregular", with a warning, when they differed."""
+    methods = ("disable_adapter_layers", "_enable_adapter_layers")
+    usual = all(getattr(getattr(tuner, name, None), "__func__", None) is getattr(BaseTuner, name) for name in methods)
+    if usual:
+        tuner._warn_about_bias()
+        enabled = tuner._enable_adapter_layers(False, irregular=False)
+    else:
+        (layers,) = _C.find(tuner, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        states = {not layer.disable_adapters for layer in layers}
+        enabled = None if not states else states.pop() if len(states) == 1 else "irregular"
+    if enabled == "irregular":
+        warnings.warn(
+            "The model contains some adapter layers that are enabled and others that are disabled. This is most "
+            "likely unintentional. After exiting the disable_adapter context, all adapters will be enabled"
+        )
+    if not usual:
+        tuner.disable_adapter_layers()
+    elif enabled == "irregular":
+        tuner._enable_adapter_layers(False)
+    return enabled
+
+
 class PeftModel(AdapterLoadingMixin, nn.Module):
     """A base model with adapters.
 
@@ -681,15 +705,9 @@ class PeftModel(AdapterLoadingMixin, nn.Module):
                 yield
             return
         tuner, was_disabled = self.base_model, self._adapters_disabled
-        enabled = _enabled(tuner)
-        if enabled == "irregular":
-            warnings.warn(
-                "The model contains some adapter layers that are enabled and others that are disabled. This is most "
-                "likely unintentional. After exiting the disable_adapter context, all adapters will be enabled"
-            )
+        enabled = _disable(tuner)
+        self._adapters_disabled = True
         try:
-            tuner.disable_adapter_layers()
-            self._adapters_disabled = True
             yield
         finally:
             if enabled is not False and not (enabled is None and was_disabled):
@@ -785,13 +803,6 @@ class PeftModel(AdapterLoadingMixin, nn.Module):
         if self._is_prompt_learning or not hasattr(self.base_model, "supports_lora_conversion"):
             return False
         return self.base_model.supports_lora_conversion()
-
-
-def _enabled(tuner: nn.Module) -> bool | str | None:
-    """Whether the adapter layers are enabled: True, False, "irregular" when they differ, None without any."""
-    (layers,) = _C.find(tuner, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-    states = {not layer.disable_adapters for layer in layers}
-    return None if not states else states.pop() if len(states) == 1 else "irregular"
 
 
 def _clone_aliases(state_dict: dict[str, torch.Tensor]) -> None:

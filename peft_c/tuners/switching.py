@@ -1,4 +1,4 @@
-"""Switching the adapters of a whole model: set, enable, delete, requires_grad, dtype. Found by one walk in C."""
+"""Switching the adapters of a whole model: set, enable, delete, requires_grad, dtype."""
 
 from __future__ import annotations
 
@@ -11,17 +11,33 @@ from torch import nn
 from .. import _C
 from ..utils.constants import UPCAST_DTYPES
 from ..utils.other import AuxiliaryTrainingWrapper
+from . import law
 from .merging import tie_again
 from .tuner_layer import ADAPTER_CONTAINERS, BaseTunerLayer
 
+_SWITCHED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
-def tuner_modules(model: nn.Module) -> list[nn.Module]:
-    """All tuner layers and fully trained modules, without the layers that such a module holds and switches itself."""
-    found, wrappers = _C.find(model, (BaseTunerLayer, AuxiliaryTrainingWrapper), AuxiliaryTrainingWrapper)
-    if wrappers:
-        held = {id(child) for wrapper in wrappers for child in wrapper._modules.values()}
-        found = [module for module in found if id(module) not in held]
-    return found
+
+def tree_of(model: nn.Module) -> _C.Tree:
+    """What is kept from call to call about where the model's tuner layers are."""
+    tree = model.__dict__.get("_adapter_tree")
+    if tree is None:
+        tree = model.__dict__["_adapter_tree"] = _C.Tree()
+    return tree
+
+
+def enable_adapters(model: nn.Module, enabled: bool, irregular: bool = True) -> bool | str | None:
+    """Switches the adapters of all tuner layers and fully trained modules on or off.
+
+    Adapters that were merged before a forward under disabled adapters took them out are merged again. Returns whether
+    the adapters were enabled: True, False, None if there are none, or "irregular" when layers differed, in which case
+    nothing changes unless `irregular` is true.
+    """
+    # what a fully trained module holds, it switches itself
+    before, merged = tree_of(model).enable_adapters(model, _SWITCHED, AuxiliaryTrainingWrapper, enabled, irregular)
+    for module in merged if enabled else ():
+        law.resume(module)
+    return before
 
 
 def set_adapter(
@@ -35,9 +51,12 @@ def set_adapter(
     Only layers of `layer_cls` and fully trained modules are switched. Merged layers are unmerged first, with a
     warning. Raises ValueError before anything changes if a fully trained module had to follow several adapters.
     """
-    layers, wrappers = _C.find(model, layer_cls, AuxiliaryTrainingWrapper)
+    tree = tree_of(model)
+    first = tree.set_adapter(model, layer_cls, AuxiliaryTrainingWrapper, adapter_name, inference_mode)
+    if first is None:
+        return
+    merged, wrappers = first
     chosen = [(wrapper, wrapper.check_set_adapter(adapter_name)) for wrapper in wrappers]
-    merged = [layer for layer in layers if layer.merged_adapters]
     for layer in merged:
         warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
         layer.unmerge()
@@ -45,14 +64,13 @@ def set_adapter(
     for wrapper, name in chosen:
         # a module that the adapter does not train as a whole is switched off
         wrapper.set_adapter(name if name in wrapper._adapters else [], inference_mode=inference_mode)
-    _C.set_adapter(layers, adapter_name, inference_mode)
+    tree.set_adapter(model, layer_cls, None, adapter_name, inference_mode)
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
     """Makes the weights of one or several adapters trainable or frozen, active or not."""
     names = adapter_names if isinstance(adapter_names, str) else list(adapter_names)
-    (modules,) = _C.find(model, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-    _C.set_requires_grad(modules, names, requires_grad)
+    tree_of(model).set_requires_grad(model, _SWITCHED, names, requires_grad)
 
 
 # --- deleting ---

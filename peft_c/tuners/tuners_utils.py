@@ -30,7 +30,6 @@ from ..utils.other import (
     match_target_against_key,
 )
 from ..utils.peft_types import PeftType
-from . import law
 from ._buffer_dict import BufferDict  # noqa: F401
 from .inject import Injection
 from .merging import (  # noqa: F401
@@ -54,9 +53,9 @@ from .switching import (
     _delete_auxiliary_adapter,  # noqa: F401
     cast_adapter_dtype,
     delete_adapter,
+    enable_adapters,
     set_adapter,
     set_requires_grad,
-    tuner_modules,
 )
 from .targets import (  # noqa: F401
     _ExcludedModule,
@@ -374,18 +373,18 @@ class BaseTuner(nn.Module, ABC):
             which = ", ".join(map(repr, missing))
             raise ValueError(f"Adapter {which} not found. Adapters of this model: {sorted(known)}.")
 
-    def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        modules = tuner_modules(self.model)
-        _C.enable_adapters(modules, enabled)
-        for module in modules if enabled else ():
-            if "_merge_suspended" in module.__dict__:  # merged when it was disabled
-                law.resume(module)
+    def _enable_adapter_layers(self, enabled: bool = True, irregular: bool = True) -> bool | str | None:
+        return enable_adapters(self.model, enabled, irregular)
 
     def disable_adapter_layers(self) -> None:
         """Switches all adapters off and freezes them: the model computes what the base model does.
 
         Warns if an active adapter has trained biases of the base model, which stay as they are.
         """
+        self._warn_about_bias()
+        self._enable_adapter_layers(enabled=False)
+
+    def _warn_about_bias(self) -> None:
         for adapter in self.active_adapters:
             bias = getattr(self.peft_config[adapter], "bias", "none")
             if bias != "none":
@@ -393,7 +392,6 @@ class BaseTuner(nn.Module, ABC):
                     f"Careful, disabling adapter layers with bias configured to be '{bias}' does not produce the same "
                     "output as the base model would without adaption."
                 )
-        self._enable_adapter_layers(enabled=False)
 
     def enable_adapter_layers(self) -> None:
         """Switches the adapters on again; what was trainable before they were switched off becomes trainable."""
@@ -468,6 +466,7 @@ class BaseTuner(nn.Module, ABC):
         Unloading(self, merge, safe_merge, adapter_names).run(progressbar)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
+        self.model.__dict__.pop("_adapter_tree", None)
         if merge:
             forget_tie_if_diverged(self.model, self.get_model_config(self.model))
         return self.model
