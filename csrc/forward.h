@@ -31,7 +31,7 @@ PyObject *forward_planned(module_state *state, const gate_plan *plan, PyObject *
  * reference, or NULL with an exception. */
 PyObject *forward_base(const module_state *state, const gate_plan *plan, PyObject *x);
 
-extern PyMethodDef terms_methods[];   /* lowrank_terms */
+extern PyMethodDef terms_methods[];   /* lowrank_terms, may_act */
 extern PyMethodDef forward_methods[]; /* lowrank_forward */
 
 #endif

@@ -62,10 +62,18 @@ done:
     return result;
 }
 
+static PyObject *forward_may_act(PyObject *module, PyObject *unused) {
+    (void)unused;
+    return PyBool_FromLong(gate_ambient(state_of(module)) == GATE_OK);
+}
+
 PyMethodDef terms_methods[] = {
     {"lowrank_terms", (PyCFunction)(void (*)(void))forward_terms, METH_FASTCALL,
      "lowrank_terms(layer, x, terms, args, kwargs)\n--\n\n"
      "layer.base_layer(x, *args, **kwargs) plus scale * B(A(x)) for each of the terms (A, B, scale); NotImplemented, "
      "with\nnothing called, where C may not act or a gradient is wanted."},
+    {"may_act", forward_may_act, METH_NOARGS,
+     "may_act()\n--\n\nMay C act here and now, whatever the layer: the switch, modes, autocast, hooks of all "
+     "modules."},
     {NULL, NULL, 0, NULL},
 };

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,7 @@ class AdaLoraLayer(AddRoom, LoraLayer):
     kernel's elements, too. `ranknum` is the initial rank, also of adapters whose rank has shrunk."""
 
     converts_to_lora = False
-    factored = True
+    factored = math.inf
     adapter_layer_names = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "ranknum")
     containers = {"ranknum": nn.ParameterDict}

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .room import AddRoom, RoomConfig, RoomModel, Unscaled, dropout, option, positive, register, shared
+from .law import LowRank
+from .room import AddRoom, RoomConfig, RoomModel, Unscaled, dropout, option, positive, product, register, shared
 
 
 @dataclass
@@ -91,9 +92,9 @@ class DeftLinear(Unscaled, AddRoom):
         """s R."""
         return 0.0 if self.deft_para[name] else self.deft_R[name].float() * self.deft_scaling[name]
 
-    def delta(self, name: str) -> torch.Tensor:
+    def low_rank(self, name: str) -> LowRank:
         L, M = self.project(name, self.deft_P[name])
-        return L @ (self.injected(name) - M.T @ self.bare_weight().float())
+        return LowRank(self.injected(name) - product(M.T.contiguous(), self.bare_weight().float()), L, 1.0)
 
     def term_beside(self, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         L, M = self.project(name, self.deft_P[name])

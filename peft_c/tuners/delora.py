@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -40,7 +41,7 @@ class DeloraLinear(AddRoom):
     w (in,) are the norms of the base weight's columns when the adapter was made; norms of A and B are at least 1e-4.
     """
 
-    factored = True
+    factored = math.inf
     adapter_layer_names = ("delora_A", "delora_B", "delora_lambda")
     other_param_names = ("r", "delora_dropout", "delora_w_norm")
     containers = {"delora_w_norm": partial(BufferDict, persistent=True)}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ._buffer_dict import BufferDict
-from .room import RoomConfig, State, linear, option, register, shared, weight_view
+from .room import RoomConfig, State, linear, option, product, register, shared, weight_view
 from .shared_room import SeededModel, SharedRoom, check_projections, wide
 
 
@@ -111,16 +111,16 @@ class Linear(SharedRoom):
         if len(z) <= 64:
             places, values = S._indices(), S._values()
             dense = S.to_dense() if S.is_coalesced() else values.new_zeros(S.shape).index_put_(tuple(places), values)
-            return linear(z, dense, None)
+            return linear(z, dense)
         dtype = torch.promote_types(z.dtype, torch.float32)
         return torch.sparse.mm(S.to(dtype), z.T.to(dtype).contiguous()).T.to(z.dtype)
 
     def output(self, name: str, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The adapted output, with this bias."""
         U, V, S, scales = self.parts(name, x)
-        z = x @ V
+        z = product(x, V)
         rotated = self._sparse_activation_mm(z.flatten(0, -2), S).view_as(z)
-        return F.linear(torch.addcmul(rotated, z, scales), U, bias)
+        return linear(torch.addcmul(rotated, z, scales), U, bias)
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return self.output(name, x) - F.linear(x, weight_view(self.get_base_layer()).matrix().to(x.dtype))

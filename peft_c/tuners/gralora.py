@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .room import AddRoom, RoomConfig, RoomModel, dropout, kaiming, option, positive, register, shared
+from .law import LowRank
+from .room import FEW, AddRoom, RoomConfig, RoomModel, dropout, kaiming, option, positive, register, shared
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Linear(AddRoom):
 
     adapter_layer_names = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")
     other_param_names = ("r", "hybrid_r", "alpha", "scaling", "gralora_dropout", "gralora_k")
+    factored = FEW
     containers = dict.fromkeys(("gralora_A_general", "gralora_B_general", "gralora_dropout"), nn.ModuleDict)
 
     def create(self, name: str, config: GraloraConfig) -> None:
@@ -71,6 +73,19 @@ class Linear(AddRoom):
             kaiming(general[0].weight)
             (nn.init.zeros_ if config.init_weights else kaiming)(general[1].weight)
         self.gralora_A_general[name], self.gralora_B_general[name] = general
+
+    def low_rank(self, name: str) -> LowRank | None:
+        """A (k r, in) and B (out, k r) with zeros in other blocks, where that is not too much more work."""
+        A, B, k = self.gralora_A[name], self.gralora_B[name], self.gralora_k[name]
+        if k * self.r[name] > FEW or self.hybrid_r[name]:
+            return None
+        A = torch.diag_embed(A.permute(2, 1, 0), dim1=0, dim2=2)  # (n, r, n, in / k)
+        B = torch.diag_embed(B.unflatten(1, (k, -1)).permute(3, 1, 2, 0), dim1=0, dim2=3)  # (j, out / k, n, j, s)
+        return LowRank(A.flatten(0, 1).flatten(1), B.flatten(0, 1).flatten(1), self.scaling[name])
+
+    def terms(self, name: str, x: torch.Tensor) -> list[LowRank | None]:
+        drops = self.training and isinstance(self.gralora_dropout[name], nn.Dropout)
+        return [None] if drops else super().terms(name, x)
 
     def delta(self, name: str) -> torch.Tensor:
         A, B, k = self.gralora_A[name], self.gralora_B[name], self.gralora_k[name]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .law import LowRank
-from .room import AddRoom, RoomConfig, RoomModel, kaiming, option, positive, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, kaiming, linear, option, positive, register, shared
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Linear(AddRoom):
         raise NotImplementedError("This method is not supported for Lily.")
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        hidden = self.lily_A[name](x)
+        hidden = linear(x, self.lily_A[name].weight)
         shares = self.lily_router[name](hidden).softmax(-1).flatten(0, -2).mean(0)
         mixed = torch.tensordot(shares, self.lily_B[name].weight.unflatten(0, (len(shares), -1)), dims=1)
         return hidden @ mixed * self.scaling[name]

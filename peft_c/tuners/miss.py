@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .law import LowRank
 from .room import AddRoom, RoomConfig, RoomModel, Unscaled, kaiming, option, positive, register, shared
 from .shared_room import wide
 
@@ -67,16 +66,9 @@ class MissLinear(Unscaled, AddRoom):
         block = self.miss_block[name]
         return block.repeat(1, self.out_features // block.shape[1]) if self.miss_fn[name] == "mini" else block
 
-    def low_rank(self, name: str) -> LowRank | None:
-        if self.miss_fn[name] == "bat":
-            return None
-        block, r = self.block(name), self.miss_r[name]
-        repeated = torch.eye(r, dtype=block.dtype, device=block.device).repeat(1, -(-self.in_features // r))
-        return LowRank(repeated[:, : self.in_features], block.T, 1.0)
-
     def delta(self, name: str) -> torch.Tensor:
         if self.miss_fn[name] != "bat":
-            return super().delta(name)
+            return self.block(name).T.repeat(1, -(-self.in_features // self.miss_r[name]))[:, : self.in_features]
         block, r = wide(self.miss_block[name]), self.miss_r[name]
         weight = self.bare_weight().to(block.dtype).view(-1, r, self.in_features // r, r)
         delta = torch.einsum("oaib,obc->oaic", weight, block) + block.unsqueeze(2)

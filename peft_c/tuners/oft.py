@@ -85,34 +85,41 @@ class OFTRotationModule(nn.Module):
         norms = self.weight.norm(dim=1, keepdim=True) * 2**0.5  # Q has every element twice
         self.weight.copy_(torch.where(norms <= bound, self.weight, self.weight * (bound / norms)))
 
-    def rotations(self) -> torch.Tensor:
-        """The blocks (r, b, b)."""
+    def skew(self) -> torch.Tensor:
+        """Q (r, b, b)."""
         if self.coft:
             self.project()
-        size, weight = self.block_size, self.weight
-        upper = weight.new_zeros(self.r, size, size)
-        upper[:, self.rows, self.cols] = weight
-        skew = upper - upper.mT
-        if self.terms is None:
-            eye = torch.eye(size, device=skew.device)
-            return torch.linalg.solve(eye + skew, eye - skew, left=False).to(weight.dtype)
-        result = torch.eye(size, device=skew.device, dtype=weight.dtype).repeat(self.r, 1, 1)
-        if self.terms > 1:
-            result = result + 2 * skew
-        power, terms = skew, max(self.terms, 4) if self.terms > 2 else 0
-        for degree in range(2, terms):  # 1 + 2 Q + 2 Q^2 + ... + Q^(terms - 1)
-            power = torch.bmm(power, skew)
-            result = result + (2 * power if degree < terms - 1 else power)
-        return result
+        upper = self.weight.new_zeros(self.r, self.block_size, self.block_size)
+        upper[:, self.rows, self.cols] = self.weight
+        return upper - upper.mT
+
+    def series(self, skew: torch.Tensor, blocks: torch.Tensor | None = None) -> torch.Tensor:
+        """1 + 2 Q + 2 Q^2 + ... + Q^n, or `blocks` (r, rows, b) times that."""
+        last = max(self.terms, 4) - 1 if self.terms > 2 else self.terms - 1
+        result = power = torch.eye(self.block_size, device=skew.device, dtype=skew.dtype) if blocks is None else blocks
+        for degree in range(1, last + 1):
+            power = skew if blocks is None and degree == 1 else torch.bmm(power, skew)
+            result = torch.add(result, power, alpha=1 if degree == last > 1 else 2)
+        return result.expand(self.r, -1, -1)
+
+    def rotations(self) -> torch.Tensor:
+        """The blocks (r, b, b)."""
+        skew = self.skew()
+        if self.terms is not None:
+            return self.series(skew)
+        eye = torch.eye(self.block_size, device=skew.device)
+        return torch.linalg.solve(eye + skew, eye - skew, left=False).to(skew.dtype)
 
     def forward(self, x: torch.Tensor, transposed: bool = False) -> torch.Tensor:
         """x (..., r b), each block multiplied by its rotation from the right."""
-        rotations = self.rotations()
-        rotations = rotations.mT if transposed else rotations
-        blocks = x.to(rotations.dtype).unflatten(-1, (-1, self.block_size))
-        if self.block_share:
-            return (blocks @ rotations[0]).flatten(-2)
-        return torch.einsum("...rk,rkc->...rc", blocks, rotations).flatten(-2)
+        blocks = x.to(self.weight.dtype).reshape(-1, x.shape[-1] // self.block_size, self.block_size)
+        blocks = blocks.flatten(0, 1).unsqueeze(0) if self.block_share else blocks.transpose(0, 1)
+        if self.terms is not None and blocks.shape[1] <= self.block_size:  # then the rotations are more work
+            result = self.series(-self.skew() if transposed else self.skew(), blocks)
+        else:
+            rotations = self.rotations()
+            result = torch.bmm(blocks, rotations.mT if transposed else rotations)
+        return (result if self.block_share else result.transpose(0, 1)).reshape(x.shape)
 
 
 def nearest_divisor(size: int, wanted: int) -> int:

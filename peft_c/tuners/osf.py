@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import AddRoom, RoomConfig, RoomModel, option, positive, register, shared
+from .room import FEW, AddRoom, RoomConfig, RoomModel, option, positive, register, shared
 
 
 @dataclass
@@ -73,6 +72,7 @@ class Linear(AddRoom):
     """
 
     converts_to_lora = False
+    factored = FEW
     adapter_layer_names = ("osf_svd_params",)
     other_param_names = (
         "_osf_U_low_init",
@@ -123,9 +123,9 @@ class Linear(AddRoom):
         U, S, V, U0, S0, V0 = self.parts(name)
         return LowRank(torch.cat([V, V0]), torch.cat([U * S, -(U0 * S0)], dim=1), 1.0)
 
-    def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def terms(self, name: str, x: torch.Tensor) -> list[LowRank]:
         U, S, V, U0, S0, V0 = self.parts(name)
-        return F.linear(F.linear(x, V) * S, U) - F.linear(F.linear(x, V0) * S0, U0)
+        return [LowRank(V, U * S, 1.0), LowRank(V0, U0 * S0, -1.0)]
 
 
 OSFLayer = Linear

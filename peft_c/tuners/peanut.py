@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .law import LowRank
-from .room import AddRoom, RoomConfig, RoomModel, kaiming, option, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, kaiming, option, product, register, shared
 
 ACTIVATIONS = {name: getattr(F, name) for name in ("relu", "relu6", "gelu", "silu", "mish", "tanh", "sigmoid")}
 
@@ -62,7 +63,7 @@ class Linear(AddRoom):
     """
 
     converts_to_lora = False
-    factored = True
+    factored = math.inf
     adapter_layer_names = ("peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders")
     other_param_names = ("r", "depth", "scaling", "act_fn", "res_num")
     containers = dict.fromkeys(adapter_layer_names, nn.ModuleDict)
@@ -85,7 +86,7 @@ class Linear(AddRoom):
 
     def low_rank(self, name: str) -> LowRank:
         A, f = self.peanut_A[name].weight, activation(self.act_fn[name])
-        hidden = f(self.bare_weight().T.to(A.dtype) @ A.T)
+        hidden = f(product(A, self.bare_weight().to(A.dtype)).T)
         given = []
         for encoder in self.peanut_encoders[name]:
             given.append(hidden)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -88,7 +89,7 @@ class OrthLayer(nn.Module):
         upper = self.weight.new_zeros(r, r, dtype=dtype).index_put(tuple(self.places), self.weight.to(dtype))
         Q, identity = upper - upper.T, torch.eye(r, dtype=dtype, device=upper.device)
         if self.terms is None:
-            return torch.linalg.solve(identity - Q, identity + Q, left=False)
+            return torch.sub(torch.linalg.inv(identity - Q), identity, alpha=0.5) * 2  # I + Q = 2 I - (I - Q)
         if self.eps is not None:
             norm = torch.linalg.norm(Q)
             Q = torch.where(norm > self.eps, Q * (self.eps / (norm + 1e-12)), Q)
@@ -110,7 +111,7 @@ class OrthLayer(nn.Module):
 class Linear(AddRoom):
     """W + scaling * B (R - I) A for nn.Linear; B (out, r) A (r, in) * scaling is the best approximation of W."""
 
-    factored = True
+    factored = math.inf
     dropout = "psoft_dropout"
     adapter_layer_names = ("psoft_R",)
     other_param_names = (

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .law import LowRank
-from .room import option, positive, register, shared
+from .room import FEW, option, positive, register, shared
 from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, drawn, multipliable
 
 
@@ -41,6 +41,7 @@ class Linear(SharedRoom):
     adapter_layer_names = ("pvera_lambda_b", "pvera_lambda_d")
     other_param_names = ("pvera_A", "pvera_B", "pvera_dropout", "r", "sample_at_inference", "pvera_generator")
     own, dropout = "pvera_lambda_d", "pvera_dropout"
+    factored = FEW
     converts_to_lora = False
 
     def create(self, name: str, config: PveraConfig, shared: dict[str, nn.Module]) -> None:
@@ -65,6 +66,9 @@ class Linear(SharedRoom):
         A, d, B, b = map(multipliable, self.parts(name))
         r = self.r[name]
         return LowRank(d[:r, None] * A[:r], b[:, None] * B, 1.0)
+
+    def terms(self, name: str, x: torch.Tensor) -> list[LowRank | None]:
+        return [None] if self.training or self.sample_at_inference[name] else super().terms(name, x)
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         A, d, B, b = self.parts(name)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .law import LowRank
-from .room import option, positive, register, shared
+from .room import linear, option, positive, product, register, shared
 from .shared_room import ProjectionConfig, ProjectionModel, SharedRoom, multipliable, wide
 
 
@@ -96,8 +95,8 @@ class Linear(SharedRoom):
         A, x = A[:, 0], x.to(gamma.dtype)
         if gamma.shape[1] == self.in_features:
             x = ((x.unsqueeze(-2) * gamma) @ A.T).mT * scales
-            return F.linear(x.flatten(-2).to(Q.dtype), Q) * self.scaling[name]
-        x = (x.to(Q.dtype) @ Q).unflatten(-1, scales.shape) * scales
+            return linear(x.flatten(-2).to(Q.dtype), Q) * self.scaling[name]
+        x = product(x.to(Q.dtype), Q).unflatten(-1, scales.shape) * scales
         return ((x.mT @ A) * gamma).sum(-2) * self.scaling[name]
 
 

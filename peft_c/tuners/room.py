@@ -51,6 +51,7 @@ from .tuners_utils import BaseTuner, check_adapters_to_merge
 
 State = dict[str, torch.Tensor]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+FEW = 64  # rows for which multiplying by large factors in C is faster than in torch
 
 
 # ------------------------------------------------------------------------------------------------------------ config
@@ -163,14 +164,28 @@ def weight_view(base: nn.Module, name: str = "weight") -> BaseView:
     return BaseView(base, name, transposed=name == "weight" and is_transformers_conv1d(base))
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """F.linear(x, weight, bias) for a weight that has just been computed: with few rows of x and no gradients, in the
-    order in which each thread multiplies what it has written."""
-    few = x.dtype == torch.float32 and x.is_cpu and x.shape[:-1].numel() <= 128
-    if not few or torch.is_grad_enabled() or weight.dtype != x.dtype:
-        return F.linear(x, weight, bias)
-    result = (weight @ x.reshape(-1, x.shape[-1]).T).T.contiguous().view(*x.shape[:-1], len(weight))
-    return result if bias is None else result.add_(bias)
+def c_is_worth_asking(x: torch.Tensor) -> bool:
+    """Whether x is where C may act: on the CPU, outside of autograd and compilation."""
+    return x.is_cpu and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+def c_takes(*tensors: torch.Tensor) -> bool:
+    """Whether C may multiply these tensors here and now."""
+    plain = all(type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided for tensor in tensors)
+    return plain and c_is_worth_asking(tensors[0]) and _C.may_act()
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """F.linear(x, weight, bias); in C where that is faster, for few rows of x."""
+    if weight.dtype == x.dtype and c_takes(x, weight):
+        return _C.lowrank_linear(x, weight, bias, None, (), ())
+    return F.linear(x, weight, bias)
+
+
+def product(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """x @ matrix (k, n), for x (..., k); in C where that is faster, for few rows of x."""
+    result = _C.linear_grad(x, matrix) if x.dtype == matrix.dtype and c_takes(x, matrix) else None
+    return x @ matrix if result is None else result
 
 
 def apply_weight(base: nn.Module, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -278,6 +293,11 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
             )
         return self.adapt(names, x, *args, **kwargs, **own_kwargs) if names else self.base_layer(x, *args, **kwargs)
 
+    def base_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer's output for x; in C where that is faster, for few rows of x."""
+        result = _C.lowrank_terms(self, x, [], args, kwargs) if c_is_worth_asking(x) else NotImplemented
+        return self.base_layer(x, *args, **kwargs) if result is NotImplemented else result
+
     def _mixed_forward(self, x: torch.Tensor, rows: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         if len(x) != len(rows):
             raise ValueError(
@@ -360,7 +380,7 @@ class AddRoom(Room):
     adds: ClassVar[tuple[str, ...]] = ("weight",)  # what the adapters add to: "weight", "bias" or both
     dropout: ClassVar[str] = ""  # the ModuleDict with the dropout in front of each adapter, if there is one
     converts_to_lora: ClassVar[bool] = True  # whether PEFT converts the method's adapters to LoRA
-    factored: ClassVar[bool] = False  # whether a forward multiplies by the factors of `low_rank`, the cheapest way
+    factored: ClassVar[float] = 0  # up to how many rows of x a forward multiplies by `terms`, the cheapest way then
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -383,6 +403,10 @@ class AddRoom(Room):
     def low_rank(self, name: str) -> law.LowRank | None:
         """The delta as factors, where it has such; None otherwise."""
         return None
+
+    def terms(self, name: str, x: torch.Tensor) -> list[law.LowRank | None]:
+        """What `term` adds for x, as factors, for `factored` rooms; None where that is not so."""
+        return [self.low_rank(name)]
 
     def bias_delta(self, name: str) -> torch.Tensor:
         """The delta of the bias, if `adds` names it."""
@@ -426,10 +450,11 @@ class AddRoom(Room):
         ):
             return self.adapt_dense(names, x)
         if self.may_act_in_c(base, x) and not any(self.drops(name) for name in names):
-            result = _C.lowrank_terms(self, x, [self.low_rank(name) for name in names], args, kwargs)
+            terms = [term for name in names for term in self.terms(name, x)]
+            result = NotImplemented if None in terms else _C.lowrank_terms(self, x, terms, args, kwargs)
             if result is not NotImplemented:
                 return result
-        output = result = self.base_layer(x, *args, **kwargs)
+        output = result = self.base_output(x, *args, **kwargs)
         for name in names:
             wanted = self.adapter_dtype(name)
             part = x if wanted is None else self._cast_input_dtype(x, wanted)
@@ -438,11 +463,10 @@ class AddRoom(Room):
         return result.to(output.dtype)
 
     def may_act_in_c(self, base: nn.Module, x: torch.Tensor) -> bool:
-        """Whether it is worthwhile to ask C for the forward: x is on the CPU and needs no gradient."""
+        """Whether it is worthwhile to ask C for the forward with `terms`."""
         return (
-            self.factored
-            and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-            and x.is_cpu
+            c_is_worth_asking(x)
+            and x.numel() <= self.factored * x.shape[-1]
             and not isinstance(base, (*CONVOLUTIONS, nn.Embedding))
         )
 
@@ -518,7 +542,7 @@ class MapRoom(Room):
             dtype = x.dtype
             for name in reversed(names) if self.before is not None else ():
                 x = self.before(name, x)
-            result = self.base_layer(x.to(dtype), *args, **kwargs)
+            result = self.base_output(x.to(dtype), *args, **kwargs)
             dtype = result.dtype
             for name in names if self.after is not None else ():
                 result = self.after(name, result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -54,7 +55,7 @@ class TinyLoraLayer(SharedRoom):
     """B R A with R = sum_i v[i] P[i]: A (r, in) and B (out, r) are the first singular vectors, each times the root of
     the singular value, P (u, r, r) is random, v (u,) is trained and shared by the layers of a group."""
 
-    factored = True
+    factored = math.inf
     adapter_layer_names = ("tinylora_v",)
     other_param_names = ("tinylora_A", "tinylora_B", "tinylora_P", "tinylora_dropout", "r", "u", "_tinylora_v_key")
     containers = dict.fromkeys(other_param_names[:3], partial(BufferDict, persistent=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,7 @@ class Linear(SharedRoom):
     """B A with A (r, in) and B (out, r): theta[indices] * scales, where an entry of theta that is used n times has the
     scale 1 / sqrt(n)."""
 
-    factored = True
+    factored = math.inf
     adapter_layer_names = ("unilora_theta_d",)
     other_param_names = ("r", "unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B") + (
         "unilora_dropout",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +43,7 @@ class Linear(SharedRoom):
     The logits are (r, in / v, vectors) for A and (out / v, r, vectors) for B.
     """
 
-    factored = True
+    factored = math.inf
     adapter_layer_names = ("vblora_logits_A", "vblora_logits_B", "vblora_vector_bank")
     other_param_names = ("r", "topk", "vblora_dropout")
     own, dropout = "vblora_logits_A", "vblora_dropout"
@@ -71,11 +72,12 @@ class Linear(SharedRoom):
             )
         bank = wide(self.vblora_vector_bank[name].to(logits.device))
 
-        def mixtures(logits: torch.Tensor) -> torch.Tensor:
-            best, indices = wide(logits).topk(self.topk[name], dim=-1)
-            return (best.softmax(-1).unsqueeze(-2) @ bank[indices]).squeeze(-2)
-
-        return LowRank(mixtures(logits).flatten(1), mixtures(self.vblora_logits_B[name]).mT.flatten(0, 1), 1.0)
+        parts = (logits, self.vblora_logits_B[name])
+        best, indices = torch.cat([wide(part).flatten(0, 1) for part in parts]).topk(self.topk[name], dim=-1)
+        pieces = (best.softmax(-1).unsqueeze(-2) @ bank[indices]).squeeze(-2)
+        A, B = pieces.split([part.shape[:2].numel() for part in parts])
+        r = len(logits)
+        return LowRank(A.reshape(r, -1), B.view(-1, r, B.shape[-1]).mT.flatten(0, 1), 1.0)
 
 
 VBLoRALayer = Linear

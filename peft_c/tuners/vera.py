@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .law import LowRank
-from .room import option, positive, register, shared
+from .room import FEW, option, positive, register, shared
 from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, drawn, multipliable
 
 
@@ -39,6 +39,7 @@ class Linear(SharedRoom):
     adapter_layer_names = ("vera_lambda_b", "vera_lambda_d")
     other_param_names = ("vera_A", "vera_B", "vera_dropout", "r")
     own, dropout = "vera_lambda_d", "vera_dropout"
+    factored = FEW
 
     def create(self, name: str, config: VeraConfig, shared: dict[str, nn.Module]) -> None:
         self.share(shared)

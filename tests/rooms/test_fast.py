@@ -1,0 +1,72 @@
+"""The forward of rooms with C and without: the same numbers, and C stays out where it may not act."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import peft_c
+from peft_c import _C
+from peft_c.tuners.room import linear, product
+from tests.rooms.cases import PAIRS, config_of
+
+LINEAR = sorted({method for method, kind in PAIRS if kind == "Linear"} - {"poly"})
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", LINEAR)
+def test_with_c_and_without(method, dtype):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 64)).to(dtype)
+    model = peft_c.get_peft_model(base, config_of(method, "Linear", peft_c), autocast_adapter_dtype=False)
+    layer = model.base_model.model[0]
+    for rows in (1, 6, 90):
+        x = torch.randn(rows, 16, dtype=dtype)
+        for training in (False, True):
+            layer.train(training)
+            outputs = []
+            for fast in (True, False):
+                torch.manual_seed(1)
+                with peft_c.fast_paths(fast):
+                    outputs.append(layer(x))
+            tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(*outputs, atol=tolerance * outputs[1].abs().max().item(), rtol=0)
+            assert outputs[0].is_contiguous()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(8, 96), (2, 3, 96), (96,), (0, 96), (200, 96)])
+def test_products(shape):
+    x, weight, bias = torch.randn(shape), torch.randn(64, 96), torch.randn(64)
+    torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(linear(x, weight), F.linear(x, weight), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(product(x, weight.T.contiguous()), x @ weight.T, atol=1e-4, rtol=1e-4)
+
+
+def test_c_stays_out():
+    x, weight = torch.randn(8, 96), torch.randn(64, 96, requires_grad=True)
+    assert linear(x, weight).requires_grad
+    with torch.no_grad():
+        assert _C.may_act()
+        with peft_c.fast_paths(False):
+            assert not _C.may_act()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear(x, weight).dtype == torch.bfloat16
+        per_row = torch.func.vmap(lambda row: linear(row, weight))(x)
+        torch.testing.assert_close(per_row, F.linear(x, weight), atol=1e-4, rtol=1e-4)
+        with FakeTensorMode():
+            fake = torch.empty(8, 96), torch.empty(64, 96)
+            assert linear(*fake).shape == (8, 64)
+            assert product(fake[0], fake[1].T).shape == (8, 64)
+
+
+@torch.no_grad()
+def test_hooks_on_the_base_layer_are_called():
+    model = peft_c.get_peft_model(nn.Sequential(nn.Linear(64, 64)), peft_c.BeftConfig(target_modules=["0"]))
+    layer, calls = model.base_model.model[0], []
+    layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
+    layer(torch.randn(4, 64))
+    assert calls == [1]
