@@ -15,6 +15,7 @@ from torch import nn
 
 from .. import _C
 from ..config import PeftConfig
+from ..rollback import undivided
 from ..utils.constants import (  # noqa: F401
     DUMMY_MODEL_CONFIG,
     DUMMY_TARGET_MODULES,
@@ -408,11 +409,12 @@ class BaseTuner(nn.Module, ABC):
                 f"Adapter {adapter_name} does not exist. Adapters of this model: {sorted(self.peft_config)}."
             )
         _check_adapters_not_merged(self.model, adapter_name)
-        del self.peft_config[adapter_name]
-        active = delete_adapter(
-            model=self.model, adapter_name=adapter_name, prefix=self.prefix, layer_cls=self.tuner_layer_cls
-        )
-        self.active_adapter = active or []
+        with undivided():
+            del self.peft_config[adapter_name]
+            active = delete_adapter(
+                model=self.model, adapter_name=adapter_name, prefix=self.prefix, layer_cls=self.tuner_layer_cls
+            )
+            self.active_adapter = active or []
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Makes the weights of one or several adapters trainable or frozen, active or not."""

@@ -1,6 +1,7 @@
 """Per-call arguments for LoRA layers (`adapter_names`, `alora_offsets`), handed to them by hooks for one forward.
 
-The hooks live as long as the `with` block, however it ends.
+The hooks live as long as the `with` block, however it ends, and act in the thread that opened it: calls in several
+threads at the same time each have their own arguments.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 from torch import nn
@@ -25,6 +27,13 @@ _HANDLES = "_peft_gradient_checkpointing_forward_hooks"
 def _add_kwargs(module: nn.Module, args: tuple, kwargs: dict, **extra: Any) -> tuple[tuple, dict]:
     """Pre-forward hook that adds (or replaces) keyword arguments."""
     return args, {**kwargs, **extra}
+
+
+def _add_kwargs_in(
+    thread: int, extra: dict[str, Any], module: nn.Module, args: tuple, kwargs: dict | None = None
+) -> tuple[tuple, dict] | None:
+    """The same for calls in one thread. Others may call it without `kwargs`, while the hook comes or goes."""
+    return (args, {**kwargs, **extra}) if get_ident() == thread else None
 
 
 def _get_encoder(model: nn.Module) -> nn.Module | None:
@@ -80,7 +89,7 @@ def per_call_arguments(
     with ExitStack() as hooks:
 
         def give(module: nn.Module, **extra: Any) -> None:
-            handle = module.register_forward_pre_hook(partial(_add_kwargs, **extra), with_kwargs=True)
+            handle = module.register_forward_pre_hook(partial(_add_kwargs_in, get_ident(), extra), with_kwargs=True)
             hooks.callback(handle.remove)
 
         if alora_offsets is not None:
