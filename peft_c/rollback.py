@@ -3,8 +3,7 @@ from coming halfway."""
 
 from __future__ import annotations
 
-import signal
-import threading
+import _signal  # signal, without making an enum of every number and function
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,13 +104,16 @@ class undivided:
         self.handler: Any = None
 
     def __enter__(self) -> undivided:
-        handler = signal.getsignal(signal.SIGINT)
+        handler = _signal.getsignal(_signal.SIGINT)
         outer = getattr(handler, "__self__", None)
         if isinstance(outer, undivided):
             return outer
-        if callable(handler) and threading.current_thread() is threading.main_thread():
-            self.handler = handler
-            signal.signal(signal.SIGINT, self._hold)
+        if callable(handler):
+            try:
+                _signal.signal(_signal.SIGINT, self._hold)
+                self.handler = handler
+            except ValueError:  # not the main thread
+                pass
         return self
 
     def _hold(self, number: int, frame: Any) -> None:
@@ -125,5 +127,5 @@ class undivided:
 
     def __exit__(self, *_: Any) -> None:
         if self.handler is not None:
-            signal.signal(signal.SIGINT, self.handler)
+            _signal.signal(_signal.SIGINT, self.handler)
             self.let_through()

@@ -540,8 +540,13 @@ def _own(value: torch.Tensor, tensor: torch.Tensor, layer: Any) -> torch.Tensor:
     value = value.detach()
     if value.dtype != tensor.dtype or value.device != tensor.device or value.stride() != tensor.stride():
         return torch.empty_like(tensor).copy_(value)
-    taken = {own.untyped_storage().data_ptr() for own in (*layer.parameters(), *layer.buffers())}
-    return value.clone() if value.untyped_storage().data_ptr() in taken else value
+    memory, modules = value.untyped_storage().data_ptr(), [layer]
+    for module in modules:  # less than parameters() and buffers() cost
+        for own in (*module._parameters.values(), *module._buffers.values()):
+            if own is not None and own.untyped_storage().data_ptr() == memory:
+                return value.clone()
+        modules.extend(child for child in module._modules.values() if child is not None)
+    return value
 
 
 def _merge_variant(layer: Any, step: Merge, targets: dict, plans: dict, safe_merge: bool) -> None:

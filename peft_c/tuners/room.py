@@ -502,7 +502,8 @@ class AddRoom(Room):
             return lambda: delta
 
         changes = {"weight": lambda: self.weight_change(name), "bias": bias}
-        labels = [label for label in self.adds if label in self._merge_targets()]
+        has_bias = "bias" in self.adds and getattr(self.get_base_layer(), "bias", None) is not None
+        labels = [label for label in self.adds if label != "bias" or has_bias]
         if not labels:
             raise ValueError(f"Base layer has no bias, cannot merge bias adapter {name}")
         return {label: changes[label]() for label in labels}

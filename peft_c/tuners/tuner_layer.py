@@ -119,8 +119,13 @@ class BaseTunerLayer(_C.Layer, ABC):
     def get_base_layer(self) -> nn.Module:
         """The wrapped module, below all tuner layers that may be nested in each other."""
         layer = self
-        while type(layer) not in INNERMOST and hasattr(layer, "base_layer"):
-            layer = layer.base_layer
+        while type(layer) not in INNERMOST:
+            inner = layer.__dict__.get("_modules", {}).get("base_layer")  # where getattr would look last
+            if inner is None:
+                if not hasattr(layer, "base_layer"):
+                    break
+                inner = layer.base_layer
+            layer = inner
         return layer
 
     def get_base_weight(self) -> torch.Tensor:
