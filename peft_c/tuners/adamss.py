@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ._buffer_dict import BufferDict
+from .adamss_subspaces import clustering_Z, get_trainable_subspaces, seg_locations, slice_pca
 from .law import LowRank
 from .room import AddRoom, RoomConfig, RoomModel, State, option, register, shared
 
@@ -62,25 +63,6 @@ class AdamssConfig(RoomConfig):
             raise ImportError("scikit-learn is required for AdaMSS. Please install it with: pip install scikit-learn")
 
 
-def singular_vectors(weight: torch.Tensor, r: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """U (n, r) and V^T (r, k) of the largest singular values of a matrix (n, k), always the same ones."""
-    devices = {} if weight.is_cpu else {"device_type": weight.device.type}
-    with torch.random.fork_rng([] if weight.is_cpu else [weight.device], **devices):
-        torch.manual_seed(seed)
-        U, _, V = torch.svd_lowrank(weight, q=min(r, *weight.shape), niter=2)
-    return U, V.T
-
-
-def groups(rows: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """The indices of the rows in each of `count` clusters (k-means), at most one for each row."""
-    from sklearn.cluster import KMeans
-
-    count = min(count, len(rows))
-    kmeans = KMeans(n_clusters=count, init="random", n_init=1, max_iter=10, random_state=123456789)
-    labels = torch.from_numpy(kmeans.fit_predict(rows.detach().cpu().numpy().astype("float32"))).long()
-    return [torch.where(labels == i)[0] for i in range(int(labels.max()) + 1)]
-
-
 class Linear(AddRoom):
     """[W b] + P^T diag(B_1 A_1, B_2 A_2, ...) V: V (r, in + 1), `adamss_newB`, are right singular vectors of [W b] and
     P sorts rows by subspace; A_i (r_i, r), B_i (rows, r_i)."""
@@ -104,15 +86,16 @@ class Linear(AddRoom):
     def create(self, name: str, config: AdamssConfig) -> None:
         weight, bias = self.bare_weight(), self.bare_bias()
         whole = (weight if bias is None else torch.cat([weight, bias.unsqueeze(1)], dim=1)).detach().float()
-        U, V = singular_vectors(whole, config.r, config.random_seed)
-        rows = groups(U, config.num_subspaces)
+        V, U = slice_pca(whole[None, None], config.r, whole.device, random_seed=config.random_seed)
+        V, U = V[0, 0], U[0, 0]
+        rows = seg_locations(clustering_Z(U, config.num_subspaces, 10)[0])
         count = len(rows)
-        pairs = [self.initial(U[indices.to(U.device)], config, weight.dtype) for indices in rows]
+        pairs = [self.initial(U[indices.to(U.device)], config, weight.dtype) for indices in rows.values()]
         for container, factors in zip((self.adamss_A, self.adamss_B), zip(*pairs, strict=True), strict=True):
             container[name] = nn.ParameterList([nn.Parameter(factor.to(weight.dtype)) for factor in factors])
         self.adamss_newB[name] = V.to(weight.dtype).contiguous()
-        self.num_subspaces[name], self.train_subspace_index[name] = count, list(range(count))
-        self.seg_result[name], self.scatter_index[name] = dict(enumerate(rows)), torch.cat(rows)
+        self.num_subspaces[name], self.train_subspace_index[name] = count, get_trainable_subspaces(count)
+        self.seg_result[name], self.scatter_index[name] = rows, torch.cat(list(rows.values()))
         if config.use_asa:
             self.reset_importance(name)
 
@@ -241,4 +224,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-register("adamss", AdamssConfig, AdamssModel, parts=("asa_callback",))
+register("adamss", AdamssConfig, AdamssModel, parts=("asa_callback", "utils"))

@@ -36,6 +36,9 @@ class Linear(AddRoom):
         vector = torch.randn(1, self.out_features)
         self.beft_bias[name] = nn.Parameter(torch.zeros_like(vector) if config.init_weights else vector)
 
+    def dense(self, name: str, x: torch.Tensor) -> bool:
+        return self.get_base_layer().bias is not None
+
     def adapter_dtype(self, name: str) -> None:
         return None
 

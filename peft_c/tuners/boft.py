@@ -148,4 +148,4 @@ class BOFTModel(RoomModel):
     rooms = {nn.Linear: Linear, nn.Conv2d: Conv2d}
 
 
-register("boft", BOFTConfig, BOFTModel)
+register("boft", BOFTConfig, BOFTModel, parts=("fbd",))

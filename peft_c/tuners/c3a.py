@@ -37,6 +37,13 @@ def convolve(x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
     return torch.fft.fft(spectrum.sum(-2)).real.flatten(-2)
 
 
+def get_circulant_fast(w: torch.Tensor) -> torch.Tensor:
+    """The block circulant matrix (m * b, n * b) of a kernel (m, n, b)."""
+    size = w.shape[-1]  # row t of a block is the kernel moved on by t
+    rows = torch.cat([w, w], dim=-1).unfold(-1, size, 1)[:, :, 1:].flip(2)
+    return rows.transpose(1, 2).reshape(len(w) * size, -1)
+
+
 class C3ALinear(AddRoom):
     """C3A for nn.Linear: kernel (out / b, in / b, b); W + circulant(kernel) / in."""
 
@@ -68,9 +75,7 @@ class C3ALinear(AddRoom):
 
     def delta(self, name: str) -> torch.Tensor:
         kernel = (self.c3a_kernel[name].float() / self.in_features).to(self.get_base_layer().weight.dtype)
-        size = kernel.shape[-1]  # row t of a block is the kernel moved on by t
-        rows = torch.cat([kernel, kernel], dim=-1).unfold(-1, size, 1)[:, :, 1:].flip(2)
-        return rows.transpose(1, 2).reshape(self.out_features, self.in_features)
+        return get_circulant_fast(kernel)
 
     def dense(self, name: str, x: torch.Tensor) -> bool:
         return x.shape[:-1].numel() > 32 and not torch.is_grad_enabled()
@@ -91,4 +96,4 @@ class C3AModel(RoomModel):
         return {"block_size": pattern_value(config.block_size_pattern, key, config.block_size)}
 
 
-register("c3a", C3AConfig, C3AModel)
+register("c3a", C3AConfig, C3AModel, parts=("utils",))

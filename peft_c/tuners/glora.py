@@ -90,7 +90,7 @@ class GloraLinear(AddRoom):
         return self.glora_A[name].form == "lora"
 
     def delta(self, name: str) -> torch.Tensor:
-        return self.bare_weight() * self.support("A", name) + self.support("B", name)
+        return torch.addcmul(self.support("B", name), self.bare_weight(), self.support("A", name))
 
     def bias_delta(self, name: str) -> torch.Tensor:
         bias, C, D, E = self.bare_bias(), *(self.support(letter, name) for letter in "CDE")

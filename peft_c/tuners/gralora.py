@@ -98,12 +98,12 @@ class Linear(AddRoom):
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         A, B, k = self.gralora_A[name], self.gralora_B[name], self.gralora_k[name]
         drop = self.gralora_dropout[name]
-        hidden = torch.einsum("...ni,nir->...nr", drop(x).unflatten(-1, (k, -1)), A)
+        hidden = torch.einsum("...ni,nir->...nr", drop(x).unflatten(-1, (k, -1)), A) * self.scaling[name]
         hidden = hidden.unflatten(-1, (k, -1)).transpose(-3, -2).flatten(-2)  # (..., j, n * s)
         term = torch.einsum("...jr,jro->...jo", hidden, B).flatten(-2)
         if self.hybrid_r[name]:
-            term = term + self.gralora_B_general[name](self.gralora_A_general[name](drop(x)))
-        return term * self.scaling[name]
+            term = term + self.gralora_B_general[name](self.gralora_A_general[name](drop(x))) * self.scaling[name]
+        return term
 
 
 GraloraLayer = Linear

@@ -88,6 +88,9 @@ class Linear(IA3Layer):
     """(IA)^3 for nn.Linear and Conv1D."""
 
 
+Linear8bitLt = Linear4bit = Linear
+
+
 class Conv2d(IA3Layer):
     """(IA)^3 for nn.Conv2d."""
 
@@ -165,4 +168,4 @@ def _union(field: str, configs: list[IA3Config]) -> set[str] | str:
     return "|".join(f"({value})" for value in values) if isinstance(values[0], str) else set.union(*values)
 
 
-register("ia3", IA3Config, IA3Model, mixed=True)
+register("ia3", IA3Config, IA3Model, mixed=True, parts=("bnb",))

@@ -62,11 +62,11 @@ class Linear(AddRoom):
     def low_rank(self, name: str) -> LowRank:
         raise NotImplementedError("This method is not supported for Lily.")
 
-    def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def halves(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = linear(x, self.lily_A[name].weight)
         shares = self.lily_router[name](hidden).softmax(-1).flatten(0, -2).mean(0)
         mixed = torch.tensordot(shares, self.lily_B[name].weight.unflatten(0, (len(shares), -1)), dims=1)
-        return hidden @ mixed * self.scaling[name]
+        return hidden, mixed * self.scaling[name]
 
 
 LilyLayer = Linear

@@ -68,18 +68,19 @@ class MissLinear(Unscaled, AddRoom):
 
     def delta(self, name: str) -> torch.Tensor:
         if self.miss_fn[name] != "bat":
-            return self.block(name).T.repeat(1, -(-self.in_features // self.miss_r[name]))[:, : self.in_features]
+            rows = self.block(name).T.contiguous()
+            return rows.repeat(1, -(-self.in_features // rows.shape[1]))[:, : self.in_features]
         block, r = wide(self.miss_block[name]), self.miss_r[name]
         weight = self.bare_weight().to(block.dtype).view(-1, r, self.in_features // r, r)
         delta = torch.einsum("oaib,obc->oaic", weight, block) + block.unsqueeze(2)
         return delta.reshape(self.out_features, self.in_features).to(self.miss_block[name].dtype)
 
-    def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def halves(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         if self.miss_fn[name] == "bat":
-            return super().term(name, x)
+            return None
         r = self.miss_r[name]
         x = F.pad(x, (0, -x.shape[-1] % r)) if x.shape[-1] % r else x
-        return x.unflatten(-1, (-1, r)).sum(-2) @ self.block(name)
+        return x.unflatten(-1, (-1, r)).sum(-2), self.block(name)
 
 
 MissLayer = MissLinear

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -122,6 +123,13 @@ class Linear(AddRoom):
     def low_rank(self, name: str) -> LowRank:
         U, S, V, U0, S0, V0 = self.parts(name)
         return LowRank(torch.cat([V, V0]), torch.cat([U * S, -(U0 * S0)], dim=1), 1.0)
+
+    def dense(self, name: str, x: torch.Tensor) -> bool:
+        return self.is_long(x)
+
+    def halves(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        A, B, _ = self.low_rank(name)
+        return F.linear(x, A), B.T
 
     def terms(self, name: str, x: torch.Tensor) -> list[LowRank]:
         U, S, V, U0, S0, V0 = self.parts(name)

@@ -87,6 +87,9 @@ class Linear(SharedRoom):
         P = UniqueBaseGrad.apply(A, scales * self.scaling[name], gamma).flatten(0, 1).to(Q.dtype)
         return LowRank(P, Q, 1.0) if P.shape[1] == self.in_features else LowRank(Q.T, P.T, 1.0)
 
+    def dense(self, name: str, x: torch.Tensor) -> bool:
+        return self.is_long(x)
+
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         r = self.r[name]
         if x.shape[:-1].numel() > r:

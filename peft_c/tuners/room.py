@@ -298,6 +298,13 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         result = _C.lowrank_terms(self, x, [], args, kwargs) if c_is_worth_asking(x) else NotImplemented
         return self.base_layer(x, *args, **kwargs) if result is NotImplemented else result
 
+    def is_bare(self) -> bool:
+        """Whether a call of the base layer is nothing but its operation: it has no hooks and no forward of its own."""
+        base, shared_hooks = self.base_layer, nn.modules.module
+        hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+        everywhere = (shared_hooks._global_forward_hooks, shared_hooks._global_forward_pre_hooks)
+        return not any((*hooks, *everywhere)) and "forward" not in base.__dict__
+
     def _mixed_forward(self, x: torch.Tensor, rows: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         if len(x) != len(rows):
             raise ValueError(
@@ -416,12 +423,24 @@ class AddRoom(Room):
         """Whether for x it is best to build the delta, in new memory, and add it to the weight: one product in all."""
         return False
 
+    def is_long(self, x: torch.Tensor) -> bool:
+        """Whether factors take less to multiply by each other than by x, without a gradient."""
+        size = self.in_features + self.out_features
+        return not torch.is_grad_enabled() and x.shape[:-1].numel() * size >= self.in_features * self.out_features
+
     def term_beside(self, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """`term`, for rooms that can make use of the base layer's output for x."""
         return self.term(name, x)
 
+    def halves(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """`term` as the product of (..., r) and (r, out), in rooms where it is one."""
+        return None
+
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """What the adapter adds to the output for x, which has its parameters' dtype, behind the dropout."""
+        halves = self.halves(name, x)
+        if halves is not None:
+            return halves[0] @ halves[1]
         base = self.get_base_layer()
         factors = self.low_rank(name)
         if factors is not None and isinstance(base, CONVOLUTIONS) and base.groups == 1:
@@ -446,6 +465,7 @@ class AddRoom(Room):
         if (
             not (args or kwargs)
             and self.base_layer is base
+            and self.is_bare()
             and all(self.dense(name, x) and not self.drops(name) for name in names)
         ):
             return self.adapt_dense(names, x)
@@ -455,11 +475,18 @@ class AddRoom(Room):
             if result is not NotImplemented:
                 return result
         output = result = self.base_output(x, *args, **kwargs)
+        in_place = len(names) == 1 and c_is_worth_asking(x) and type(self.base_layer) is nn.Linear and self.is_bare()
         for name in names:
             wanted = self.adapter_dtype(name)
             part = x if wanted is None else self._cast_input_dtype(x, wanted)
             part = getattr(self, self.dropout)[name](part) if self.drops(name) and part.is_floating_point() else part
-            result = result + self.term_beside(name, part, output)
+            fits = in_place and part.dtype == output.dtype and output.is_contiguous()
+            halves = self.halves(name, part) if fits else None
+            if halves is not None:
+                result.view(-1, result.shape[-1]).addmm_(halves[0].reshape(-1, len(halves[1])), halves[1])
+                continue
+            term = self.term_beside(name, part, output)
+            result = result.add_(term) if in_place else result + term
         return result.to(output.dtype)
 
     def may_act_in_c(self, base: nn.Module, x: torch.Tensor) -> bool:
@@ -474,9 +501,10 @@ class AddRoom(Room):
         """`adapt` by the weight with the deltas in it."""
         weight, bias = self.get_base_weight(), getattr(self.get_base_layer(), "bias", None)
         for name in names:
-            delta = self.get_delta_weight(name)
-            in_place = not torch.is_grad_enabled() and torch.result_type(delta, weight) == delta.dtype
-            weight = delta.add_(weight) if in_place else weight + delta
+            if "weight" in self.adds:
+                delta = self.get_delta_weight(name)
+                in_place = not torch.is_grad_enabled() and torch.result_type(delta, weight) == delta.dtype
+                weight = delta.add_(weight) if in_place else weight + delta
             if bias is not None and "bias" in self.adds:
                 bias = bias + self.bias_delta(name)
         result = apply_weight(

@@ -60,6 +60,11 @@ class Linear(SharedRoom):
         A, d, B, b = map(multipliable, self.parts(name))
         return LowRank(d[:, None] * A, b[:, None] * B, 1.0)
 
+    def halves(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        A, d, B, b = self.parts(name)
+        many = x.shape[:-1].numel() > self.r[name]  # then B is less to scale than the output
+        return (d * F.linear(x, A), (b.unsqueeze(1) * B).T) if many else None
+
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         A, d, B, b = self.parts(name)
         return b * F.linear(d * F.linear(x, A), B)

@@ -150,4 +150,4 @@ class WaveFTModel(RoomModel):
 
 constants = wavelet = wavelets
 register("waveft", WaveFTConfig, WaveFTModel)
-sys.modules.update({f"{__name__}.{part}": wavelets for part in ("constants", "wavelet")})
+sys.modules.update({f"{__name__}.{part}": wavelets for part in ("constants", "wavelet", "waverec2d")})
