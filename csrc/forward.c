@@ -92,7 +92,7 @@ static bool output_is_ours(const module_state *state, const gate_plan *plan, PyO
 /* x and the plan's factors into the product; false when one of them has no view. */
 static bool product_find(const module_state *state, const gate_plan *plan, PyObject *x, forward_product *p,
                          PyObject **copy) {
-    memset(p, 0, offsetof(forward_product, factors));
+    memset(p, 0, offsetof(forward_product, factors)); /* FORWARD_ADD */
     p->count = plan->count;
     if (!forward_rows(state, x, &p->x, copy)) return false;
     for (int i = 0; i < p->count; i++) {
@@ -102,33 +102,22 @@ static bool product_find(const module_state *state, const gate_plan *plan, PyObj
     return true;
 }
 
-static bool product_fits(const forward_product *p, int64_t columns) {
-    for (int i = 0; i < p->count; i++) {
-        if (p->factors[i].up.rows != columns) return false;
-    }
-    return true;
-}
-
 /* out += terms, no graph. 1 done, 0 a tensor has no view (nothing written), -1 with an exception. */
 static int add_raw(const module_state *state, const gate_plan *plan, PyObject *x, PyObject *out) {
     PyObject *copy = NULL;
     forward_product p;
     int rc = 0;
-    if (product_find(state, plan, x, &p, &copy) && forward_rows(state, out, &p.y, NULL) && product_fits(&p, p.y.cols))
+    if (product_find(state, plan, x, &p, &copy) && forward_rows(state, out, &p.y, NULL))
         rc = forward_run(state, &p) < 0 ? -1 : 1;
     Py_XDECREF(copy);
     return rc;
 }
 
-/* Base layer and terms by one kernel, no graph. New reference; Py_None, borrowed, where that is not the way to do it. */
+/* Base layer and terms in new memory, no graph. New reference; Py_None, borrowed, where that is not the way to do it. */
 static PyObject *whole_layer(const module_state *state, const gate_plan *plan, PyObject *x) {
     PyObject *copy = NULL, *y = Py_None;
     forward_product p;
-    if (product_find(state, plan, x, &p, &copy) && forward_takes_layer(state, plan->weight, plan->bias, &p) &&
-        product_fits(&p, p.weight.rows)) {
-        y = forward_empty(state, x, p.weight.rows);
-        if (y != NULL && (!forward_rows(state, y, &p.y, NULL) || forward_run(state, &p) < 0)) Py_CLEAR(y);
-    }
+    if (product_find(state, plan, x, &p, &copy)) y = forward_layer(state, x, plan->weight, plan->bias, &p);
     Py_XDECREF(copy);
     return y;
 }
@@ -231,12 +220,9 @@ done:
 /* The layer's output when its base is an nn.Linear and nothing but F.linear would happen in a call of it. */
 static PyObject *forward_linear(module_state *state, const gate_plan *plan, PyObject *x) {
     PyObject *y;
-    if (linear_is_frozen(state, plan)) {
-        if (!forward_wants_graph(state, plan, x)) {
-            if ((y = whole_layer(state, plan, x)) != Py_None) return y;
-        } else if (linear_fits(state, plan)) {
-            return graph_linear(state, plan, x);
-        }
+    if (linear_is_frozen(state, plan) && linear_fits(state, plan)) {
+        if (forward_wants_graph(state, plan, x)) return graph_linear(state, plan, x);
+        if ((y = whole_layer(state, plan, x)) != Py_None) return y;
     }
     y = PyObject_CallFunctionObjArgs(state->objects.linear, x, plan->weight, plan->bias, NULL);
     return y != NULL ? add_terms(state, plan, x, y) : NULL;

@@ -19,11 +19,13 @@
  * torch's threads. */
 enum { FORWARD_PARALLEL = 200000, FORWARD_READING = 8 };
 
-/* One call of the forward kernel: y (m, n) += terms of x (m, k), or y = a linear layer's output and the terms.
- * t: NULL data, or (m, R). */
+/* One call of a forward kernel on x (m, k). FORWARD_ADD: y (m, n) += the terms; FORWARD_SET: y = the terms;
+ * FORWARD_LAYER: y = the linear layer's output and the terms. t: NULL data, or (m, R). */
+typedef enum { FORWARD_ADD, FORWARD_SET, FORWARD_LAYER } forward_kind;
 typedef struct {
+    forward_kind kind;
     pk_mat y, x, t;
-    pk_mat weight, bias; /* the layer's; NULL data: none */
+    pk_mat weight, bias; /* of FORWARD_LAYER; bias with NULL data: none */
     pk_lowrank factors[GATE_MAX_TERMS];
     int count;
 } forward_product;
@@ -39,12 +41,14 @@ int forward_run(const module_state *state, const forward_product *product);
  * such view. */
 bool forward_rows(const module_state *state, PyObject *tensor, pk_mat *out, PyObject **copy);
 
-/* Puts a linear layer's weight and bias (or None) into the product, whose x is set, if a kernel does the whole layer
- * faster than torch; then y is to be memory for its output, as forward_empty makes it. */
+/* Is a kernel faster for a linear layer with this weight and bias (or None) than torch? The product's x is set. If so it
+ * becomes one of FORWARD_LAYER. */
 bool forward_takes_layer(const module_state *state, PyObject *weight, PyObject *bias, forward_product *product);
 
-/* An uninitialised tensor like x, of n columns. New reference, or NULL with an exception. */
-PyObject *forward_empty(const module_state *state, PyObject *x, int64_t n);
+/* The linear layer's output and the product's terms (x, t, factors set) in new memory, without a graph. New reference;
+ * NULL with an exception; Py_None, borrowed, if it is best to call F.linear and to add the terms. */
+PyObject *forward_layer(const module_state *state, PyObject *x, PyObject *weight, PyObject *bias,
+                        forward_product *product);
 
 /* The term's weights as a factor; false when they have no plain 2-d view or do not fit each other. */
 bool forward_factor(const module_state *state, const gate_term *term, pk_lowrank *out);

@@ -198,42 +198,41 @@ class _LowRank(torch.autograd.Function):
         if g is None:
             return (None,) * len(needs)
         x, t, weight, *factors = ctx.saved_tensors
-        dx = grads = None
-        seen = torch.is_grad_enabled()  # by autograd: with create_graph
-        if weight is not None:
-            dx = None if seen else _C.linear_grad(g, weight)
-            dx = g @ weight if dx is None else dx
-        if not seen:
-            grads = _backward_in_c(g, x, t, ctx.scales, factors, needs[1], needs[6:], dx, *ctx.x_like)
+        grads, asked = None, (needs[1], needs[6:], *ctx.x_like)
+        if not torch.is_grad_enabled():  # which it is with create_graph
+            grads = _backward_in_c(g, x, t, weight, ctx.scales, factors, *asked)
         if grads is None:
-            grads = _backward_composed(g, x, ctx.scales, factors, needs[1], needs[6:], dx, *ctx.x_like)
+            grads = _backward_composed(g, x, weight, ctx.scales, factors, *asked)
         return (g if needs[0] else None, grads[0], None, None, None, None, *grads[1:])
 
 
 _linear = _LowRank.apply  # as `_C.lowrank_forward` calls it for a frozen nn.Linear and terms without dropout
 
 
-def _backward_in_c(g, x, t, scales, factors, needs_x, needs, dx, shape, dtype):
-    """(dx, dA_0, dB_0, ...), None where not needed; None altogether when g is no plain tensor.
-
-    dx: None, or the base layer's part of x's gradient, whose memory the result may take.
-    """
+def _backward_in_c(g, x, t, weight, scales, factors, needs_x, needs, shape, dtype):
+    """(dx, dA_0, dB_0, ...), None where not needed; None altogether when g is no plain tensor."""
     wide = factors[0].dtype if len(scales) > 1 and factors[0].dtype.itemsize > dtype.itemsize else dtype
+    dx = _C.linear_grad(g, weight) if weight is not None else None
+    late = (
+        weight is not None and dx is None and len(scales) > 0 and dtype == wide == torch.float32
+    )  # as in forward_raw.c
+    if weight is not None and dx is None and not late:
+        dx = (g @ weight).to(wide)
     add = dx is not None
     if needs_x and not add:
         dx = torch.empty(shape, dtype=wide)
-    elif wide != dtype and add:
-        dx = dx.to(wide)
     grads = tuple(torch.empty_like(f) if need else None for f, need in zip(factors, needs, strict=True))
     if not _C.lowrank_backward(g, x, t, scales, tuple(factors), dx, grads, add):
         return None
+    if late:
+        dx.view(-1, shape[-1]).addmm_(g.reshape(-1, g.shape[-1]), weight)
     return (dx if dx is None or wide == dtype else dx.to(dtype), *grads)
 
 
-def _backward_composed(g, x, scales, factors, needs_x, needs, dx, shape, dtype):
+def _backward_composed(g, x, weight, scales, factors, needs_x, needs, shape, dtype):
     """The same in torch operations that autograd and torch.func can see."""
     grads = []
-    dx = dx.reshape(-1, shape[-1]) if dx is not None else None
+    dx = (g @ weight).reshape(-1, shape[-1]) if weight is not None else None
     for i, scale in enumerate(scales):
         down, up = factors[2 * i : 2 * i + 2]
         wide = g.to(down.dtype).reshape(-1, up.shape[0])

@@ -61,6 +61,9 @@ typedef enum {
 size_t pk_lowrank_apply_work(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int nf);
 int pk_lowrank_apply(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int nf, const pk_mat *t, void *work,
                      pk_parallel_fn par);
+/* y = the terms: what was in it does not matter; the same workspace */
+int pk_lowrank_set(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int nf, const pk_mat *t, void *work,
+                   pk_parallel_fn par);
 
 /* The same with a linear layer below: y (m, n) = x w^T + bias + the terms, rounded once, in one pass over w (n, k); bias
  * (1, n): NULL for none. And the gradient of such a layer's input, dx (m, k) = g (m, n) w. For few rows: m <= 64; no

@@ -200,12 +200,12 @@ int factors_fit(const pk_lowrank *f, int nf, int64_t n, int64_t k) {
     return 1;
 }
 
-static int forward(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int nf, const pk_mat *t, work_area *area,
-                   pk_parallel_fn par) {
+static int forward(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int nf, row_op op, const pk_mat *t,
+                   work_area *area, pk_parallel_fn par) {
     const int wide = y->dtype == PK_F64 || x->dtype == PK_F64;
     const int64_t rank = rank_of(f, nf);
     char *const acc = work_take(area, y->rows * rank * acc_size(wide));
-    const int rc = rank > 0 ? product_run(y, x, f, nf, wide, OP_ADD, acc, area, par) : PK_OK;
+    const int rc = rank > 0 || op == OP_SET ? product_run(y, x, f, nf, wide, op, acc, area, par) : PK_OK;
     if (rc == PK_OK && area->base && t && t->data)
         mat_unpack(pk_isa_now(), t, 0, 0, y->rows, rank, acc, rank, 1.0, wide);
     return rc;
@@ -218,17 +218,27 @@ static int forward_valid(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, 
 size_t pk_lowrank_apply_work(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int nf) {
     work_area area = {NULL, 0, 0};
     if (!forward_valid(y, x, f, nf)) return 0;
-    forward(y, x, f, nf, NULL, &area, NULL);
+    forward(y, x, f, nf, OP_SET, NULL, &area, NULL);
     return work_total(&area);
+}
+
+static int forward_start(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int nf, row_op op, const pk_mat *t,
+                         void *work, pk_parallel_fn par) {
+    work_area area = work_start(work);
+    if (!forward_valid(y, x, f, nf)) return PK_EINVAL;
+    if (t && t->data && (!mat_valid(t) || t->rows != y->rows || t->cols != rank_of(f, nf))) return PK_EINVAL;
+    if (y->rows == 0 || (nf == 0 && op == OP_ADD)) return PK_OK;
+    return forward(y, x, f, nf, op, t, &area, par);
 }
 
 int pk_lowrank_apply(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int nf, const pk_mat *t, void *work,
                      pk_parallel_fn par) {
-    work_area area = work_start(work);
-    if (!forward_valid(y, x, f, nf)) return PK_EINVAL;
-    if (t && t->data && (!mat_valid(t) || t->rows != y->rows || t->cols != rank_of(f, nf))) return PK_EINVAL;
-    if (y->rows == 0 || nf == 0) return PK_OK;
-    return forward(y, x, f, nf, t, &area, par);
+    return forward_start(y, x, f, nf, OP_ADD, t, work, par);
+}
+
+int pk_lowrank_set(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int nf, const pk_mat *t, void *work,
+                   pk_parallel_fn par) {
+    return forward_start(y, x, f, nf, OP_SET, t, work, par);
 }
 
 /* --------------------------------------------------------------------------------------------------- linear layers */

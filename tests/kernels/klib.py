@@ -71,6 +71,7 @@ def load(path=None):
     table = {
         "pk_lowrank_apply_work": (C.c_size_t, [mat, mat, P(LowRank), C.c_int]),
         "pk_lowrank_apply": (C.c_int, [mat, mat, P(LowRank), C.c_int, mat, ptr, ptr]),
+        "pk_lowrank_set": (C.c_int, [mat, mat, P(LowRank), C.c_int, mat, ptr, ptr]),
         "pk_lowrank_backward_work": (C.c_size_t, [P(Backward)]),
         "pk_lowrank_backward": (C.c_int, [P(Backward), ptr, ptr]),
         "pk_shrink_work": (C.c_size_t, [mat, mat]),

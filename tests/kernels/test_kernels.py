@@ -415,6 +415,12 @@ def test_forward(m, shape, dtype, seed, name):
         total = total + s * (np.abs(xf) @ np.abs(af).T) @ np.abs(bf).T
     bound = EPS[dy] * np.abs(want) + (k + 3 * rank + 9) * acc * total + (2.0**-25 if dy == F16 else 0)
     assert (np.abs(klib.widen(y, dy) - want) <= bound).all()
+    blank, filled = np.zeros_like(y), lay_out(np.full_like(y, 7), 3)
+    args = klib.mat(blank, dy), klib.mat(x, dtype), f, len(parts)
+    keep, p = klib.buffer(LIB.pk_lowrank_apply_work(*args))
+    assert LIB.pk_lowrank_apply(*args, None, p, PAR) == OK
+    assert LIB.pk_lowrank_set(klib.mat(filled, dy), *args[1:], None, p, PAR) == OK
+    assert np.array_equal(klib.widen(filled, dy), klib.widen(blank, dy))
     one = old[:1].copy()
     args = klib.mat(one, dy), klib.mat(x[:1].copy(), dtype), f, len(parts)
     keep, p = klib.buffer(LIB.pk_lowrank_apply_work(*args))
