@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import ChainMap
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,11 +13,15 @@ from torch import nn
 
 from .. import _C
 
+_NOTHING = nullcontext()  # it has no state
+
 
 def offload_hook(module: Any) -> Any | None:
     """accelerate's hook that brings the module's weights in for a forward pass, or None."""
+    hook = module.__dict__.get("_hf_hook")
+    if hook is None:
+        return None
     hooks = sys.modules.get("accelerate.hooks")
-    hook = getattr(module, "_hf_hook", None)
     if hooks is not None and isinstance(hook, hooks.SequentialHook):  # several on one module
         hook = next((h for h in hook.hooks if isinstance(h, hooks.AlignDevicesHook) and h.offload), None)
     return hook if hooks is not None and isinstance(hook, hooks.AlignDevicesHook) and hook.offload else None
@@ -72,7 +76,13 @@ def _keep(hook: Any, name: str, before: torch.Tensor, value: torch.Tensor) -> No
 
 def onload_layer(layer: nn.Module) -> Any:
     """`onload` for a tuner layer with all that is in it."""
-    return onload(layer.modules() if "accelerate.hooks" in sys.modules else ())
+    if "accelerate.hooks" not in sys.modules:
+        return _NOTHING
+    modules = [layer]
+    for module in modules:  # the list grows; less than modules() costs
+        modules.extend(child for child in module._modules.values() if child is not None)
+    hooked = [module for module in modules if "_hf_hook" in module.__dict__]
+    return onload(hooked) if hooked else _NOTHING
 
 
 def onload_adapters(model: nn.Module) -> Any:
