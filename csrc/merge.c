@@ -5,12 +5,14 @@
 #define _DEFAULT_SOURCE /* madvise */
 #include "merge.h"
 
-#include <stdlib.h>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
-enum { LARGE_RECORD = 16 << 20 }; /* bytes of the bound: some thirtieth of it is used */
+enum {
+    LARGE_RECORD = 16 << 20
+}; /* bytes of the bound, of which some thirtieth is used: one this large stays where it
+                                     was written, a smaller one is written in scratch memory and copied */
 
 /* What is added to the weight, as views. */
 typedef struct {
@@ -27,6 +29,9 @@ typedef struct {
     change old, new_; /* what to take out, what to add; merging and unmerging use one of them */
     int64_t depth;    /* matrices in the stack; 1 for a plain matrix */
     pk_parallel_fn parallel;
+    scratch memory;
+    void *work, *room; /* in it: the kernels' work; where a small record is written */
+    size_t bound;      /* of the record of one matrix */
 } merge_job;
 
 static void change_release(change *what) {
@@ -35,9 +40,10 @@ static void change_release(change *what) {
     PyMem_Free(what->scales);
 }
 
-static void job_release(merge_job *job) {
+static void job_release(module_state *state, merge_job *job) {
     change_release(&job->old);
     change_release(&job->new_);
+    scratch_give(state, job->memory);
 }
 
 /* Matrix `at` of a view of two or three dimensions. */
@@ -157,30 +163,43 @@ static pk_delta delta_at(const change *what, int64_t at) {
     return delta;
 }
 
+/* Takes the memory that the kernels need for any matrix of the stack, and room for a small record if one is to be
+ * made. 0, or -1: exception. */
+static int memory_take(module_state *state, merge_job *job, const change *old, const change *new_, int record) {
+    const pk_mat w = matrix_at(&job->weight, 0);
+    const pk_delta empty = {.law = PK_LOWRANK}, take = old ? delta_at(old, 0) : empty,
+                   add = new_ ? delta_at(new_, 0) : empty;
+    job->bound = pk_record_bound(&w);
+    const size_t room = !record || job->bound >= LARGE_RECORD ? 0 : (job->bound + 63) / 64 * 64;
+    const size_t there = pk_merge_work(&w, old ? &take : NULL, new_ ? &add : NULL),
+                 back = pk_merge_work(&w, new_ ? &add : NULL, old ? &take : NULL);
+    job->memory = scratch_take(state, room + (there > back ? there : back));
+    if (job->memory.data == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    job->room = room ? job->memory.data : NULL;
+    job->work = (char *)job->memory.data + room;
+    return 0;
+}
+
 /* One kernel call on matrix `at`, without the GIL: adds `add`, takes out `take` (with `read`, its record, or NULL), or
- * both in one pass. `written`: NULL, or room for the new record. A pk_status, or NO_MEMORY. */
-enum { NO_MEMORY = PK_EINVAL - 2 };
+ * both in one pass. `written`: NULL, or room for the new record. A pk_status. */
 static int run(const merge_job *job, int64_t at, const change *take, const pk_record *read, const change *add,
                unsigned flags, pk_record *written) {
     const pk_mat w = matrix_at(&job->weight, at);
     const pk_delta empty = {.law = PK_LOWRANK}, old = take ? delta_at(take, at) : empty,
                    new_ = add ? delta_at(add, at) : empty;
-    const size_t size = pk_merge_work(&w, take ? &old : NULL, add ? &new_ : NULL);
-    int status = NO_MEMORY;
-    Py_BEGIN_ALLOW_THREADS void *work = size ? malloc(size) : NULL;
-    if (size == 0 || work != NULL) {
-        status = take == NULL  ? pk_merge(&w, &new_, flags, written, work, job->parallel)
-                 : add == NULL ? pk_unmerge(&w, &old, read, work, job->parallel)
-                               : pk_switch(&w, &old, read, &new_, flags, written, work, job->parallel);
-    }
-    free(work);
+    int status;
+    Py_BEGIN_ALLOW_THREADS status = take == NULL ? pk_merge(&w, &new_, flags, written, job->work, job->parallel)
+                                    : add == NULL
+                                        ? pk_unmerge(&w, &old, read, job->work, job->parallel)
+                                        : pk_switch(&w, &old, read, &new_, flags, written, job->work, job->parallel);
     Py_END_ALLOW_THREADS return status;
 }
 
 static int status_error(int status) {
-    if (status == NO_MEMORY) {
-        PyErr_NoMemory();
-    } else if (status == PK_EPARALLEL) {
+    if (status == PK_EPARALLEL) {
         PyErr_SetString(PyExc_RuntimeError, "torch's thread pool could not run the merge; the weight is unspecified");
     } else {
         PyErr_Format(PyExc_ValueError, "the weight and its change do not fit each other (kernel status %d)", status);
@@ -202,24 +221,20 @@ static bool record_at(PyObject *records, int64_t at, pk_record *out) {
     return records != NULL && record_read(PyTuple_GetItem(records, (Py_ssize_t)at), out) == 0;
 }
 
-/* Room for the record of matrix `at`, in a new bytearray that record_shrink gives back what is left of. Most of it is
- * never touched; where much will be, the system is asked for large pages, which saves hundreds of page faults. */
-static PyObject *record_new(const merge_job *job, int64_t at, pk_record *out) {
-    const pk_mat w = matrix_at(&job->weight, at);
-    const size_t bound = pk_record_bound(&w);
-    PyObject *room = PyByteArray_FromStringAndSize(NULL, 0); /* a large one, if it fails, Python 3.11 frees badly */
-    if (room == NULL || PyByteArray_Resize(room, (Py_ssize_t)bound) < 0) {
-        Py_XDECREF(room);
+/* A new bytearray for a large record, which is cut to what is used. Most of it is never touched;
+ * the system is asked for large pages, which saves hundreds of page faults. */
+static PyObject *record_new(const merge_job *job) {
+    PyObject *record = PyByteArray_FromStringAndSize(NULL, 0); /* a large one, if it fails, Python 3.11 frees badly */
+    if (record == NULL || PyByteArray_Resize(record, (Py_ssize_t)job->bound) < 0) {
+        Py_XDECREF(record);
         return NULL;
     }
-    out->data = PyByteArray_AsString(room);
-    out->capacity = bound;
-    out->size = 0;
 #ifdef MADV_HUGEPAGE
-    const uintptr_t page = 4096, begin = ((uintptr_t)out->data + page - 1) & ~(page - 1);
-    if (bound >= LARGE_RECORD) (void)madvise((void *)begin, (bound - page) & ~(page - 1), MADV_HUGEPAGE);
+    const uintptr_t page = 4096, data = (uintptr_t)PyByteArray_AsString(record),
+                    begin = (data + page - 1) & ~(page - 1);
+    (void)madvise((void *)begin, (job->bound - page) & ~(page - 1), MADV_HUGEPAGE);
 #endif
-    return room;
+    return record;
 }
 
 /* Takes back what add_one did to matrices [0, end), given the records it made (or NULL: subtraction): the old change,
@@ -237,20 +252,25 @@ static void take_back(const merge_job *job, const change *old, PyObject *made, i
  * `read` says; 0: not finite, the matrix is as before; -1: exception, as before. */
 static int add_one(const merge_job *job, int64_t at, const change *old, PyObject *read, unsigned flags,
                    PyObject *made) {
-    pk_record record, before;
-    const bool recorded = record_at(read, at, &before);
-    PyObject *room = NULL;
-    if (made != NULL && (room = record_new(job, at, &record)) == NULL) return -1;
-    const int status = run(job, at, old, recorded ? &before : NULL, &job->new_, flags, room ? &record : NULL);
+    pk_record record = {job->room, job->bound, 0}, before;
+    const bool recorded = record_at(read, at, &before), stays = made != NULL && job->room == NULL;
+    PyObject *bytes = stays ? record_new(job) : NULL;
+    if (stays && bytes == NULL) return -1;
+    if (stays) record.data = PyByteArray_AsString(bytes);
+    const int status = run(job, at, old, recorded ? &before : NULL, &job->new_, flags, made ? &record : NULL);
     int got = status == PK_OK ? 1 : status == PK_CHANGED ? 2 : status == PK_NONFINITE ? 0 : status_error(status);
-    if (got > 0 && room != NULL && PyByteArray_Resize(room, (Py_ssize_t)record.size) < 0) {
+    if (got > 0 && made != NULL) {
+        const Py_ssize_t size = (Py_ssize_t)record.size;
+        const bool kept = stays ? PyByteArray_Resize(bytes, size) == 0
+                                : (bytes = PyByteArray_FromStringAndSize(record.data, size)) != NULL;
+        if (kept) {
+            (void)PyTuple_SetItem(made, (Py_ssize_t)at, bytes); /* takes the reference; cannot fail for ours */
+            return got;
+        }
         (void)run(job, at, &job->new_, &record, old, 0, NULL);
         got = -1;
     }
-    if (got > 0 && room != NULL)
-        (void)PyTuple_SetItem(made, (Py_ssize_t)at, room); /* takes the reference; of a tuple of ours it cannot fail */
-    else
-        Py_XDECREF(room);
+    Py_XDECREF(bytes);
     return got;
 }
 
@@ -296,7 +316,7 @@ PyDoc_STRVAR(
     "(False, None) if `check` and a result is not finite: nothing has changed; None if C may not act here.");
 
 static PyObject *merge_add(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
-    const module_state *state = state_of(module);
+    module_state *state = state_of(module);
     merge_job job = {.depth = 0};
     PyObject *made = NULL, *result = NULL;
     if (nargs != 5) {
@@ -310,13 +330,14 @@ static PyObject *merge_add(PyObject *module, PyObject *const *args, Py_ssize_t n
         result = Py_BuildValue("");
         goto done;
     }
+    if (memory_take(state, &job, NULL, &job.new_, keep) < 0) goto done;
     if (keep && (made = PyTuple_New((Py_ssize_t)job.depth)) == NULL) goto done;
     if (view_bump_version(state, args[4]) < 0) goto done;
     got = add_all(&job, NULL, NULL, check ? PK_CHECK : 0, made);
     if (got >= 0) result = Py_BuildValue("(OO)", got ? Py_True : Py_False, got && made ? made : Py_None);
 done:
     Py_XDECREF(made);
-    job_release(&job);
+    job_release(state, &job);
     return result;
 }
 
@@ -329,7 +350,7 @@ PyDoc_STRVAR(
     "None if C may not act here.");
 
 static PyObject *merge_subtract(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
-    const module_state *state = state_of(module);
+    module_state *state = state_of(module);
     merge_job job = {.depth = 0};
     PyObject *records, *result = NULL;
     bool odd;
@@ -343,6 +364,7 @@ static PyObject *merge_subtract(PyObject *module, PyObject *const *args, Py_ssiz
         result = Py_BuildValue("");
         goto done;
     }
+    if (memory_take(state, &job, &job.old, NULL, 0) < 0) goto done;
     if (records_get(&job, args[2], &records, &odd) < 0 || view_bump_version(state, args[3]) < 0) goto done;
     bool same = !odd;
     for (int64_t at = job.depth - 1; at >= 0; at--) {
@@ -357,7 +379,7 @@ static PyObject *merge_subtract(PyObject *module, PyObject *const *args, Py_ssiz
     }
     result = PyBool_FromLong(same);
 done:
-    job_release(&job);
+    job_release(state, &job);
     return result;
 }
 
@@ -370,7 +392,7 @@ PyDoc_STRVAR(
     "says. If it is not finite, nothing has changed. None if C may not act here.");
 
 static PyObject *merge_switch(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
-    const module_state *state = state_of(module);
+    module_state *state = state_of(module);
     merge_job job = {.depth = 0};
     PyObject *read, *made = NULL, *result = NULL;
     bool odd;
@@ -386,6 +408,7 @@ static PyObject *merge_switch(PyObject *module, PyObject *const *args, Py_ssize_
         goto done;
     }
     if (records_get(&job, args[2], &read, &odd) < 0) goto done;
+    if (memory_take(state, &job, &job.old, &job.new_, keep) < 0) goto done;
     if (keep && (made = PyTuple_New((Py_ssize_t)job.depth)) == NULL) goto done;
     if (view_bump_version(state, args[6]) < 0) goto done;
     got = add_all(&job, &job.old, read, check ? PK_CHECK : 0, made);
@@ -395,7 +418,7 @@ static PyObject *merge_switch(PyObject *module, PyObject *const *args, Py_ssize_
     }
 done:
     Py_XDECREF(made);
-    job_release(&job);
+    job_release(state, &job);
     return result;
 }
 

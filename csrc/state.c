@@ -1,7 +1,10 @@
 /* state.c: fills, visits and clears the module state; the lists in state.h say with what. */
 #include "state.h"
 
+#include <stdlib.h>
 #include <string.h>
+
+enum { SPARE_MOST = 16 << 20 }; /* bytes that are kept from one call to the next; most pages are never touched */
 
 /* module.path (dots follow attributes). New reference, or NULL with an exception. */
 static PyObject *object_fetch(const char *module, const char *path) {
@@ -96,4 +99,25 @@ void state_clear(module_state *state) {
 #undef X
     Py_CLEAR(state->finish);
     Py_CLEAR(state->linear);
+    free(state->spare.data);
+    state->spare = (scratch){NULL, 0};
+}
+
+scratch scratch_take(module_state *state, size_t size) {
+    scratch block = state->spare;
+    state->spare = (scratch){NULL, 0};
+    if (block.data == NULL || block.size < size) {
+        free(block.data);
+        block = (scratch){malloc(size + 1), size};
+    }
+    return block;
+}
+
+void scratch_give(module_state *state, scratch block) {
+    if (block.data != NULL && block.size <= SPARE_MOST && block.size >= state->spare.size) {
+        const scratch other = state->spare;
+        state->spare = block;
+        block = other;
+    }
+    free(block.data);
 }

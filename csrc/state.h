@@ -1,7 +1,8 @@
 /* state.h: what one module object owns: interned names, torch's classes and functions, heap types, the torch table.
  *
  * To add a name, an object or a type, add one line to a list below. Every member is a strong reference that lives as
- * long as the module; use it as a borrowed reference. Only `fast`, `finish` and `linear` change after import. */
+ * long as the module; use it as a borrowed reference. Only `fast`, `finish`,
+ * `linear` and `spare` change after import. */
 #ifndef PEFT_C_STATE_H
 #define PEFT_C_STATE_H
 
@@ -51,8 +52,15 @@
 /* X(field): a heap type made by a unit's init function, as state->types.field */
 #define STATE_TYPES(X) X(LayerBase) X(Tree)
 
+/* Memory for the length of one call. */
+typedef struct {
+    void *data; /* aligned as malloc's, not initialised */
+    size_t size;
+} scratch;
+
 typedef struct {
     torch_table torch;
+    scratch spare;    /* what the last call gave back; {NULL, 0}: nothing */
     bool fast;        /* the switch of peft_c.fast */
     PyObject *finish; /* peft_c.fast._finish, imported when first needed */
     PyObject *linear; /* peft_c.fast._linear, the same */
@@ -82,5 +90,11 @@ static inline module_state *state_of(PyObject *module) {
 int state_init(module_state *state); /* 0, or -1 with an exception: ImportError when torch is absent or too old */
 int state_traverse(const module_state *state, visitproc visit, void *arg);
 void state_clear(module_state *state);
+
+/* With the GIL. scratch_take: at least `size` bytes, from the call before where that is enough: its pages are there
+ * already, and asking the system for new ones costs more than a small merge. data NULL: there is no memory (no
+ * exception is set). scratch_give takes it back, keeps it for the next call or frees it. */
+scratch scratch_take(module_state *state, size_t size);
+void scratch_give(module_state *state, scratch block);
 
 #endif
