@@ -44,6 +44,7 @@ from ..config import PeftConfig
 from ..utils import constants
 from ..utils.matching import get_pattern_key
 from ..utils.peft_types import PeftType, add_peft_type, register_peft_method
+from ..utils.quantization_utils import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
 from . import law
 from .base_view import BaseView
 from .tuner_layer import BaseTunerLayer, _get_in_out_features, is_transformers_conv1d
@@ -51,6 +52,7 @@ from .tuners_utils import BaseTuner, check_adapters_to_merge
 
 State = dict[str, torch.Tensor]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+QUANTISED = {"linear": nn.Linear, "embedding": nn.Embedding, "conv2d": nn.Conv2d}  # a backend's layer type -> class
 FEW = 64  # rows for which multiplying by large factors in C is faster than in torch
 
 
@@ -225,9 +227,17 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
 
     # --- construction ---
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **settings: Any) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: Any,
+        quantization_backend: QuantizationBackend | None = None,
+        **settings: Any,
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.quantization_backend = quantization_backend
         for name in self.adapter_layer_names:
             setattr(self, name, self.containers.get(name, nn.ParameterDict)())
         for name in self.other_param_names:
@@ -298,6 +308,11 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         result = _C.lowrank_terms(self, x, [], args, kwargs) if c_is_worth_asking(x) else NotImplemented
         return self.base_layer(x, *args, **kwargs) if result is NotImplemented else result
 
+    def run_with(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """What the base layer computes from x with another weight and bias, in the dtype of x."""
+        bias = self._cast_input_dtype(bias, weight.dtype)
+        return apply_weight(self.get_base_layer(), self._cast_input_dtype(x, weight.dtype), weight, bias).to(x.dtype)
+
     def is_bare(self) -> bool:
         """Whether a call of the base layer is nothing but its operation: it has no hooks and no forward of its own."""
         base, shared_hooks = self.base_layer, nn.modules.module
@@ -326,7 +341,8 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
 
     def bare_weight(self) -> torch.Tensor:
         """The base weight without the adapters merged into it, as the matrix (out, in...) that `weight_view` shows."""
-        weight = law.bare_weight(self) if self.merged else None
+        before = self.__dict__.get("_before_requantising")
+        weight = before[0] if before is not None else law.bare_weight(self) if self.merged else None
         return weight_view(self.get_base_layer()).matrix(self.get_base_weight() if weight is None else weight)
 
     def bare_bias(self) -> torch.Tensor | None:
@@ -358,7 +374,43 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
             if adapter_names and self.merged:
                 warnings.warn(f"Already merged with {set(self.merged_adapters)}. Unmerging first.")
                 self.unmerge()
-        super().merge(safe_merge, adapter_names)
+        if self.quantization_backend is None:
+            super().merge(safe_merge, adapter_names)
+        else:
+            self._merge_requantised(safe_merge, check_adapters_to_merge(self, adapter_names))
+
+    @torch.no_grad()
+    def _merge_requantised(self, safe_merge: bool, names: list[str]) -> None:
+        """Merge into the dequantised weight and quantise it. The one before is kept, to be quantised for unmerging."""
+        names = [name for name in dict.fromkeys(names) if self.has_adapter(name)]
+        if not names:
+            return
+        bias = getattr(self.get_base_layer(), "bias", None)
+        before = (self.get_base_weight(), None if bias is None else bias.detach().clone())
+        merged = [part.detach() for part in self.transformed(names) if part is not None]
+        if safe_merge and not all(torch.isfinite(part).all() for part in merged):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
+        self._requantise(*merged)
+        self.__dict__.setdefault("_before_requantising", before)
+        self.merged_adapters.extend(names)
+
+    def _requantise(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self.set_base_weight(weight)
+        if bias is not None:
+            self.get_base_layer().bias.data.copy_(bias)
+
+    def unmerge(self) -> None:
+        """See `law.Merging.unmerge`; a quantised layer gets what quantising its old weight gives."""
+        before = self.__dict__.pop("_before_requantising", None)
+        if before is None:
+            super().unmerge()
+            return
+        self._requantise(*before)
+        self.merged_adapters.clear()
+
+    def transformed(self, names: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weight and bias that the base layer would have if `names` were merged."""
+        raise NotImplementedError(f"{type(self).__name__} derives from no law")
 
     def __repr__(self) -> str:
         return f"{type(self).__module__.rpartition('.')[2]}.{super().__repr__()}"
@@ -466,9 +518,10 @@ class AddRoom(Room):
             not (args or kwargs)
             and self.base_layer is base
             and self.is_bare()
+            and self.quantization_backend is None
             and all(self.dense(name, x) and not self.drops(name) for name in names)
         ):
-            return self.adapt_dense(names, x)
+            return self.run_with(x, *self.transformed(names))
         if self.may_act_in_c(base, x) and not any(self.drops(name) for name in names):
             terms = [term for name in names for term in self.terms(name, x)]
             result = NotImplemented if None in terms else _C.lowrank_terms(self, x, terms, args, kwargs)
@@ -497,8 +550,7 @@ class AddRoom(Room):
             and not isinstance(base, (*CONVOLUTIONS, nn.Embedding))
         )
 
-    def adapt_dense(self, names: list[str], x: torch.Tensor) -> torch.Tensor:
-        """`adapt` by the weight with the deltas in it."""
+    def transformed(self, names: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
         weight, bias = self.get_base_weight(), getattr(self.get_base_layer(), "bias", None)
         for name in names:
             if "weight" in self.adds:
@@ -507,17 +559,12 @@ class AddRoom(Room):
                 weight = delta.add_(weight) if in_place else weight + delta
             if bias is not None and "bias" in self.adds:
                 bias = bias + self.bias_delta(name)
-        result = apply_weight(
-            self.get_base_layer(),
-            self._cast_input_dtype(x, weight.dtype),
-            weight,
-            self._cast_input_dtype(bias, weight.dtype),
-        )
-        return result.to(x.dtype)
+        return weight, bias
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What merging `adapter` adds to the base weight: a tensor of its shape."""
-        return weight_view(self.get_base_layer()).restore(self.delta(adapter))
+        delta = self.delta(adapter)
+        return delta if self.quantization_backend is not None else weight_view(self.get_base_layer()).restore(delta)
 
     def weight_change(self, name: str) -> law.Change:
         """What merging does to the weight, in the form that costs least."""
@@ -576,10 +623,7 @@ class MapRoom(Room):
             for name in names if self.after is not None else ():
                 result = self.after(name, result)
             return result.to(dtype)
-        weight, bias = self.transformed(names, forward=True)
-        dtype = x.dtype
-        bias = self._cast_input_dtype(bias, weight.dtype)
-        return apply_weight(self.get_base_layer(), self._cast_input_dtype(x, weight.dtype), weight, bias).to(dtype)
+        return self.run_with(x, *self.transformed(names, forward=True))
 
     def _merge_changes(self, name: str) -> dict[str, law.Change]:
         def merged(targets: dict[str, BaseView]) -> dict[str, torch.Tensor]:
@@ -686,13 +730,19 @@ class RoomModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    @classmethod
-    def room_for(cls, base: nn.Module) -> type[Room] | None:
+    def backend_of(self, base: nn.Module) -> QuantizationBackend | None:
+        """How to get at the weight of a quantised base layer; None for others."""
+        if type(base).__module__.startswith("torch.nn.") and type(getattr(base, "weight", None)) is nn.Parameter:
+            return None
+        return resolve_quantization_backend(base, **get_quantization_kwargs(self.model))
+
+    def room_for(self, base: nn.Module) -> type[Room] | None:
         """The room for a base layer, None if the method has none."""
-        for kind, room in cls.rooms.items():
+        for kind, room in self.rooms.items():
             if is_transformers_conv1d(base) if kind == "Conv1D" else isinstance(base, kind):
                 return room
-        return None
+        backend = self.backend_of(base)
+        return None if backend is None else self.rooms.get(QUANTISED[backend.layer_type])
 
     def _create_new_module(self, config: Any, adapter_name: str, target: nn.Module, **settings: Any) -> Room:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
@@ -713,7 +763,7 @@ class RoomModel(BaseTuner):
                 f"Setting fan_in_fan_out to {not config.fan_in_fan_out}."
             )
             config.fan_in_fan_out = not config.fan_in_fan_out
-        return room(target, adapter_name, config=config, **settings)
+        return room(target, adapter_name, config=config, quantization_backend=self.backend_of(base), **settings)
 
 
 def documented(config: type) -> str:
