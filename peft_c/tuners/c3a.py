@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
-from .room import AddRoom, RoomConfig, RoomModel, option, pattern_value, positive, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, option, positive, register, shared
 
 
 @dataclass
@@ -91,9 +91,7 @@ class C3AModel(RoomModel):
     """Injects C3A."""
 
     rooms = {nn.Linear: C3ALinear}
-
-    def settings(self, config: C3AConfig, key: str, base: nn.Module) -> dict[str, Any]:
-        return {"block_size": pattern_value(config.block_size_pattern, key, config.block_size)}
+    by_pattern = {"block_size": "block_size_pattern"}
 
 
 register("c3a", C3AConfig, C3AModel, parts=("utils",))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import AddRoom, RoomConfig, RoomModel, kaiming, option, pattern_value, positive, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, kaiming, option, positive, register, shared
 
 
 @dataclass
@@ -71,12 +71,7 @@ class DeloraModel(RoomModel):
     """Injects DeLoRA."""
 
     rooms = {nn.Linear: DeloraLinear}
-
-    def settings(self, config: DeloraConfig, key: str, base: nn.Module) -> dict[str, Any]:
-        return {
-            "r": pattern_value(config.rank_pattern, key, config.r),
-            "delora_lambda": pattern_value(config.lambda_pattern, key, config.delora_lambda),
-        }
+    by_pattern = {"r": "rank_pattern", "delora_lambda": "lambda_pattern"}
 
 
 register("delora", DeloraConfig, DeloraModel)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from .room import AddRoom, RoomConfig, RoomModel, option, pattern_value, positive, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, option, positive, register, shared
 
 
 @dataclass
@@ -98,9 +97,7 @@ class FourierFTModel(RoomModel):
     """Injects FourierFT."""
 
     rooms = {nn.Linear: FourierFTLinear, "Conv1D": FourierFTLinear}
-
-    def settings(self, config: FourierFTConfig, key: str, base: nn.Module) -> dict[str, Any]:
-        return {"n_frequency": pattern_value(config.n_frequency_pattern, key, config.n_frequency)}
+    by_pattern = {"n_frequency": "n_frequency_pattern"}
 
 
 register("fourierft", FourierFTConfig, FourierFTModel)

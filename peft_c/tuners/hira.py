@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .room import AddRoom, RoomConfig, RoomModel, kaiming, option, pattern_value, positive, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, kaiming, option, positive, register, shared
 from .shared_room import multipliable
 
 
@@ -116,9 +116,7 @@ class HiraModel(RoomModel):
     rooms = {nn.Linear: Linear, "Conv1D": Linear, nn.Embedding: Embedding}
     rooms |= {nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}
     unsupported = ValueError
-
-    def settings(self, config: HiraConfig, key: str, base: nn.Module) -> dict[str, Any]:
-        return {"r": pattern_value(config.rank_pattern, key, config.r)}
+    by_pattern = {"r": "rank_pattern"}
 
 
 register("hira", HiraConfig, HiraModel)

@@ -94,11 +94,11 @@ class Elements(NamedTuple):
     def add_to(self, view: BaseView, tensor: torch.Tensor, check: bool) -> Places | None:
         """Add to `tensor`; the record, or None with `check` if a result is not finite: nothing has changed then."""
         flat = tensor.view(-1)
-        old = flat[self.places]
+        old = flat.index_select(0, self.places)
         new = _wider_sum(old, self.values, 1)
         if check and not torch.isfinite(new).all():
             return None
-        flat.index_copy_(0, self.places, new)
+        flat.scatter_(0, self.places, new)
         _wrote(view)
         return Places(Difference.digest_of(new), self.places, old)
 
@@ -241,7 +241,7 @@ class Places(Difference):
     """The record of changed elements: their places and old values. What others write elsewhere does not matter."""
 
     def mismatch(self, tensor: torch.Tensor, fits: bool) -> str | None:
-        return super().mismatch(tensor.view(-1)[self.index] if fits else tensor, fits)
+        return super().mismatch(tensor.view(-1).index_select(0, self.index) if fits else tensor, fits)
 
     def restore(self, tensor: torch.Tensor, undone: torch.Tensor | None) -> torch.Tensor:
         flat = tensor.flatten()
@@ -249,8 +249,8 @@ class Places(Difference):
 
     def swap(self, view: BaseView, tensor: torch.Tensor) -> None:
         flat = tensor.view(-1)
-        before = flat[self.index]
-        flat.index_copy_(0, self.index, self.old)
+        before = flat.index_select(0, self.index)
+        flat.scatter_(0, self.index, self.old)
         self.old = before
         _wrote(view)
 

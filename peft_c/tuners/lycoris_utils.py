@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .room import AddRoom, RoomModel, apply_weight, kaiming, pattern_value, positive
+from .room import AddRoom, RoomModel, apply_weight, kaiming, positive
 
 
 class LycorisLayer(AddRoom):
@@ -91,8 +91,4 @@ class LycorisLayer(AddRoom):
 class LycorisTuner(RoomModel):
     """Injects a LyCORIS method, with rank and alpha by module."""
 
-    def settings(self, config: Any, key: str, base: nn.Module) -> dict[str, Any]:
-        return {
-            "r": pattern_value(config.rank_pattern, key, config.r),
-            "alpha": pattern_value(config.alpha_pattern, key, config.alpha),
-        }
+    by_pattern = {"r": "rank_pattern", "alpha": "alpha_pattern"}

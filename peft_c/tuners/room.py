@@ -646,6 +646,7 @@ class RoomModel(BaseTuner):
     rooms: ClassVar[dict[type | str, type[Room]]]
     unsupported: ClassVar[type[Exception] | None] = TypeError
     title: ClassVar[str] = ""  # the method's name in messages
+    by_pattern: ClassVar[dict[str, str]] = {}  # option that depends on a target's name -> the one that says how
     equal: ClassVar[dict[str, str]] = {}  # option that all adapters have to agree in -> what is said if they do not
     unequal: ClassVar[type[Exception]] = ValueError  # what is raised then
 
@@ -667,8 +668,11 @@ class RoomModel(BaseTuner):
         return per_call_arguments(self, adapter_names=kwargs["adapter_names"], alora_offsets=None, num_beams=beams)
 
     def settings(self, config: Any, key: str, base: nn.Module) -> dict[str, Any]:
-        """What `Room.create` is given for the target called `key` beside the config, such as its rank."""
-        return {}
+        """What `Room.create` is given for the target called `key` beside the config: `by_pattern`."""
+        return {
+            name: pattern_value(getattr(config, pattern), key, getattr(config, name))
+            for name, pattern in self.by_pattern.items()
+        }
 
     def settings_of(self, name: str, config: Any, key: str, base: nn.Module) -> dict[str, Any]:
         """`settings`, for methods in which they depend on the adapter's name."""

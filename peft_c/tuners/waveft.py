@@ -11,7 +11,7 @@ from torch import nn
 
 from . import wavelets
 from .fourierft import random_places
-from .room import AddRoom, RoomConfig, RoomModel, option, pattern_value, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, option, register, shared
 from .targets import check_target_module_exists
 from .tuner_layer import BaseTunerLayer, _get_in_out_features
 
@@ -133,11 +133,12 @@ class WaveFTModel(RoomModel):
     """Injects WaveFT."""
 
     rooms = {nn.Linear: WaveFTLinear, "Conv1D": WaveFTLinear}
+    by_pattern = {"n_frequency": "n_frequency_pattern"}
 
     def settings(self, config: WaveFTConfig, key: str, base: nn.Module) -> dict[str, Any]:
         if config.proportional_parameters:
             return {"n_frequency": self.proportional(config, base)}
-        return {"n_frequency": pattern_value(config.n_frequency_pattern, key, config.n_frequency)}
+        return super().settings(config, key, base)
 
     def proportional(self, config: WaveFTConfig, base: nn.Module) -> int:
         """The layer's share, at least 1, of n_frequency coefficients for each of the targets."""
