@@ -3,7 +3,7 @@
 
 #include "dtype.h"
 
-enum { X_BLOCK = 12, A_BLOCK = 16, FEW_A_BLOCK = 8, COPY_COLS = 256, COPY_ROWS = 16, CONVERT_FROM = 16 };
+enum { X_BLOCK = 12, A_BLOCK = 16, FEW_A_BLOCK = 8, COPY_COLS = 256, COPY_ROWS = 16 };
 
 /* to (c, k) = from, as acc or as it is */
 typedef struct {
@@ -49,7 +49,7 @@ int dots_prepare(dots_job *d, const pk_mat *x, const pk_mat *a, int wide, work_a
     *d = job;
     if (is_strided(x) || wide != (x->dtype == PK_F64)) rc = make_copy(&d->x, pairs ? PK_BF16 : acc, wide, area, par);
     if (rc == PK_OK && (is_strided(a) || (a->dtype != d->x.dtype && a->dtype != acc) ||
-                        (a->dtype != acc && !pairs && x->rows >= CONVERT_FROM)))
+                        (a->dtype != acc && !pairs && x->rows > DOTS_AS_IS)))
         rc = make_copy(&d->a, pairs ? PK_BF16 : acc, wide, area, par);
     d->kind = d->a.dtype != d->x.dtype;
     return rc;

@@ -4,6 +4,8 @@
 
 #include "internal.h"
 
+enum { DOTS_AS_IS = 15 }; /* up to how many rows of x an `a` of contiguous rows of x's type is never copied */
+
 /* x and a as one kernel takes them: contiguous rows of types that it knows */
 typedef struct {
     const pk_isa *isa;

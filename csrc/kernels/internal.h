@@ -125,6 +125,11 @@ static inline pk_mat mat_transposed(pk_mat a) {
     const pk_mat t = {a.data, a.cols, a.rows, a.cs, a.rs, a.dtype};
     return t;
 }
+static inline pk_mat mat_rows(pk_mat a, int64_t i, int64_t n) {
+    if (a.data) a.data = mat_at(&a, i, 0);
+    a.rows = n;
+    return a;
+}
 int mat_valid(const pk_mat *a); /* known dtype, sizes >= 0, data unless empty */
 /* dst[p * ld + j] = scale * a(p0 + p, j0 + j) as acc, p < np, j < nj */
 void mat_pack(const pk_isa *isa, const pk_mat *a, int64_t p0, int64_t j0, int64_t np, int64_t nj, void *dst,

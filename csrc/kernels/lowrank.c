@@ -250,11 +250,14 @@ int pk_lowrank_set(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int nf
  *         256 x 256     6/6        9/17      15/19      23/28      43/48      59/75       74/72
  *   bf16 2816 x 1024  155/369    259/410    339/486    461/593    740/814   1006/1025  1271/1250
  *         256 x 256     6/28       7/30      11/33      18/33      30/42      41/48       52/51
+ *   f16  2816 x 1024  207/154    299/553    428/1182  15 rows: 668/2177, and so on for more
+ *         256 x 256     6/9         9/23      14/41
  */
 int pk_linear_suits(pk_dtype dtype, int64_t m, int64_t n, int64_t k) {
     const pk_isa *const isa = pk_isa_now();
     if (isa->nr[0] < NR_MAX) return 0;
     if (dtype == PK_F32) return m <= (n * k < LARGE_WEIGHT ? 32 : 64);
+    if (dtype == PK_F16) return m > 1;
     return dtype == PK_BF16 && isa->pairs && m <= 32;
 }
 
@@ -276,21 +279,35 @@ static int linear(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_ma
 
 static int linear_valid(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_lowrank *f, int nf) {
     return forward_valid(y, x, f, nf) && mat_valid(w) && w->rows == y->cols && w->cols == x->cols &&
-           y->rows <= LINEAR_ROWS && y->dtype != PK_F64 && x->dtype != PK_F64 && w->dtype != PK_F64;
+           y->dtype != PK_F64 && x->dtype != PK_F64 && w->dtype != PK_F64;
+}
+
+/* Rows at once: so few that dots_prepare makes no copy of the weight. */
+static int64_t linear_step(const pk_mat *w) {
+    return w->dtype == PK_F32 || (w->dtype == PK_BF16 && pk_isa_now()->pairs) ? LINEAR_ROWS : DOTS_AS_IS;
 }
 
 size_t pk_linear_work(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_lowrank *f, int nf) {
     work_area area = {NULL, 0, 0};
     if (!linear_valid(y, x, w, f, nf)) return 0;
-    linear(y, x, w, NULL, f, nf, NULL, &area, NULL);
+    const int64_t m = min64(y->rows, linear_step(w));
+    const pk_mat ym = mat_rows(*y, 0, m), xm = mat_rows(*x, 0, m);
+    linear(&ym, &xm, w, NULL, f, nf, NULL, &area, NULL);
     return work_total(&area);
 }
 
 int pk_linear(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_mat *bias, const pk_lowrank *f, int nf,
               const pk_mat *t, void *work, pk_parallel_fn par) {
-    work_area area = work_start(work);
+    const int64_t step = linear_step(w);
+    int rc = PK_OK;
     if (!linear_valid(y, x, w, f, nf)) return PK_EINVAL;
     if (bias && bias->data && (!mat_valid(bias) || bias->rows != 1 || bias->cols != y->cols)) return PK_EINVAL;
     if (t && t->data && (!mat_valid(t) || t->rows != y->rows || t->cols != rank_of(f, nf))) return PK_EINVAL;
-    return y->rows > 0 ? linear(y, x, w, bias, f, nf, t, &area, par) : PK_OK;
+    for (int64_t i = 0; i < y->rows && rc == PK_OK; i += step) {
+        const int64_t m = min64(step, y->rows - i);
+        const pk_mat none = {0}, ym = mat_rows(*y, i, m), xm = mat_rows(*x, i, m), tm = mat_rows(t ? *t : none, i, m);
+        work_area area = work_start(work);
+        rc = linear(&ym, &xm, w, bias, f, nf, &tm, &area, par);
+    }
+    return rc;
 }

@@ -5,7 +5,7 @@
 #include "internal.h"
 
 enum {
-    LINEAR_ROWS = 64,      /* at most that many rows go through a linear layer here */
+    LINEAR_ROWS = 64,      /* at most that many rows go through a linear layer at once */
     LARGE_WEIGHT = 1 << 18 /* elements: larger than a core's own cache */
 };
 

@@ -313,7 +313,7 @@ def test_terms_given_at_the_call(pair):
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 65])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_base_layer_and_terms_for_few_and_many_rows(rows, bias, dtype):
     layer = make(k=100, n=70, bias=bias, dtype=dtype, adapters=("a", "b"))
     for x in (torch.randn(rows, 100), torch.randn(100, rows).t(), torch.randn(1, rows, 200)[..., ::2]):
