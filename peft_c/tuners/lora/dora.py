@@ -1,8 +1,8 @@
 """DoRA's magnitude layers (https://arxiv.org/abs/2402.09353): the learned length of every output direction.
 
 With V the base weight as a matrix (out, in), the adapted weight is `m * (V + s B A) / ||V + s B A||`, where the norm
-is taken over each row and, as section 4.3 of the paper has it, is a constant to the gradient. For plain fp32 and fp64
-factors the norm is computed without building `B A`:
+is taken over each row and, as section 4.3 of the paper has it, is a constant to the gradient. For plain factors the
+norm is computed, in fp32 or fp64, without building `B A`:
 `||V + s B A||^2 = ||V||^2 + 2 s rowsum((V A^T) * B) + s^2 rowsum((B A A^T) * B)`.
 """
 
@@ -24,8 +24,29 @@ ENABLE_DORA_CACHING = False
 """Keep weight norms between forward calls in eval mode: more memory, faster inference. See `helpers.DoraCaching`."""
 
 
+def _versions(args: tuple) -> tuple | None:
+    """What tells whether a result for `args` still holds: where tensors are and how often they were written to.
+
+    None if that cannot be known.
+    """
+    found: list[Any] = []
+    for arg in args:
+        for tensor in arg.parameters() if isinstance(arg, nn.Module) else (arg,):
+            if not isinstance(tensor, torch.Tensor):
+                found.append(tensor)
+            elif tensor.is_inference():
+                return None
+            else:
+                found += (tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape, tensor.stride())
+    return tuple(found)
+
+
 def cache_decorator(cache_key: str) -> Callable:
-    """Keep a method's result per `adapter_name` in eval mode if ENABLE_DORA_CACHING is set; else clear the cache."""
+    """Keep a method's result per `adapter_name` in eval mode if ENABLE_DORA_CACHING is set; else clear the cache.
+
+    It is computed anew when a tensor among the arguments was replaced or written to since. The entry holds these
+    tensors, so that no other one can be where they were.
+    """
 
     def decorate(method: Callable) -> Callable:
         @wraps(method)
@@ -34,12 +55,13 @@ def cache_decorator(cache_key: str) -> Callable:
             if not ENABLE_DORA_CACHING or self.training or adapter_name is None:
                 self._cache_clear()
                 return method(self, *args, **kwargs)
-            key = f"{cache_key}-{adapter_name}"
-            value = self._cache_get(key, None)
-            if value is None:
-                value = method(self, *args, **kwargs)
-                self._cache_store(key, value)
-            return value
+            key, versions = f"{cache_key}-{adapter_name}", _versions((*args, *kwargs.values()))
+            entry = self._cache_get(key, None)
+            if entry is None or versions is None or entry[0] != versions:
+                held = [tuple(arg.parameters()) if isinstance(arg, nn.Module) else arg for arg in args]
+                entry = (versions, method(self, *args, **kwargs), held)
+                self._cache_store(key, entry)
+            return entry[1]
 
         return wrapper
 
@@ -47,18 +69,26 @@ def cache_decorator(cache_key: str) -> Callable:
 
 
 def _row_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Row norms of `weight + scaling * B @ A` from the Gram matrix of A; weight (out, in), A (r, in), B (out, r)."""
-    cross = ((weight @ A.T) * B).sum(1)
+    """Row norms of `weight + scaling * B @ A` from the Gram matrix of A; weight (out, in), A (r, in), B (out, r).
+
+    In fp32, or fp64 if one of them is fp64; a weight of less precision is converted some rows at a time.
+    """
+    wide = torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
+    A, B = A.to(wide), B.to(wide)
     square = ((B @ (A @ A.T)) * B).sum(1)
-    total = torch.linalg.vector_norm(weight, dim=1).square() + scaling * (2 * cross + scaling * square)
-    return total.clamp_min(0).sqrt()
+    step = len(weight) if weight.dtype == wide else max(1, 2**20 // weight.shape[1])
+    parts = [
+        torch.linalg.vector_norm(rows, dim=1, dtype=wide).square() + 2 * scaling * ((rows.to(wide) @ A.T) * up).sum(1)
+        for rows, up in zip(weight.split(step), B.split(step), strict=True)
+    ]
+    return (torch.cat(parts) + scaling * scaling * square).clamp_min(0).sqrt()
 
 
 def _plain(*tensors: torch.Tensor) -> bool:
-    """Whether the Gram identity may be used: ordinary matrices of one type that is precise enough for it."""
+    """Whether the Gram identity may be used: ordinary matrices of floats on one device."""
     first = tensors[0]
-    return first.dtype in (torch.float32, torch.float64) and all(
-        type(t) in (torch.Tensor, nn.Parameter) and t.ndim == 2 and t.dtype == first.dtype and t.device == first.device
+    return all(
+        type(t) in (torch.Tensor, nn.Parameter) and t.ndim == 2 and t.is_floating_point() and t.device == first.device
         for t in tensors
     )
 
@@ -123,14 +153,15 @@ class DoraLinearLayer(nn.Module):
         return norm
 
     @torch.no_grad()
-    def _current_norm(self, weight, lora_A, lora_B, scaling, adapter_name) -> torch.Tensor:
-        """The norms for the factors as they are now, detached."""
+    def _current_norm(self, weight, dtype, lora_A, lora_B, scaling, adapter_name) -> torch.Tensor:
+        """The norms for the factors as they are now, detached, as `dtype`."""
         factors = self._factors(lora_A, lora_B)
         if factors is not None:
             matrix = self._stored_matrix(weight.detach())
             if _plain(matrix, *factors):
-                return self._gram_norm(matrix, *factors, scaling, adapter_name=adapter_name)
-        lora_weight = self.get_lora_weight(lora_A, lora_B, adapter_name=adapter_name).to(weight.dtype)
+                return self._gram_norm(matrix, *factors, scaling, adapter_name=adapter_name).to(dtype)
+        weight = weight.to(dtype)
+        lora_weight = self.get_lora_weight(lora_A, lora_B, adapter_name=adapter_name).to(dtype)
         return self.get_weight_norm(
             weight, self._like(lora_weight, weight), scaling=scaling, adapter_name=adapter_name
         ).detach()
@@ -161,11 +192,11 @@ class DoraLinearLayer(nn.Module):
         self, x, *, lora_A, lora_B, scaling, base_layer, base_result=None, adapter_name: str = "default"
     ) -> torch.Tensor:
         """What DoRA adds to the base layer's output; `base_result` is that output, if it was computed from this x."""
-        weight = _weight_of(base_layer).to(x.dtype)
-        scale = self.weight / self._current_norm(weight, lora_A, lora_B, scaling, adapter_name)
+        weight = _weight_of(base_layer)
+        scale = self.weight / self._current_norm(weight, x.dtype, lora_A, lora_B, scaling, adapter_name)
         scale = self._over_features(scale)
         if base_result is None:
-            base_result = self._base_forward(x, weight, base_layer)
+            base_result = self._base_forward(x, weight.to(x.dtype), base_layer)
         elif base_layer.bias is not None:
             base_result = base_result - self._over_channels(base_layer.bias, base_result)
         return (scale - 1) * base_result + scale * lora_B(lora_A(x)) * scaling
@@ -198,7 +229,8 @@ class DoraEmbeddingLayer(DoraLinearLayer):
         self, x, *, lora_A, lora_B, scaling, base_layer, embed_fn, adapter_name: str = "default"
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The factor on the base layer's output and what to add; `lora_A` (num_embeddings, r), `lora_B` (r, dim)."""
-        norm = self._current_norm(base_layer.weight, lora_A, lora_B, scaling, adapter_name)
+        weight = base_layer.weight
+        norm = self._current_norm(weight, weight.dtype, lora_A, lora_B, scaling, adapter_name)
         scale = self.weight / norm
         return scale, scale * (embed_fn(x, lora_A) @ lora_B) * scaling
 
