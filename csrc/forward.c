@@ -174,9 +174,9 @@ static PyObject *call_base(const gate_plan *plan, PyObject *x, PyObject *args, P
     return result;
 }
 
-/* Is the base layer's product without a gradient of its own, and do the terms go with it? */
+/* Has the base layer's product no gradient of its own? */
 static bool linear_is_frozen(const module_state *state, const gate_plan *plan) {
-    if (plan_drops(plan) || !view_is_plain(state, plan->weight)) return false;
+    if (!view_is_plain(state, plan->weight)) return false;
     if (plan->bias != Py_None && !view_is_plain(state, plan->bias)) return false;
     if (!state->torch.aoti_torch_grad_mode_is_enabled()) return true;
     return !wants_grad(state, plan->weight) && (plan->bias == Py_None || !wants_grad(state, plan->bias));
@@ -217,23 +217,33 @@ done:
     return result;
 }
 
+/* Does a kernel take the base layer alone for this x? */
+static bool kernel_takes(const module_state *state, const gate_plan *alone, PyObject *x) {
+    PyObject *copy = NULL;
+    forward_product p;
+    const bool yes =
+        product_find(state, alone, x, &p, &copy) && forward_takes_layer(state, alone->weight, alone->bias, &p);
+    Py_XDECREF(copy);
+    return yes;
+}
+
+PyObject *forward_base(module_state *state, const gate_plan *plan, PyObject *x) {
+    gate_plan alone = *plan;
+    alone.count = 0;
+    if (linear_is_frozen(state, &alone) && kernel_takes(state, &alone, x))
+        return forward_wants_graph(state, &alone, x) ? graph_linear(state, &alone, x) : whole_layer(state, &alone, x);
+    return PyObject_CallFunctionObjArgs(state->objects.linear, x, plan->weight, plan->bias, NULL);
+}
+
 /* The layer's output when its base is an nn.Linear and nothing but F.linear would happen in a call of it. */
 static PyObject *forward_linear(module_state *state, const gate_plan *plan, PyObject *x) {
     PyObject *y;
-    if (linear_is_frozen(state, plan) && linear_fits(state, plan)) {
+    if (!plan_drops(plan) && linear_is_frozen(state, plan) && linear_fits(state, plan)) {
         if (forward_wants_graph(state, plan, x)) return graph_linear(state, plan, x);
         if ((y = whole_layer(state, plan, x)) != Py_None) return y;
     }
-    y = PyObject_CallFunctionObjArgs(state->objects.linear, x, plan->weight, plan->bias, NULL);
+    y = forward_base(state, plan, x);
     return y != NULL ? add_terms(state, plan, x, y) : NULL;
-}
-
-PyObject *forward_base(const module_state *state, const gate_plan *plan, PyObject *x) {
-    gate_plan alone = *plan;
-    PyObject *y = Py_None;
-    alone.count = 0;
-    if (linear_is_frozen(state, &alone)) y = whole_layer(state, &alone, x);
-    return y != Py_None ? y : PyObject_CallFunctionObjArgs(state->objects.linear, x, plan->weight, plan->bias, NULL);
 }
 
 PyObject *forward_planned(module_state *state, const gate_plan *plan, PyObject *x, PyObject *args, PyObject *kwargs) {

@@ -27,9 +27,9 @@ bool forward_wants_graph(const module_state *state, const gate_plan *plan, PyObj
  * or NULL with an exception. */
 PyObject *forward_planned(module_state *state, const gate_plan *plan, PyObject *x, PyObject *args, PyObject *kwargs);
 
-/* The output of the plan's base layer, an nn.Linear with plan->weight, alone, in memory of its own, without a graph. New
- * reference, or NULL with an exception. */
-PyObject *forward_base(const module_state *state, const gate_plan *plan, PyObject *x);
+/* F.linear(x, plan->weight, plan->bias) in memory of its own, by a kernel where that is faster; x has a view (view_peek).
+ * New reference, or NULL with an exception. */
+PyObject *forward_base(module_state *state, const gate_plan *plan, PyObject *x);
 
 extern PyMethodDef terms_methods[];   /* lowrank_terms, may_act */
 extern PyMethodDef forward_methods[]; /* lowrank_forward */

@@ -361,5 +361,16 @@ def test_hooks_on_parameters_and_output_run_once():
 
 
 @pytest.mark.parametrize("rows", [1, 8, 40])
-def test_large_layers(rows):
-    compare(make(k=600, n=500, adapters=("a", "b")), torch.randn(rows, 600).requires_grad_(), 10)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_large_layers(rows, dropout):
+    layer = make(k=600, n=500, adapters=("a", "b"), dropout=dropout).train()
+    compare(layer, torch.randn(rows, 600).requires_grad_(), 10, seed=1)
+
+
+def test_the_base_layer_below_a_dropout_is_a_node_of_its_own():
+    layer, x = make(dropout=0.5).train(), torch.randn(5, 24).requires_grad_()
+    nodes = [node for node, _ in layer(x).grad_fn.next_functions if node is not None]
+    in_c = _C.info()["isa"].startswith("avx512")
+    assert (nodes[0].name() == "_LowRankBackward") == in_c
+    x = torch.randn(5, 24)
+    assert layer(x).requires_grad and inputs_of(layer(x)) == {"AccumulateGrad"}
