@@ -128,6 +128,35 @@ static void test_forward_backward(const char *isa, pk_dtype dtype) {
     }
 }
 
+static void test_linear(const char *isa, pk_dtype dtype) {
+    const double eps[] = {1e-4, 0, 1.0 / 32, 1.0 / 256};
+    const int64_t m = 1 + below(100), n = 1 + below(150), k = 1 + below(150), r = 1 + below(20);
+    pk_lowrank f = {make(r, k, dtype, 0.1), make(n, r, dtype, 0.1), 0.7};
+    pk_mat x = make(m, k, dtype, 1), g = make(m, n, dtype, 1), w = make(n, k, dtype, 0.1), bias = make(1, n, dtype, 1);
+    pk_mat t = make(m, r, PK_F32, 1), y[2] = {make(m, n, dtype, 1)}, set[2], dx[2] = {make(m, k, dtype, 1)};
+    y[1] = copy(&y[0]);
+    dx[1] = copy(&dx[0]);
+    for (int i = 0; i < 2; i++) {
+        pk_isa_select(i ? isa : "generic");
+        set[i] = copy(&y[0]);
+        void *work = malloc(pk_lowrank_apply_work(&set[i], &x, &f, 1));
+        expect(pk_lowrank_set(&set[i], &x, &f, 1, &t, work, shim_parallel) == PK_OK, "set", (int)dtype);
+        free(work);
+        work = malloc(pk_linear_work(&y[i], &x, &w, &f, 1));
+        expect(pk_linear(&y[i], &x, &w, &bias, &f, 1, &t, work, shim_parallel) == PK_OK, "linear", (int)dtype);
+        free(work);
+        work = malloc(pk_linear_grad_work(&dx[i], &g, &w));
+        expect(pk_linear_grad(&dx[i], &g, &w, work, shim_parallel) == PK_OK, "linear_grad", (int)dtype);
+        free(work);
+    }
+    expect(distance(&y[0], &y[1]) < eps[dtype], "linear equals generic", (int)dtype);
+    expect(distance(&set[0], &set[1]) < eps[dtype], "set equals generic", (int)dtype);
+    expect(distance(&dx[0], &dx[1]) < eps[dtype], "linear_grad equals generic", (int)dtype);
+    void *const all[] = {f.down.data, f.up.data, x.data,      g.data,      w.data,     bias.data, t.data,
+                         y[0].data,   y[1].data, set[0].data, set[1].data, dx[0].data, dx[1].data};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+}
+
 int main(int argc, char **argv) {
     const int rounds = argc > 1 ? atoi(argv[1]) : 20;
     const char *isa;
@@ -136,6 +165,7 @@ int main(int argc, char **argv) {
             for (int dtype = 0; dtype < PK_NDTYPES; dtype++) {
                 test_merge(isa, (pk_dtype)dtype);
                 test_forward_backward(isa, (pk_dtype)dtype);
+                if (dtype != PK_F64) test_linear(isa, (pk_dtype)dtype);
             }
         printf("%s: %s\n", isa, failures ? "failed" : "ok");
     }
