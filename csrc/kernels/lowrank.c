@@ -243,7 +243,7 @@ int pk_lowrank_set(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int nf
 
 /* --------------------------------------------------------------------------------------------------- linear layers */
 
-/* Where pk_linear, with terms of r = 16, takes less time than F.linear of torch 2.13 alone (MKL for f32, oneDNN for bf16):
+/* Where pk_linear, with terms of r = 16, takes at most what F.linear of torch 2.13 does alone (MKL for f32, oneDNN for bf16):
  * microseconds out of the cache, 2 threads of Zen 4, pk_linear / F.linear. Only measured with AVX-512.
  *                rows      1          4          8         16         32         48          64
  *   f32  2816 x 1024  292/658   441/1214   535/1271   761/1515  1239/2201  1687/2829  2192/3350
@@ -253,12 +253,11 @@ int pk_lowrank_set(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int nf
  *   f16  2816 x 1024  207/154    299/553    428/1182  15 rows: 668/2177, and so on for more
  *         256 x 256     6/9         9/23      14/41
  */
-int pk_linear_suits(pk_dtype dtype, int64_t m, int64_t n, int64_t k) {
+int pk_linear_suits(pk_dtype dtype, int64_t m) {
     const pk_isa *const isa = pk_isa_now();
     if (isa->nr[0] < NR_MAX) return 0;
-    if (dtype == PK_F32) return m <= (n * k < LARGE_WEIGHT ? 32 : 64);
     if (dtype == PK_F16) return m > 1;
-    return dtype == PK_BF16 && isa->pairs && m <= 32;
+    return m <= LINEAR_ROWS && (dtype == PK_F32 || (dtype == PK_BF16 && isa->pairs));
 }
 
 static int linear(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_mat *bias, const pk_lowrank *f, int nf,
