@@ -32,6 +32,12 @@ def _get_commit_hash(pkg_name: str) -> str | None:
     return json.loads(recorded).get("vcs_info", {}).get("commit_id") if recorded else None
 
 
+def check_is_config(value: Any) -> None:
+    """TypeError unless `value` is the configuration of an adapter."""
+    if not hasattr(value, "peft_type"):
+        raise TypeError(f"Expected the configuration of an adapter, such as a LoraConfig, got {value!r:.80}.")
+
+
 @dataclass
 class PeftConfigMixin(hub.PushToHubMixin):
     """Loading and saving of `adapter_config.json`, and the fields that name the method and the task.

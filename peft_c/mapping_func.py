@@ -7,7 +7,7 @@ import warnings
 from torch import nn
 
 from .auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-from .config import PeftConfig
+from .config import PeftConfig, check_is_config
 from .mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from .mixed_model import PeftMixedModel
 from .peft_model import PeftModel, warn_if_name_in_prefix
@@ -34,6 +34,7 @@ def get_peft_model(
         revision: revision of the base model, recorded in the configuration.
         low_cpu_mem_usage: create the adapter on the meta device, for weights that are loaded right after.
     """
+    check_is_config(peft_config)
     given = peft_config.base_model_name_or_path
     # A transformers model that was built from a config has the name "".
     name = model.__dict__.get("name_or_path") or None

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from . import _C, hub, offload
-from .config import PeftConfig
+from .config import PeftConfig, check_is_config
 from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from .rollback import undo_on_error
 from .status import (
@@ -608,10 +608,11 @@ class PeftModel(AdapterLoadingMixin, nn.Module):
 
         Raises `ValueError` for a name in use and for another type of adapter.
         """
-        if adapter_name in self.peft_config:
+        if isinstance(adapter_name, str) and adapter_name in self.peft_config:
             raise ValueError(
                 f"Adapter with name '{adapter_name}' already exists. Choose another name, or delete it first."
             )
+        check_is_config(peft_config)
         warn_if_name_in_prefix(adapter_name, PEFT_TYPE_TO_PREFIX_MAPPING.get(peft_config.peft_type))
         if peft_config.peft_type != self.peft_type:
             raise ValueError(

@@ -80,6 +80,17 @@ class _Snapshot:
 
 
 @contextmanager
+def where(place: str) -> Iterator[None]:
+    """Adds to an error in the block where it happened; Python shows this below the message (from 3.11 on)."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "add_note"):
+            error.add_note(f"({place})")
+        raise
+
+
+@contextmanager
 def undo_on_error(model: nn.Module) -> Iterator[None]:
     """Takes back what the block did to `model` and its submodules when it raises: modules that were replaced or
     added, attributes, hooks, `requires_grad`, and parameters that were given other storage."""

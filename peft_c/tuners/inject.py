@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .. import _C
-from ..rollback import undo_on_error
+from ..rollback import undo_on_error, where
 from ..utils.constants import DUMMY_TARGET_MODULES, MIN_TARGET_MODULES_FOR_OPTIMIZATION
 from ..utils.error import NoMatchingPeftModuleError
 from ..utils.integrations import init_empty_weights
@@ -25,6 +25,7 @@ from .targets import (
     _find_minimal_target_modules,
     _maybe_include_all_linear_layers,
     _Names,
+    check_names,
     check_target_module_exists,
     compile_target_matcher,
     outer_modules,
@@ -93,6 +94,8 @@ class Injection:
     def prepare(self) -> None:
         """Lets the tuner check and complete the config, and change the model before layers are replaced."""
         tuner, model = self.tuner, self.model
+        for option in ("target_modules", "exclude_modules"):
+            check_names(option, getattr(self.config, option, None))
         if hasattr(getattr(model, "config", None), "model_type"):
             from .. import import_utils
 
@@ -210,7 +213,7 @@ class Injection:
     def create_one(self, name: str, key: str, target: nn.Module | None = None, **kwargs: Any) -> None:
         """Calls the tuner's `_create_and_replace` for the module `name`, or for `target` in its place."""
         parent, found, target_name = _get_submodules(self.model, name)
-        with onload_layer(found), self.context():
+        with where(f"adapter {self.adapter_name!r}, layer {key!r}"), onload_layer(found), self.context():
             self.tuner._create_and_replace(
                 self.config,
                 self.adapter_name,

@@ -103,6 +103,17 @@ def _layer_filter(config: Any) -> Callable[[str], bool] | None:
     return in_wanted_layer
 
 
+def check_names(option: str, value: Any) -> None:
+    """`re.error` or TypeError unless the option's value is a regular expression, a list or set of names, or None."""
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise re.error(f"{option}={value!r} is no regular expression: {error.msg}", value, error.pos) from None
+    elif value is not None and not (isinstance(value, Collection) and all(isinstance(name, str) for name in value)):
+        raise TypeError(f"{option} must be a list of names or a regular expression, got {value!r}.")
+
+
 def compile_target_matcher(config: Any) -> Callable[[str], Any]:
     """The function of a module name that `check_target_module_exists(config, name)` is, built once for many names."""
     rejected: list[Callable[[str], Any]] = []

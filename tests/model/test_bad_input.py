@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -222,3 +223,38 @@ def test_unknown_keys_and_runtime_config_are_dropped_with_a_warning(saved):
     assert any("['from_the_future'] for class LoraConfig" in text for text in texts)
     assert any("runtime_config" in text for text in texts)
     assert type(config) is LoraConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"target_modules": "["}, re.error, r"target_modules='\[' is no regular expression"),
+        ({"exclude_modules": "["}, re.error, r"exclude_modules='\[' is no regular expression"),
+        ({"target_modules": 3}, TypeError, "target_modules must be a list of names"),
+        ({"target_modules": [nn.Linear(2, 2)]}, TypeError, "target_modules must be a list of names"),
+        ({"r": 0}, ValueError, "`r` should be a positive integer"),
+        ({"lora_dropout": 2}, ValueError, "dropout"),
+        ({"r": 2.5}, TypeError, "float"),
+    ],
+)
+def test_options(options, error, message, saved):
+    model = PeftModel.from_pretrained(tiny.mlp(), saved)
+    before = photo(model)
+    with pytest.raises(error, match=message) as raised:
+        model.add_adapter("other", LoraConfig(**{**CONFIG, **options}))
+    same(before, photo(model))
+    if sys.version_info >= (3, 11) and not {"target_modules", "exclude_modules"} & set(options):
+        assert raised.value.__notes__ == ["(adapter 'other', layer 'lin0')"]
+
+
+def test_what_is_no_configuration(saved):
+    model = PeftModel.from_pretrained(tiny.mlp(), saved)
+    before = photo(model)
+    for args in (("other", {"r": 2}), (LoraConfig(**CONFIG), "other")):
+        with pytest.raises(TypeError, match="such as a LoraConfig, got"):
+            model.add_adapter(*args)
+    with pytest.raises(TypeError, match="such as a LoraConfig, got"):
+        get_peft_model(LoraConfig(**CONFIG), tiny.mlp())
+    with pytest.raises(TypeError, match="such as a LoraConfig, got None"):
+        get_peft_model(tiny.mlp(), None)
+    same(before, photo(model))

@@ -280,7 +280,7 @@ class LoraModel(BaseTuner):
             raise ValueError(f"Found no adapter matching the names in {adapters}")
         for name in adapters:
             if name not in self.peft_config:
-                raise ValueError(f"Adapter {name} does not exist")
+                raise ValueError(f"Adapter {name} does not exist. The adapters are {list(self.peft_config)}.")
         configs = [self.peft_config[name] for name in adapters]
         for name, config in zip(adapters, configs, strict=True):
             if config.target_parameters:
