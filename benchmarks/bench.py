@@ -2,8 +2,8 @@
 
 Times are minima of interleaved rounds: every contender runs once in each round, in turning order, so that what else
 the machine does meets all of them alike. `torch` is the best plain-torch code for the row (`W.addmm_`, F.linear and
-addmm_); the floor is what no implementation can beat: the base model without an adapter, or reading and writing the
-weights once.
+addmm_); the floor is the same work without what is measured: torch's base model without an adapter, or reading and
+writing the weights once.
 """
 
 from __future__ import annotations

@@ -72,3 +72,7 @@ def cases(quick: bool) -> Iterator[Case]:
             build = functools.partial(_training, rows, dtypes)
             yield Case(f"training step M={rows} {dtypes}", build, note="floor: base model, to its input", seconds=3)
         yield Case(f"saved tensors {dtypes}", functools.partial(_kept, 512, dtypes), unit="MiB")
+    if not quick:
+        yield Case(
+            "training step M=8 fp16", functools.partial(_training, 8, "fp16"), note="floor: base model, to its input"
+        )
