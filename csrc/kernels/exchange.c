@@ -14,25 +14,26 @@ typedef struct {
     pk_dtype dtype;
     char *w, *other; /* other NULL: only the digest */
     int64_t n;
-    int add, old; /* old: the digest is of what w was, not of what it becomes */
+    int add, check, old; /* old: the digest is of what w was, not of what it becomes */
     _Atomic uint64_t digest;
     atomic_int bad;
 } exchange_job;
 
 static void exchange_piece(exchange_job *job, char *w, char *other, int64_t n) {
-    _Alignas(64) char fresh[PIECE * 8];
     const pk_row_kernels *const rows = &job->isa->dtype[job->dtype];
     const size_t bytes = (size_t)(n * pk_dtype_size(job->dtype));
     if (job->add) {
         _Alignas(64) char wide[PIECE * 8];
         rows->pack(other, 0, 1, 1, n, wide, n, 1.0);
-        rows->apply(OP_ADD, w, wide, fresh, n);
+        memcpy(other, w, bytes);
+        rows->apply(OP_ADD, w, wide, w, n);
     } else {
+        char fresh[PIECE * 8]; /* one array after the other: going through both at once is slower */
         memcpy(fresh, other, bytes);
+        memcpy(other, w, bytes);
+        memcpy(w, fresh, bytes);
     }
-    memcpy(other, w, bytes);
-    memcpy(w, fresh, bytes);
-    if (!rows->finite(fresh, n)) atomic_store_explicit(&job->bad, 1, memory_order_relaxed);
+    if (job->check && !rows->finite(w, n)) atomic_store_explicit(&job->bad, 1, memory_order_relaxed);
 }
 
 static void hash_piece(const pk_isa *isa, uint32_t *hash, const char *p, int64_t bytes) {
@@ -70,13 +71,13 @@ static int exchange_run(exchange_job *job, pk_parallel_fn par) {
 
 int pk_exchange(pk_dtype dtype, void *w, void *other, int64_t n, int add, unsigned flags, uint64_t *digest,
                 pk_parallel_fn par) {
-    exchange_job job = {.dtype = dtype, .w = w, .other = other, .n = n, .add = add};
+    exchange_job job = {.dtype = dtype, .w = w, .other = other, .n = n, .add = add, .check = (flags & PK_CHECK) != 0};
     if (!other && n) return PK_EINVAL;
     int rc = exchange_run(&job, par);
     if (rc != PK_OK) return rc;
     *digest = atomic_load(&job.digest);
-    if (!(flags & PK_CHECK) || !atomic_load(&job.bad)) return PK_OK;
-    job.add = 0;
+    if (!atomic_load(&job.bad)) return PK_OK;
+    job.add = job.check = 0;
     rc = exchange_run(&job, par);
     return rc != PK_OK ? rc : PK_NONFINITE;
 }

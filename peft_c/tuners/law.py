@@ -98,7 +98,7 @@ class Elements(NamedTuple):
         new = _wider_sum(old, self.values, 1)
         if check and not torch.isfinite(new).all():
             return None
-        flat.scatter_(0, self.places, new)
+        flat.index_copy_(0, self.places, new)
         _wrote(view)
         return Places(Difference.digest_of(new), self.places, old)
 
@@ -240,17 +240,22 @@ class Difference:
 class Places(Difference):
     """The record of changed elements: their places and old values. What others write elsewhere does not matter."""
 
-    def mismatch(self, tensor: torch.Tensor, fits: bool) -> str | None:
-        return super().mismatch(tensor.view(-1).index_select(0, self.index) if fits else tensor, fits)
-
     def restore(self, tensor: torch.Tensor, undone: torch.Tensor | None) -> torch.Tensor:
-        flat = tensor.flatten()
-        return flat.index_copy(0, self.index, self.old).view(tensor.shape)
+        return tensor.flatten().index_copy(0, self.index, self.old).view(tensor.shape)
+
+    def put_back(self, view: BaseView, tensor: torch.Tensor, fits: bool) -> str | None:
+        merged = tensor.view(-1).index_select(0, self.index) if fits and tensor.device == self.index.device else tensor
+        reason = self.mismatch(merged, fits)
+        if reason is None:
+            self.old, old = merged, self.old
+            tensor.view(-1).index_copy_(0, self.index, old)
+            _wrote(view)
+        return reason
 
     def swap(self, view: BaseView, tensor: torch.Tensor) -> None:
         flat = tensor.view(-1)
         before = flat.index_select(0, self.index)
-        flat.scatter_(0, self.index, self.old)
+        flat.index_copy_(0, self.index, self.old)
         self.old = before
         _wrote(view)
 
