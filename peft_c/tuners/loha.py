@@ -40,14 +40,8 @@ class LoHaLayer(LycorisLayer):
     def create_factors(self, name: str, config: LoHaConfig, r: int) -> None:
         weight = self.get_base_layer().weight
         kernel, effective = self.kernel(config)
-        out_shape, in_size = (
-            ((r, weight.shape[0]), weight.shape[1])
-            if effective
-            else (
-                (weight.shape[0], r),
-                weight[0].numel(),
-            )
-        )
+        out, in_size = len(weight), weight.shape[1] if effective else weight[0].numel()
+        out_shape = (r, out) if effective else (out, r)
         for factor in ("hada_w1", "hada_w2"):
             zero = factor == "hada_w2" and config.init_weights
             self.new_factor(f"{factor}_a", name, *out_shape)

@@ -72,8 +72,7 @@ class SparseRoom(AddRoom):
         return x.numel() // x.shape[-1] * count <= self.in_features * self.out_features // 32
 
     def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        base = self.base_layer
-        hooked = any((base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks))
+        base, hooked = self.base_layer, not self.is_bare()
         if hooked:
             _warn_once_about_module_hooks(self.title)
         backend = self.quantization_backend
