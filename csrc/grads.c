@@ -11,8 +11,21 @@ static void replace(PyObject **slot, PyObject *value) {
     Py_XDECREF(old);
 }
 
+/* The names of one string or of an iterable, each once: new tuple. */
+static PyObject *names_once(PyObject *names) {
+    PyObject *tuple = PyUnicode_Check(names) ? PyTuple_Pack(1, names) : PySequence_Tuple(names), *once = NULL;
+    const Py_ssize_t size = tuple ? PyTuple_Size(tuple) : 0;
+    if (size < 2 || (once = PyDict_New()) == NULL) return size < 2 ? tuple : (Py_DECREF(tuple), NULL);
+    int rc = 0;
+    for (Py_ssize_t i = 0; rc == 0 && i < size; i++) rc = PyDict_SetItem(once, PyTuple_GetItem(tuple, i), Py_None);
+    Py_DECREF(tuple);
+    tuple = rc == 0 ? PySequence_Tuple(once) : NULL;
+    Py_DECREF(once);
+    return tuple;
+}
+
 int switch_names(switch_call *call, PyObject *names) {
-    PyObject *tuple = PyUnicode_Check(names) ? PyTuple_Pack(1, names) : PySequence_Tuple(names);
+    PyObject *tuple = names_once(names);
     if (tuple == NULL) return -1;
     const int same = call->names ? PyObject_RichCompareBool(call->names, tuple, Py_EQ) : 0;
     if (same == 0) { /* what was found out holds for the names before */

@@ -218,6 +218,9 @@ class BaseTunerLayer(_C.Layer, ABC):
                     sizes[i] -= 1
         if ledger:
             self._adapter_ledger = (ledger[0] - {adapter_name}, sizes.tobytes())
+        memory = self.__dict__.get("_disabled_trainable")
+        if memory:
+            self._disabled_trainable = tuple(pair for pair in memory if pair[1] != adapter_name)
         # an instance that has entries owns its dict, so that the class's default is not touched
         if adapter_name in self.frozen_peft_weight_names:
             del self.frozen_peft_weight_names[adapter_name]

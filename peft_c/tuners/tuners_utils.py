@@ -349,16 +349,14 @@ class BaseTuner(nn.Module, ABC):
     # --- switching ---
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Makes one or several adapters active, and trainable unless `inference_mode`.
+        """Makes one or several adapters active, each once, and trainable unless `inference_mode`.
 
         ValueError, before anything changes, if there is no adapter of that name.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self._check_adapters_exist(names)
-        set_adapter(
-            self.model, adapter_name=adapter_name, inference_mode=inference_mode, layer_cls=self.tuner_layer_cls
-        )
-        self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
+        names = adapter_name if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
+        self._check_adapters_exist([names] if isinstance(names, str) else names)
+        set_adapter(self.model, adapter_name=names, inference_mode=inference_mode, layer_cls=self.tuner_layer_cls)
+        self.active_adapter = names
 
     def _check_adapters_exist(self, names: list[str]) -> None:
         if all(name in self.peft_config for name in names):

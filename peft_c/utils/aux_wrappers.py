@@ -288,6 +288,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     def _remove_adapter(self, adapter_name: str) -> None:
         del self.modules_to_save[adapter_name]
+        self._paused = [name for name in self._paused if name.partition(".")[0] != adapter_name]
 
     def _forward_wrapped(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         active = self.active_adapters

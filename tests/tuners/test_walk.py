@@ -175,6 +175,28 @@ def test_disabling_remembers_what_was_trainable():
     assert layer.trainable() == []
 
 
+def test_a_name_given_twice_is_active_once():
+    layer = AddLayer()
+    layer.set_adapter(["y", "x", "y"])
+    assert layer.active_adapters == ["y", "x"]
+    layer.set_adapter(("x", "x"))
+    assert layer.active_adapters == ["x"] and layer.trainable() == weights("x")
+    with pytest.raises(TypeError):
+        layer.set_adapter([[], []])
+    assert layer.active_adapters == ["x"]
+
+
+def test_what_was_trainable_of_a_deleted_adapter_is_forgotten():
+    layer = AddLayer(adapters=("x", "y"))
+    layer.set_adapter("y")
+    layer.set_requires_grad("x")
+    layer.enable_adapters(False)
+    layer.delete_adapter("x")
+    layer.add_a["x"] = nn.Linear(3, 2).requires_grad_(False)
+    layer.enable_adapters(True)
+    assert layer.trainable() == weights("y")
+
+
 def test_declared_weights_stay_frozen():
     layer = AddLayer()
     layer.frozen_peft_weight_names = {"x": ("add_b", "unknown")}

@@ -95,10 +95,10 @@ class MixedModel(BaseTuner):
 
         ValueError, before anything changes, if there is no adapter of that name.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self._check_adapters_exist(names)
-        set_adapter(self.model, adapter_name, inference_mode=inference_mode, layer_cls=self.layer_classes)
-        self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
+        names = adapter_name if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
+        self._check_adapters_exist([names] if isinstance(names, str) else names)
+        set_adapter(self.model, names, inference_mode=inference_mode, layer_cls=self.layer_classes)
+        self.active_adapter = names
 
     def delete_adapter(self, adapter_name: str | list[str]) -> None:
         """Deletes one or several adapters; ValueError, before anything changes, if one is unknown or merged."""
