@@ -144,6 +144,7 @@ static void prefetch_all(const tree *self) {
         prefetch_item(at->dict, at->facts->hints[MODULES].at);
         if (PyDict_Size(at->children)) prefetch_item(at->children, 3);
     }
+    for (size_t i = 0; i < self->pool.count; i++) prefetch_item(self->pool.items[i].order, 0);
     for (size_t i = 0; i < self->layer_count; i++) {
         const tuned_layer *at = &self->layers[i];
         for (int k = LEDGER; k <= DISABLED; k++) prefetch_item(at->dict, at->facts->hints[k].at);

@@ -35,7 +35,7 @@ from .utils.other import (
     set_additional_trainable_modules,
 )
 from .utils.peft_types import PeftType
-from .utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from .utils.save_and_load import get_peft_model_state_dict, load_adapter_state, load_peft_weights
 
 # Initialisations that change the base weights: (value of init_lora_weights, its name).
 # value of `init_lora_weights`, its name, and the section of its example that says how to convert adapters
@@ -221,12 +221,13 @@ class AdapterLoadingMixin(hub.PushToHubMixin):
             )
             with swapped_in:
                 try:
-                    result = set_peft_model_state_dict(
+                    result = load_adapter_state(
                         self,
                         weights,
-                        adapter_name=adapter_name,
-                        ignore_mismatched_sizes=options.get("ignore_mismatched_sizes", False),
-                        low_cpu_mem_usage=low_cpu_mem_usage,
+                        adapter_name,
+                        options.get("ignore_mismatched_sizes", False),
+                        low_cpu_mem_usage,
+                        missing_of_model=False,
                     )
                 except (RuntimeError, KeyError) as exc:
                     reason = exc.args[0] if exc.args else exc

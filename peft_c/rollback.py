@@ -7,6 +7,7 @@ import _signal  # signal, without making an enum of every number and function
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -79,6 +80,10 @@ class _Snapshot:
                 param.requires_grad_(requires_grad)
 
 
+# the snapshots of the blocks that this thread or task is in
+_running: ContextVar[tuple[_Snapshot, ...]] = ContextVar("_running", default=())
+
+
 @contextmanager
 def where(place: str) -> Iterator[None]:
     """Adds to an error in the block where it happened; Python shows this below the message (from 3.11 on)."""
@@ -93,14 +98,23 @@ def where(place: str) -> Iterator[None]:
 @contextmanager
 def undo_on_error(model: nn.Module) -> Iterator[None]:
     """Takes back what the block did to `model` and its submodules when it raises: modules that were replaced or
-    added, attributes, hooks, `requires_grad`, and parameters that were given other storage."""
+    added, attributes, hooks, `requires_grad`, and parameters that were given other storage.
+
+    Inside of such a block for a model that `model` is a part of, that one does it."""
+    outer = _running.get()
+    if any(model is module for saved in outer for module, *_ in saved.modules):
+        yield
+        return
     saved = _Snapshot(model)
+    token = _running.set((*outer, saved))
     try:
         yield
     except BaseException:
         with torch.no_grad():
             saved.restore()
         raise
+    finally:
+        _running.reset(token)
 
 
 class undivided:

@@ -19,7 +19,7 @@ from ..utils.integrations import init_empty_weights
 from ..utils.matching import _get_submodules
 from ..utils.other import set_additional_trainable_modules
 from ..utils.peft_types import PeftType
-from .offloaded import onload_layer
+from .offloaded import onload_base
 from .targets import (
     _ExcludedModule,
     _find_minimal_target_modules,
@@ -213,7 +213,7 @@ class Injection:
     def create_one(self, name: str, key: str, target: nn.Module | None = None, **kwargs: Any) -> None:
         """Calls the tuner's `_create_and_replace` for the module `name`, or for `target` in its place."""
         parent, found, target_name = _get_submodules(self.model, name)
-        with where(f"adapter {self.adapter_name!r}, layer {key!r}"), onload_layer(found), self.context():
+        with where(f"adapter {self.adapter_name!r}, layer {key!r}"), onload_base(found), self.context():
             self.tuner._create_and_replace(
                 self.config,
                 self.adapter_name,

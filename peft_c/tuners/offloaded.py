@@ -85,18 +85,33 @@ def onload_layer(layer: nn.Module) -> Any:
     return onload(hooked) if hooked else _NOTHING
 
 
-def onload_adapters(model: nn.Module) -> Any:
-    """`onload` for everything in the model's tuner layers and trained modules but the base layers."""
+def onload_base(layer: nn.Module) -> Any:
+    """`onload` for a module, if it is a tuner layer without the adapters that it has."""
+    from .targets import outer_modules
+
+    inside = outer_modules(layer, into_base_layers=True) if "accelerate.hooks" in sys.modules else ()
+    return onload(module for _, module in inside)
+
+
+def onload_adapters(model: nn.Module, adapter_name: str) -> Any:
+    """`onload` for everything in the model's tuner layers and trained modules but the base layers and what their
+    containers hold for other adapters."""
     if "accelerate.hooks" not in sys.modules:
         return onload(())
     from ..utils.aux_wrappers import AuxiliaryTrainingWrapper
-    from .tuner_layer import BaseTunerLayer
+    from .tuner_layer import ADAPTER_CONTAINERS, BaseTunerLayer
 
     layers, wrappers = _C.find(model, BaseTunerLayer, AuxiliaryTrainingWrapper)
     own: dict[int, nn.Module] = {}
     for holder in (*layers, *wrappers):
         for name, child in holder.named_children():
-            if name not in ("base_layer", "original_module"):
-                own.update((id(module), module) for module in child.modules())
+            if name in ("base_layer", "original_module"):
+                continue
+            parts = [child]
+            if isinstance(child, ADAPTER_CONTAINERS) and len(child._modules) > 1:
+                own[id(child)] = child
+                parts = [child._modules[adapter_name]] if adapter_name in child._modules else []
+            for part in parts:
+                own.update((id(module), module) for module in part.modules())
         own[id(holder)] = holder
     return onload(own.values())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import TypeVar
 
+import torch
 from torch import nn
 
+from .targets import outer_modules
 from .tuner_layer import ADAPTER_CONTAINERS, BaseTunerLayer
 
 T = TypeVar("T")
@@ -23,6 +26,50 @@ def _remove_adapter_name_from_state_dict_key(key: str, adapter_name: str) -> str
     if key.endswith(suffix):
         return key.removesuffix(suffix)
     return f"{head.removesuffix(suffix)}.{last}"
+
+
+def state_dict_of(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    """`model.state_dict()` without what tuner layers and fully trained modules hold for other adapters.
+
+    The cost does not depend on how many those are. Modules with state-dict hooks or a state_dict of their own are
+    asked for it, and give the other adapters, too.
+    """
+    from ..utils.other import AuxiliaryTrainingWrapper
+
+    result: OrderedDict[str, torch.Tensor] = OrderedDict()
+    result._metadata = OrderedDict()  # type: ignore[attr-defined]
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        if not _gives_plain_state(module):
+            module.state_dict(destination=result, prefix=prefix)
+            return
+        module._save_to_state_dict(result, prefix, False)
+        tuned = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        names = (*module.adapter_layer_names, *module.other_param_names) if tuned else ()
+        for name, child in module._modules.items():
+            if child is None:
+                continue
+            if name in names and type(child) in ADAPTER_CONTAINERS and _gives_plain_state(child):
+                visit_container(child, f"{prefix}{name}.{adapter_name}")
+            else:
+                visit(child, f"{prefix}{name}.")
+
+    def visit_container(container: nn.Module, key: str) -> None:
+        for tensors in (container._parameters, container._buffers):
+            tensor = tensors.get(adapter_name)
+            if tensor is not None and adapter_name not in container._non_persistent_buffers_set:
+                result[key] = tensor.detach()
+        entry = container._modules.get(adapter_name)
+        if entry is not None:
+            visit(entry, f"{key}.")
+
+    visit(model, "")
+    return result
+
+
+def _gives_plain_state(module: nn.Module) -> bool:
+    hooks = module._state_dict_hooks or module._state_dict_pre_hooks
+    return not hooks and type(module).state_dict is nn.Module.state_dict
 
 
 def _join(prefix: str, name: str) -> str:
@@ -56,7 +103,7 @@ def _get_tuner_state_dict_key_prefixes(model: nn.Module, adapter_name: str | Non
 
     prefixes: set[str] = set()
     wrappers: set[str] = set()
-    for name, module in model.named_modules():
+    for name, module in outer_modules(model, into_base_layers=True):
         name = name.removeprefix(_FSDP)
         if isinstance(module, AuxiliaryTrainingWrapper):
             wrappers.add(name)
@@ -83,6 +130,12 @@ def _filter_state_dict_by_key_prefixes(state_dict: dict[str, T], prefixes: set[s
     return {key: value for key, value in state_dict.items() if _is_key_under_prefixes(key, prefixes)}
 
 
+def adapter_entries(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    """The entries of `model.state_dict()` that one adapter has on tuner layers and on the tuner."""
+    prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name)
+    return _filter_state_dict_by_key_prefixes(state_dict_of(model, adapter_name), prefixes)
+
+
 def bias_keys(model: nn.Module, bias: str, keys: Iterable[str]) -> list[str]:
     """The keys of base-model biases that are trained: with "all" every bias, with "<method>_only" those of the layers
     that have an adapter, with "none" nothing."""
@@ -90,7 +143,8 @@ def bias_keys(model: nn.Module, bias: str, keys: Iterable[str]) -> list[str]:
         return [key for key in keys if key == "bias" or key.endswith(".bias")]
     if not bias.endswith("_only"):
         return []
-    names = (name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    layers = outer_modules(model, into_base_layers=True)
+    names = (name for name, module in layers if isinstance(module, BaseTunerLayer))
     wanted = [_join(name.removeprefix(_FSDP), "base_layer.bias") for name in names]
     present = set(keys)
     return [key for key in wanted if key in present]

@@ -44,12 +44,13 @@ def outer_modules(model: nn.Module, into_base_layers: bool = False) -> list[tupl
             if into_base_layers and base_layer is not None:
                 visit(f"{name}.base_layer" if name else "base_layer", base_layer)
             return
-        if type(module).named_modules is not nn.Module.named_modules:
-            children: Iterator = ((key, m) for key, m in module.named_modules() if key)
+        if type(module).named_modules is nn.Module.named_modules:
+            children = list(module._modules.items())
         else:
-            children = ((key, m) for key, m in module._modules.items() if m is not None)
-        for key, child in list(children):
-            visit(f"{name}.{key}" if name else key, child)
+            children = [(key, child) for key, child in module.named_modules() if key]
+        for key, child in children:
+            if child is not None:
+                visit(f"{name}.{key}" if name else key, child)
 
     visit("", model)
     return found

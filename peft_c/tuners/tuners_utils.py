@@ -47,6 +47,7 @@ from .state_keys import (
     _get_tuner_state_dict_key_prefixes,
     _is_key_under_prefixes,  # noqa: F401
     _remove_adapter_name_from_state_dict_key,
+    adapter_entries,
     bias_keys,
 )
 from .switching import (
@@ -581,9 +582,8 @@ class BaseTuner(nn.Module, ABC):
         Works for a wrapped model and for one that was injected into, whose keys lack the wrapper's prefix.
         """
         wrapper = "base_model.model."
-        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
         to_model: dict[str, str] = {}
-        for key in _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes):
+        for key in adapter_entries(model, adapter_name):
             saved = cls._remove_adapter_name_from_key(key, adapter_name)
             to_model[saved] = key
             if not key.startswith(wrapper):

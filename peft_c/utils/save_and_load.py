@@ -48,7 +48,9 @@ def _config_and_tuner(model: nn.Module, adapter_name: str):
 
 def _wrappers(model: nn.Module):
     """(name in the state dict, module) of the modules that are trained in full or in part beside the adapters."""
-    for name, module in model.named_modules():
+    from ..tuners.targets import outer_modules
+
+    for name, module in outer_modules(model):
         if isinstance(module, AuxiliaryTrainingWrapper):
             yield name.removeprefix(_FSDP_PREFIX), module
 
@@ -62,9 +64,13 @@ def _filter_state_dict_for_adapter_name(
     """The entries whose keys do not name one of the other adapters; keys without any adapter's name stay."""
     if not unwanted_adapter_names:
         return dict(state_dict)
-    names = "|".join(map(re.escape, unwanted_adapter_names))
-    unwanted = re.compile(rf"\.(?:{names})(?:\.|$)")
-    return {key: value for key, value in state_dict.items() if not unwanted.search(key)}
+    plain = {name for name in unwanted_adapter_names if "." not in name}
+    dotted = [f".{name}." for name in unwanted_adapter_names if "." in name]
+
+    def names_another(key: str) -> bool:
+        return not plain.isdisjoint(key.split(".")[1:]) or any(name in f"{key}." for name in dotted)
+
+    return {key: value for key, value in state_dict.items() if not names_another(key)}
 
 
 def _validate_lora_adapter_state_dict(state_dict: dict[str, torch.Tensor], adapter_name: str = "default") -> None:
@@ -209,12 +215,14 @@ def get_peft_model_state_dict(
 
     Raises `KeyError` for an unknown adapter.
     """
+    from ..tuners.state_keys import state_dict_of
+
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
     config, tuner_cls = _config_and_tuner(model, adapter_name)
     others = [name for name in model.peft_config if name != adapter_name]
-    with onload_adapters(model):
-        whole = model.state_dict() if state_dict is None else state_dict
+    with onload_adapters(model, adapter_name):
+        whole = state_dict_of(model, adapter_name) if state_dict is None else state_dict
     if not config.is_prompt_learning:
         # Nothing is left for methods whose keys do not name the adapter.
         whole = _filter_state_dict_for_adapter_name(whole, others) or whole
@@ -278,9 +286,8 @@ def _reshard_dtensor_values_for_load(model: nn.Module, state_dict: dict[str, tor
     from transformers.distributed.sharding_utils import DtensorShardOperation
     from transformers.distributed.utils import is_dtensor
 
-    parameters = dict(model.named_parameters())
     for key, value in state_dict.items():
-        like = parameters.get(key)
+        like = _tensor_at(model, key)
         if like is None or not is_dtensor(like) or is_dtensor(value):
             continue
         if value.shape == like.shape:
@@ -395,8 +402,59 @@ def set_peft_model_state_dict(
     Returns torch's named tuple with `missing_keys` and `unexpected_keys`. Raises, before anything is loaded,
     `KeyError` for an unknown adapter or a missing entry of a fully trained module, `RuntimeError` for other shapes.
     """
+    return load_adapter_state(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage)
+
+
+def _load_directly(model: nn.Module, state_dict: dict[str, torch.Tensor], assign: bool) -> bool:
+    """Does what `model.load_state_dict` does to the modules that hold these entries, without visiting the others.
+
+    Returns False, with nothing done, if an entry has no place in the model or a module above it has hooks.
+    """
+    if type(model).load_state_dict is not nn.Module.load_state_dict:
+        return False
+    found: dict[str, nn.Module | None] = {"": model}
+
+    def module_at(path: str) -> nn.Module | None:
+        if path not in found:
+            parent, _, name = path.rpartition(".")
+            above = module_at(parent)
+            found[path] = above and above._modules.get(name)
+        module = found[path]
+        if module is not None and (module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks):
+            found[path] = None
+        return found[path]
+
+    entries: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in state_dict.items():
+        path, _, leaf = key.rpartition(".")
+        module = module_at(path)
+        if module is None or (leaf not in module._parameters and leaf not in module._buffers):
+            return False
+        entries.setdefault(path, {})[key] = value
+    errors: list[str] = []
+    for path, own in entries.items():
+        metadata = {"assign_to_params_buffers": True} if assign else {}
+        found[path]._load_from_state_dict(own, f"{path}." if path else "", metadata, False, [], [], errors)
+    if errors:
+        raise RuntimeError("\n\t".join([f"Error(s) in loading state_dict for {type(model).__name__}:", *errors]))
+    return True
+
+
+def load_adapter_state(
+    model: nn.Module,
+    adapter_state: dict[str, torch.Tensor],
+    adapter_name: str,
+    ignore_mismatched_sizes: bool,
+    low_cpu_mem_usage: bool,
+    missing_of_model: bool = True,
+):
+    """`set_peft_model_state_dict`, which reports all missing keys of the model. Without `missing_of_model` it reports
+    those of the adapter, so that the cost does not depend on how many adapters there are."""
+    from ..tuners.state_keys import adapter_entries
+    from ..tuners.targets import outer_modules
+
     config, _ = _config_and_tuner(model, adapter_name)
-    state_dict = _keys_for_model(model, peft_model_state_dict, adapter_name)
+    state_dict = _keys_for_model(model, adapter_state, adapter_name)
     if "transformers.distributed" in sys.modules and import_utils.is_transformers_dtensor_tp:
         state_dict = _reshard_dtensor_values_for_load(model, state_dict)
     mismatches = _mismatches(model, state_dict)
@@ -413,10 +471,14 @@ def set_peft_model_state_dict(
     for key, _, _ in mismatches:
         del state_dict[key]
 
-    with onload_adapters(model):
-        result = model.load_state_dict(state_dict, strict=False, **({"assign": True} if low_cpu_mem_usage else {}))
+    with onload_adapters(model, adapter_name):
+        if not missing_of_model and _load_directly(model, state_dict, low_cpu_mem_usage):
+            missing = [key for key in adapter_entries(model, adapter_name) if key not in state_dict]
+            result = _IncompatibleKeys(missing, [])
+        else:
+            result = model.load_state_dict(state_dict, strict=False, **({"assign": True} if low_cpu_mem_usage else {}))
     if low_cpu_mem_usage:
-        for module in model.modules():
+        for _, module in outer_modules(model, into_base_layers=True):
             if hasattr(module, "_move_adapter_to_device_of_base_layer"):
                 module._move_adapter_to_device_of_base_layer(adapter_name)
     if config.is_prompt_learning:

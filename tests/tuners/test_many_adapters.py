@@ -1,5 +1,6 @@
 """What a switch costs does not depend on how many adapters there are. Shown by counting what is touched and called."""
 
+import functools
 import gc
 import sys
 import threading
@@ -13,6 +14,7 @@ from torch import nn
 import peft_c
 from peft_c import _C
 from peft_c.tuners.tuners_utils import BaseTunerLayer
+from peft_c.utils.save_and_load import get_peft_model_state_dict, load_adapter_state
 
 touched: list[str] = []
 
@@ -93,6 +95,7 @@ def lora(**options):
 
 
 def test_the_work_on_a_model_does_not_grow_with_its_adapters():
+    pytest.importorskip("accelerate.hooks")  # once it is imported, modules may be offloaded
     model = peft_c.get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), lora())
 
     def cycle():
@@ -105,6 +108,10 @@ def test_the_work_on_a_model_does_not_grow_with_its_adapters():
         model.set_requires_grad("a1", False)
         yield "add_adapter", calls(lambda: model.add_adapter("extra", lora()))
         yield "delete_adapter", calls(lambda: model.delete_adapter("extra"))
+        save = functools.partial(get_peft_model_state_dict, model)
+        yield "state dict to save", calls(save)
+        state = save()
+        yield "state dict loaded", calls(lambda: load_adapter_state(model, state, "a1", False, False, False))
 
     def grow(count):
         for i in range(len(model.peft_config), count):
@@ -119,7 +126,7 @@ def test_the_work_on_a_model_does_not_grow_with_its_adapters():
     # what is left are a few steps an adapter of the model, not of its layers: comparing the configs
     more = {name: (many[name] - few[name]) / 40 for name in few}
     assert all(more[name] == 0 for name in ("set_adapter", "set_adapter back", "disable", "enable", "requires_grad"))
-    assert all(value <= 16 for value in more.values()), more
+    assert max(more.values()) <= 16, max(more.items(), key=lambda item: item[1])
 
 
 @settings(max_examples=150, deadline=None)
