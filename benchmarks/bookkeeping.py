@@ -1,15 +1,17 @@
-"""Import, injection, adding, switching, disabling and deleting adapters, at 224 layers."""
+"""Import, injection, adding, switching, disabling and deleting adapters at 224 layers, and the memory they take."""
 
 from __future__ import annotations
 
 import copy
 import functools
+import gc
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from memory import resident
 from models import PACKAGES, TARGETS, package, stack, with_lora
-from timing import Case, Step
+from timing import Case, Step, one
 
 IMPORT = "import time, torch; t = time.perf_counter(); from {} import LoraConfig, get_peft_model; "
 IMPORT += "print(time.perf_counter() - t)"
@@ -63,7 +65,7 @@ def _inject() -> dict[str, list[Step]]:
     return {name: cycle(name) for name in PACKAGES}
 
 
-def _add_and_delete(count: int) -> dict[str, list[Step]]:
+def _add_and_delete(count: int, names: Sequence[str] = PACKAGES) -> dict[str, list[Step]]:
     def cycle(name):
         model = many(name, count - 1) if count > 1 else None
         config = package(name).LoraConfig(r=8, lora_alpha=8, target_modules=TARGETS)
@@ -72,10 +74,10 @@ def _add_and_delete(count: int) -> dict[str, list[Step]]:
             (f"delete_adapter, one of {count}", lambda: model.delete_adapter("extra")),
         ]
 
-    return {name: cycle(name) for name in PACKAGES}
+    return {name: cycle(name) for name in names}
 
 
-def _switch(count: int) -> dict[str, list[Step]]:
+def _switch(count: int, names: Sequence[str] = PACKAGES) -> dict[str, list[Step]]:
     def cycle(name):
         model = many(name, count)
         other = f"a{count - 1}" if count > 1 else "default"
@@ -84,10 +86,10 @@ def _switch(count: int) -> dict[str, list[Step]]:
             (None, lambda: model.set_adapter("default")),
         ]
 
-    return {name: cycle(name) for name in PACKAGES}
+    return {name: cycle(name) for name in names}
 
 
-def _disable(count: int) -> dict[str, list[Step]]:
+def _disable(count: int, names: Sequence[str] = PACKAGES) -> dict[str, list[Step]]:
     def cycle(name):
         model = many(name, count)
 
@@ -97,7 +99,31 @@ def _disable(count: int) -> dict[str, list[Step]]:
 
         return [(f"disable_adapter() and back, {count} adapters", enter_and_leave)]
 
-    return {name: cycle(name) for name in PACKAGES}
+    return {name: cycle(name) for name in names}
+
+
+def _memory(name: str, count: int = 10) -> float:
+    """KiB that an inactive adapter takes on each layer beyond its weights."""
+    model = with_lora(name, _base(), r=1)
+    config = package(name).LoraConfig(r=1, target_modules=TARGETS)
+    model.add_adapter("first", config)
+    gc.collect()
+    before = resident()
+    for i in range(count):
+        model.add_adapter(f"a{i}", config)
+    gc.collect()
+    weights = sum(p.nbytes for key, p in model.named_parameters() if ".a0." in key)
+    return ((resident() - before) / count - weights) / 224 / 1024
+
+
+def _in_a_fresh_process(name: str) -> float:
+    command = [sys.executable, __file__, name]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def _memories() -> dict[str, list[Step]]:
+    row = "an inactive adapter on one layer, over its weights"
+    return {name: one(row, functools.partial(_in_a_fresh_process, name)) for name in PACKAGES}
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -110,3 +136,17 @@ def cases(quick: bool) -> Iterator[Case]:
     for count in (1, 10) if quick else (1, 10, 50):
         yield Case(f"set_adapter {count}", functools.partial(_switch, count), note=modules, seconds=1)
         yield Case(f"disable_adapter {count}", functools.partial(_disable, count), note=modules, seconds=1)
+    if quick:
+        return
+    yield Case("memory of an adapter", _memories, unit="KiB", note=modules)
+    # without peft, which would add them for hours
+    for name, act in (
+        ("add_adapter delete", _add_and_delete),
+        ("set_adapter", _switch),
+        ("disable_adapter", _disable),
+    ):
+        yield Case(f"{name} 1000", functools.partial(act, 1000, PACKAGES[:1]), note=modules, seconds=1)
+
+
+if __name__ == "__main__":
+    print(_memory(sys.argv[1]))

@@ -15,7 +15,7 @@ from timing import Case, Step, one
 MIB = 2**20
 
 
-def _resident() -> int:
+def resident() -> int:
     """Bytes that this process holds in memory now."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
@@ -23,11 +23,11 @@ def _resident() -> int:
 
 def peak_over(call: Callable[[], object]) -> float:
     """MiB that the call needs at its peak over what was held before it (sampled every 0.2 ms)."""
-    before, peak, stop = _resident(), [0], threading.Event()
+    before, peak, stop = resident(), [0], threading.Event()
 
     def watch():
         while not stop.is_set():
-            peak[0] = max(peak[0], _resident())
+            peak[0] = max(peak[0], resident())
             stop.wait(2e-4)
 
     watcher = threading.Thread(target=watch)
@@ -35,7 +35,7 @@ def peak_over(call: Callable[[], object]) -> float:
     call()
     stop.set()
     watcher.join()
-    return (max(peak[0], _resident()) - before) / MIB
+    return (max(peak[0], resident()) - before) / MIB
 
 
 def _merge(name: str, dtypes: str) -> float:

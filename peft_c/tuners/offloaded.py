@@ -87,10 +87,13 @@ def onload_layer(layer: nn.Module) -> Any:
 
 def onload_base(layer: nn.Module) -> Any:
     """`onload` for a module, if it is a tuner layer without the adapters that it has."""
+    if "accelerate.hooks" not in sys.modules:
+        return _NOTHING
     from .targets import outer_modules
 
-    inside = outer_modules(layer, into_base_layers=True) if "accelerate.hooks" in sys.modules else ()
-    return onload(module for _, module in inside)
+    inside = outer_modules(layer, into_base_layers=True)
+    hooked = [module for _, module in inside if "_hf_hook" in module.__dict__]
+    return onload(hooked) if hooked else _NOTHING
 
 
 def onload_adapters(model: nn.Module, adapter_name: str) -> Any:

@@ -285,7 +285,8 @@ class BaseTunerLayer(_C.Layer, ABC):
             if not isinstance(container, ADAPTER_CONTAINERS) or adapter_name not in container:
                 continue
             item = container[adapter_name]
-            if any(p.device.type == "meta" for p in _parameters_of(item)):
+            tensors = _tensors_of(item)
+            if any(t.device.type == "meta" for t in tensors) or _are_at(tensors, device, dtype):
                 continue
             own = getattr(item, "dtype", None)  # a module has none and keeps its integer buffers by itself
             castable = dtype is not None and (own is None or own.is_floating_point or own.is_complex)
@@ -306,5 +307,16 @@ class BaseTunerLayer(_C.Layer, ABC):
         return x.to(dtype=dtype)
 
 
-def _parameters_of(item: nn.Module | torch.Tensor) -> list[torch.Tensor]:
-    return [item] if isinstance(item, torch.Tensor) else list(item.parameters())
+def _tensors_of(item: nn.Module | torch.Tensor) -> list[torch.Tensor]:
+    if isinstance(item, torch.Tensor):
+        return [item]
+    held = [(*module._parameters.values(), *module._buffers.values()) for module in item.modules()]
+    return [tensor for tensors in held for tensor in tensors if tensor is not None]
+
+
+def _are_at(tensors: list[torch.Tensor], device: torch.device, dtype: torch.dtype | None) -> bool:
+    """Whether nothing would change by moving them to the device and those that are no integers to the dtype."""
+    return all(
+        t.device == device and (dtype in (None, t.dtype) or not (t.is_floating_point() or t.is_complex()))
+        for t in tensors
+    )

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .. import hub, import_utils
+from .. import _C, hub, import_utils
 from ..mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from ..tuners.offloaded import onload, onload_adapters
 from .constants import (
@@ -50,7 +50,7 @@ def _wrappers(model: nn.Module):
     """(name in the state dict, module) of the modules that are trained in full or in part beside the adapters."""
     from ..tuners.targets import outer_modules
 
-    for name, module in outer_modules(model):
+    for name, module in outer_modules(model) if _C.find(model, AuxiliaryTrainingWrapper)[0] else ():
         if isinstance(module, AuxiliaryTrainingWrapper):
             yield name.removeprefix(_FSDP_PREFIX), module
 

@@ -169,3 +169,35 @@ def test_threads_leave_all_layers_in_one_state():
         thread.join()
     states = {(tuple(layer.active_adapters), *sorted(trainable(layer))) for layer in layers}
     assert len(states) == 1 and states.pop() in {((name,), name) for name in names[:3]}
+
+
+def test_threads_that_run_the_model_while_another_switches():
+    model = peft_c.get_peft_model(nn.Sequential(nn.Linear(4, 4)), peft_c.LoraConfig(r=2, target_modules=["0"]))
+    model.add_adapter("other", peft_c.LoraConfig(r=2, target_modules=["0"]))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    x, wrong, stop = torch.randn(3, 4), [], threading.Event()
+    expected = []
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        expected.append(model(x).detach())
+    with model.disable_adapter():
+        expected.append(model(x).detach())
+
+    def run():
+        while not stop.is_set():
+            y = model(x)
+            if not any(torch.equal(y, value) for value in expected):
+                wrong.append(y)
+
+    runners = [threading.Thread(target=run) for _ in range(2)]
+    for thread in runners:
+        thread.start()
+    for i in range(300):
+        model.set_adapter(("default", "other")[i % 2])
+        with model.disable_adapter():
+            pass
+    stop.set()
+    for thread in runners:
+        thread.join()
+    assert not wrong and model.base_model.model[0].active_adapters == ["other"]

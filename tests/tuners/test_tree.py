@@ -253,6 +253,24 @@ def test_a_call_inside_of_another_and_threads_get_trees_of_their_own():
     assert all(".default." in name for name in trainable(model))
 
 
+def test_a_switch_that_fails_halfway_changes_nothing():
+    model = adapted()
+    net = model.base_model.model
+    net[1][1].lora_B["default"].weight = nn.Parameter(torch.zeros(4, 2, dtype=torch.int8), requires_grad=False)
+
+    def state():
+        return trainable(model), [(layer.active_adapters, layer.__dict__.copy()) for layer in (net[0], *net[1])]
+
+    before = state()
+    with pytest.raises(RuntimeError):  # integers cannot be trained
+        model.set_adapter("default")
+    assert state() == before
+    with pytest.raises(RuntimeError):
+        model.set_requires_grad("default")
+    assert state() == before
+    assert model.active_adapter == model.base_model.active_adapter == "other"
+
+
 def test_wrong_calls():
     net = adapted().base_model.model
     tree = tree_of(net)
