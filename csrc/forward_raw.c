@@ -117,7 +117,7 @@ bool forward_takes_layer(const module_state *state, PyObject *weight, PyObject *
     if (!view_is_plain(state, weight) || view_peek(state, weight, &view) != VIEW_OK || view.ndim != 2) return false;
     if (!view_as_rows(&view, &w) || w.dtype != p->x.dtype || w.cols != p->x.cols || (w.cs != 1 && w.cols > 1))
         return false;
-    if (!pk_linear_suits(w.dtype, p->x.rows)) return false;
+    if (!pk_linear_suits(w.dtype, p->x.rows, w.rows, w.cols)) return false;
     if (bias != Py_None) {
         if (!view_is_plain(state, bias) || view_peek(state, bias, &view) != VIEW_OK || view.ndim != 1) return false;
         if (!view_as_rows(&view, &p->bias) || p->bias.cols != w.rows || p->bias.dtype != w.dtype) return false;

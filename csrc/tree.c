@@ -320,11 +320,9 @@ static PyObject *set_requires_grad(tree *self, PyObject *const *args, Py_ssize_t
     (void)count;
     selection chosen = {0};
     const int flag = PyObject_IsTrue(args[2]);
+    const module_state *state = self->walk.state;
     int rc = flag < 0 ? -1 : tree_select(self, args[0], NULL, &chosen);
-    if (rc == 0) {
-        rc =
-            layers_switch(self->walk.state, SET_REQUIRES_GRAD, chosen.items, chosen.count, &self->pool, args[1], flag);
-    }
+    if (rc == 0) rc = layers_switch(state, SET_REQUIRES_GRAD, chosen.items, chosen.count, &self->pool, args[1], flag);
     selection_free(&chosen);
     return rc < 0 ? NULL : Py_NewRef(Py_None);
 }
@@ -333,17 +331,20 @@ static PyObject *set_requires_grad(tree *self, PyObject *const *args, Py_ssize_t
 static PyObject *enable_adapters(tree *self, PyObject *const *args, Py_ssize_t count) {
     (void)count;
     const module_state *state = self->walk.state;
-    selection chosen = {0};
+    selection chosen = {0}, all = {0};
     PyObject *before = NULL, *merged = NULL, *result = NULL;
     const int flag = PyObject_IsTrue(args[2]), irregular = PyObject_IsTrue(args[3]);
     if (flag < 0 || irregular < 0 || tree_select(self, args[0], args[1], &chosen) < 0) goto done;
-    if ((before = enabled_now(state, &chosen)) == NULL) goto done;
+    const bool holders = chosen.other_count > 0; /* what they hold is looked at, too, though they switch it */
+    if (holders && tree_select(self, args[0], NULL, &all) < 0) goto done;
+    if ((before = enabled_now(state, holders ? &all : &chosen)) == NULL) goto done;
     if ((merged = list_merged(state, &chosen)) == NULL) goto done;
-    if (irregular || !PyUnicode_Check(before)) {
-        if (layers_switch(state, ENABLE_ADAPTERS, chosen.items, chosen.count, &self->pool, NULL, flag) < 0) goto done;
-    }
+    if ((irregular || !PyUnicode_Check(before)) &&
+        layers_switch(state, ENABLE_ADAPTERS, chosen.items, chosen.count, &self->pool, NULL, flag) < 0)
+        goto done;
     result = PyTuple_Pack(2, before, merged);
 done:
+    selection_free(&all);
     selection_free(&chosen);
     Py_XDECREF(before);
     Py_XDECREF(merged);

@@ -66,9 +66,9 @@ int pk_lowrank_set(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int nf
                    pk_parallel_fn par);
 
 /* The same with a linear layer below: y (m, n) = x w^T + bias + the terms, rounded once, in one pass over w (n, k); bias
- * (1, n): NULL for none. And the gradient of such a layer's input, dx (m, k) = g (m, n) w. For few rows: they read w again for every 15 to 64 of them; no
- * f64. The two that end in _suits: 1 where that is faster than what torch does for x and w of dtype. */
-int pk_linear_suits(pk_dtype dtype, int64_t m);
+ * (1, n): NULL for none. And the gradient of such a layer's input, dx (m, k) = g (m, n) w. For few rows: they read w
+ * again for every 15 to 64 of them; no f64. The two that end in _suits: 1 where that is faster than what torch does for x and w of dtype. */
+int pk_linear_suits(pk_dtype dtype, int64_t m, int64_t n, int64_t k);
 size_t pk_linear_work(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_lowrank *f, int nf);
 int pk_linear(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_mat *bias, const pk_lowrank *f, int nf,
               const pk_mat *t, void *work, pk_parallel_fn par);

@@ -243,8 +243,9 @@ int pk_lowrank_set(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int nf
 
 /* --------------------------------------------------------------------------------------------------- linear layers */
 
-/* Where pk_linear, with terms of r = 16, takes at most what F.linear of torch 2.13 does alone (MKL for f32, oneDNN for bf16):
- * microseconds out of the cache, 2 threads of Zen 4, pk_linear / F.linear. Only measured with AVX-512.
+/* Where pk_linear, with terms of r = 16, takes at most what F.linear of torch 2.13 does alone (MKL for f32, oneDNN for
+ * bf16): microseconds out of the cache, 2 threads of Zen 4, pk_linear / F.linear. Only measured with AVX-512. For a
+ * small weight the calls are most of the time, and torch's bits are worth more than the rest.
  *                rows      1          4          8         16         32         48          64
  *   f32  2816 x 1024  292/658   441/1214   535/1271   761/1515  1239/2201  1687/2829  2192/3350
  *         256 x 256     6/6        9/17      15/19      23/28      43/48      59/75       74/72
@@ -253,9 +254,9 @@ int pk_lowrank_set(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int nf
  *   f16  2816 x 1024  207/154    299/553    428/1182  15 rows: 668/2177, and so on for more
  *         256 x 256     6/9         9/23      14/41
  */
-int pk_linear_suits(pk_dtype dtype, int64_t m) {
+int pk_linear_suits(pk_dtype dtype, int64_t m, int64_t n, int64_t k) {
     const pk_isa *const isa = pk_isa_now();
-    if (isa->nr[0] < NR_MAX) return 0;
+    if (isa->nr[0] < NR_MAX || n * k < SMALL_WEIGHT) return 0;
     if (dtype == PK_F16) return m > 1;
     return m <= LINEAR_ROWS && (dtype == PK_F32 || (dtype == PK_BF16 && isa->pairs));
 }

@@ -5,8 +5,9 @@
 #include "internal.h"
 
 enum {
-    LINEAR_ROWS = 64,      /* at most that many rows go through a linear layer at once */
-    LARGE_WEIGHT = 1 << 18 /* elements: larger than a core's own cache */
+    LINEAR_ROWS = 64,       /* at most that many rows go through a linear layer at once */
+    SMALL_WEIGHT = 1 << 15, /* elements: up to there a layer's time is that of the calls around it */
+    LARGE_WEIGHT = 1 << 18  /* larger than a core's own cache */
 };
 
 /* y (m, n) op= sum_i scale_i (x down_i^T) up_i^T, op OP_ADD or OP_SET: a forward's A and B, a backward's B^T and A^T.

@@ -41,8 +41,8 @@ def test_dtypes_and_leading_dims(pair, lead):
 @pytest.mark.parametrize("rows", [9, 90])
 @torch.no_grad()
 def test_mixed_precision_rounds_once(rows):
-    layer = make(dtype=torch.bfloat16, adapter_dtype=torch.float32, adapters=("a", "b", "c"))
-    x, base = torch.randn(rows, 24, dtype=torch.bfloat16), layer.base_layer
+    layer = make(k=200, n=200, dtype=torch.bfloat16, adapter_dtype=torch.float32, adapters=("a", "b", "c"))
+    x, base = torch.randn(rows, 200, dtype=torch.bfloat16), layer.base_layer
     whole = rows == 9 and "avx512bf16" == _C.info()["isa"]  # then the base layer's output is not rounded by itself
     exact = F.linear(x.double(), base.weight.double(), base.bias.double()) if whole else base(x).double()
     for name in "abc":
@@ -315,17 +315,25 @@ def test_terms_given_at_the_call(pair):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_base_layer_and_terms_for_few_and_many_rows(rows, bias, dtype):
-    layer = make(k=100, n=70, bias=bias, dtype=dtype, adapters=("a", "b"))
-    for x in (torch.randn(rows, 100), torch.randn(100, rows).t(), torch.randn(1, rows, 200)[..., ::2]):
+    layer = make(k=300, n=170, bias=bias, dtype=dtype, adapters=("a", "b"))
+    for x in (torch.randn(rows, 300), torch.randn(300, rows).t(), torch.randn(1, rows, 600)[..., ::2]):
         with torch.no_grad():
             close(*both(layer, x.to(dtype)), 2)
-    layer.base_layer.weight = nn.Parameter(torch.randn(100, 70, dtype=dtype).t() / 10, requires_grad=False)
+    layer.base_layer.weight = nn.Parameter(torch.randn(300, 170, dtype=dtype).t() / 10, requires_grad=False)
     with torch.no_grad():
-        close(*both(layer, torch.randn(rows, 100, dtype=dtype)), 2)
+        close(*both(layer, torch.randn(rows, 300, dtype=dtype)), 2)
     with torch.inference_mode():
-        assert layer(torch.randn(rows, 100, dtype=dtype)).is_inference()
+        assert layer(torch.randn(rows, 300, dtype=dtype)).is_inference()
     with pytest.raises(RuntimeError), torch.no_grad():  # as F.linear has it
-        layer(torch.randn(rows, 100, dtype=torch.bfloat16 if dtype == torch.float32 else torch.float32))
+        layer(torch.randn(rows, 300, dtype=torch.bfloat16 if dtype == torch.float32 else torch.float32))
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_small_layers_keep_the_bits_of_torch(rows):
+    layer, x = make(k=100, n=70), torch.randn(rows, 100)
+    nn.init.zeros_(layer.lora_B["default"].weight)
+    with torch.no_grad():
+        assert torch.equal(layer(x), layer.base_layer(x))
 
 
 def test_linear_grad_is_the_product():

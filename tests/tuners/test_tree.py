@@ -155,6 +155,17 @@ def test_disable_adapter_warns_of_irregular_layers(monkeypatch, usual):
     assert all(".other." in name for name in trainable(model)) and len(trainable(model)) == 6
 
 
+def test_a_layer_that_a_token_wrapper_holds_can_be_irregular():
+    net = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8))
+    config = peft_c.LoraConfig(target_modules=["1"], trainable_token_indices={"0": [0, 1]})
+    model = peft_c.get_peft_model(net, config)
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers[0].enable_adapters(False)
+    with pytest.warns(UserWarning, match="some adapter layers that are enabled"), model.disable_adapter():
+        assert all(layer.disable_adapters for layer in layers)
+    assert not any(layer.disable_adapters for layer in layers)
+
+
 def test_methods_put_on_a_class_are_called(monkeypatch):
     model, calls = adapted(), []
     monkeypatch.setattr(LoraLayer, "set_adapter", lambda self, names, inference_mode=False: calls.append(names))
