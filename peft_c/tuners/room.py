@@ -117,7 +117,7 @@ class RoomConfig(PeftConfig):
     """
 
     method = ""  # the name under which it is registered
-    as_sets: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules")  # options whose lists become sets
+    as_sets = ("target_modules", "exclude_modules")  # options whose lists become sets; no option itself
 
     def __post_init__(self) -> None:
         super().__post_init__()

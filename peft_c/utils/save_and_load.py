@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys as LoadedKeys
 
 from .. import _C, hub, import_utils
 from ..mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -474,7 +475,7 @@ def load_adapter_state(
     with onload_adapters(model, adapter_name):
         if not missing_of_model and _load_directly(model, state_dict, low_cpu_mem_usage):
             missing = [key for key in adapter_entries(model, adapter_name) if key not in state_dict]
-            result = _IncompatibleKeys(missing, [])
+            result = LoadedKeys(missing, [])
         else:
             result = model.load_state_dict(state_dict, strict=False, **({"assign": True} if low_cpu_mem_usage else {}))
     if low_cpu_mem_usage:

@@ -76,7 +76,7 @@ def load(path=None):
         "pk_lowrank_backward": (C.c_int, [P(Backward), ptr, ptr]),
         "pk_shrink_work": (C.c_size_t, [mat, mat]),
         "pk_shrink": (C.c_int, [mat, mat, mat, C.c_double, ptr, ptr]),
-        "pk_linear_suits": (C.c_int, [C.c_int, C.c_int64]),
+        "pk_linear_suits": (C.c_int, [C.c_int] + [C.c_int64] * 3),
         "pk_linear_grad_suits": (C.c_int, [C.c_int, C.c_int64, C.c_int64, C.c_int64]),
         "pk_linear_work": (C.c_size_t, [mat, mat, mat, P(LowRank), C.c_int]),
         "pk_linear": (C.c_int, [mat, mat, mat, mat, P(LowRank), C.c_int, mat, ptr, ptr]),
