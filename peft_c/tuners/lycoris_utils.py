@@ -41,8 +41,9 @@ class LycorisLayer(AddRoom):
     # --- dropout ---
 
     def drops_parts(self, name: str) -> bool:
-        """Whether rank or module dropout is active."""
-        return self.training and bool(self.rank_dropout[name] or self.module_dropout[name])
+        """Whether a forward is up to chance. In training a number is drawn even where nothing can be dropped, as in
+        PEFT, so that whatever draws after it gets the same numbers."""
+        return self.training
 
     def get_delta_weight(self, adapter_name: str, *, apply_rank_dropout: bool = False) -> torch.Tensor:
         """What merging adds to the weight, with its shape; in training optionally with rows dropped at random."""

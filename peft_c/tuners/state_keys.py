@@ -36,6 +36,8 @@ def state_dict_of(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor
     """
     from ..utils.other import AuxiliaryTrainingWrapper
 
+    if not _gives_plain_state(model):
+        return model.state_dict()
     result: OrderedDict[str, torch.Tensor] = OrderedDict()
     result._metadata = OrderedDict()  # type: ignore[attr-defined]
 
@@ -69,7 +71,8 @@ def state_dict_of(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor
 
 def _gives_plain_state(module: nn.Module) -> bool:
     hooks = module._state_dict_hooks or module._state_dict_pre_hooks
-    return not hooks and type(module).state_dict is nn.Module.state_dict
+    own = "state_dict" in module.__dict__ or type(module).state_dict is not nn.Module.state_dict
+    return not hooks and not own
 
 
 def _join(prefix: str, name: str) -> str:

@@ -92,7 +92,7 @@ def without(pairs, *exceptions):
 @without(PAIRS, OTHER_FORWARD)
 def test_outputs_and_gradients(method, kind):
     ours, theirs = make(method, kind).train(), make(method, kind, peft).train()
-    found = []
+    found, drawn = [], []
     for model in (ours, theirs):
         x = network(kind)[1]
         x = x.requires_grad_() if x.is_floating_point() else x
@@ -100,7 +100,9 @@ def test_outputs_and_gradients(method, kind):
         output = call(model, method, x)
         output.square().sum().backward()
         found.append((output, x.grad, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        drawn.append(torch.rand(1))
     assert close(found[0][0], found[1][0])
+    assert torch.equal(*drawn), "a forward in training draws as many random numbers as PEFT's"
     assert close(run(ours.eval(), method, kind), run(theirs.eval(), method, kind))
     if found[1][1] is not None and method not in OTHER_GRADIENTS:
         assert close(found[0][1], found[1][1], 1e-3)

@@ -195,3 +195,17 @@ def test_generate_equals(tmp_path):
         tokens.append(model.generate(input_ids=IDS[:, :3], max_new_tokens=5, do_sample=False))
         assert "prepare_inputs_for_generation" not in vars(model.get_base_model())
     assert torch.equal(*tokens)
+
+
+def test_a_models_own_state_dict_is_what_is_saved(tmp_path):
+    from safetensors.torch import load_file
+
+    saved = []
+    for package in (peft, peft_c):
+        torch.manual_seed(0)
+        model = package.get_peft_model(tiny.mlp(), package.LoraConfig(target_modules=["lin0", "lin1"]))
+        left = {key: value for key, value in model.state_dict().items() if "lin1.lora_A" not in key}
+        model.state_dict = lambda left=left: left
+        model.save_pretrained(tmp_path / package.__name__)
+        saved.append(sorted(load_file(tmp_path / package.__name__ / "adapter_model.safetensors")))
+    assert saved[0] == saved[1] and not any("lin1.lora_A" in key for key in saved[0])
