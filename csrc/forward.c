@@ -285,8 +285,7 @@ static PyObject *forward_lowrank(PyObject *module, PyObject *const *arguments, P
     if (reason == GATE_MERGED || reason == GATE_DISABLED || reason == GATE_NO_ADAPTER) {
         result = call_base(&plan, arguments[1], args, kwargs);
     } else {
-        result = Py_NotImplemented;
-        Py_INCREF(result);
+        result = Py_NewRef(Py_NotImplemented);
     }
 done:
     gate_release(&plan);

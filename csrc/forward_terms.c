@@ -54,8 +54,7 @@ static PyObject *forward_terms(PyObject *module, PyObject *const *arguments, Py_
         !forward_wants_graph(state, &plan, arguments[1])) {
         result = forward_planned(state, &plan, arguments[1], arguments[3], arguments[4]);
     } else {
-        result = Py_NotImplemented;
-        Py_INCREF(result);
+        result = Py_NewRef(Py_NotImplemented);
     }
 done:
     gate_release(&plan);

@@ -53,7 +53,7 @@ class LoHaLayer(LycorisLayer):
         return [getattr(self, factor)[name] for factor in self.adapter_layer_names[:4]]
 
     def dense(self, name: str, x: torch.Tensor) -> bool:
-        return not self.drops_parts(name)
+        return not self.training
 
     def low_rank(self, name: str) -> LowRank | None:
         """The product as one low-rank matrix of rank r * r, where that is small."""

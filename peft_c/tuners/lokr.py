@@ -98,7 +98,7 @@ class LoKrLayer(LycorisLayer):
 
     def dense(self, name: str, x: torch.Tensor) -> bool:
         rows, linear = x.shape[:-1].numel(), isinstance(self.get_base_layer(), nn.Linear)
-        return not (torch.is_grad_enabled() or self.drops_parts(name)) and (rows > 128 or not linear)
+        return not (torch.is_grad_enabled() or self.training) and (rows > 128 or not linear)
 
     def activations(self, name: str, x: torch.Tensor) -> torch.Tensor:
         if not isinstance(self.get_base_layer(), nn.Linear):

@@ -40,11 +40,6 @@ class LycorisLayer(AddRoom):
 
     # --- dropout ---
 
-    def drops_parts(self, name: str) -> bool:
-        """Whether a forward is up to chance. In training a number is drawn even where nothing can be dropped, as in
-        PEFT, so that whatever draws after it gets the same numbers."""
-        return self.training
-
     def get_delta_weight(self, adapter_name: str, *, apply_rank_dropout: bool = False) -> torch.Tensor:
         """What merging adds to the weight, with its shape; in training optionally with rows dropped at random."""
         delta = super().get_delta_weight(adapter_name).reshape(self.get_base_layer().weight.shape)
@@ -56,6 +51,8 @@ class LycorisLayer(AddRoom):
         return delta * keep.view(-1, *(1,) * (delta.ndim - 1))
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        # In training a number is drawn even where nothing can be dropped, as in PEFT, so that whatever draws after it
+        # gets the same numbers; rooms therefore leave `dense` to eval mode.
         if self.training and torch.rand(1) <= self.module_dropout[name]:
             return x.new_zeros(())
         if self.training and self.rank_dropout[name]:

@@ -71,8 +71,12 @@ def state_dict_of(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor
 
 def _gives_plain_state(module: nn.Module) -> bool:
     hooks = module._state_dict_hooks or module._state_dict_pre_hooks
-    own = "state_dict" in module.__dict__ or type(module).state_dict is not nn.Module.state_dict
-    return not hooks and not own
+    return not hooks and not overrides(module, "state_dict")
+
+
+def overrides(module: nn.Module, method: str) -> bool:
+    """Whether the module or its class has another `method` than nn.Module has."""
+    return method in module.__dict__ or getattr(type(module), method) is not getattr(nn.Module, method)
 
 
 def _join(prefix: str, name: str) -> str:

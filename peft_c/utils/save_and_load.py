@@ -411,7 +411,9 @@ def _load_directly(model: nn.Module, state_dict: dict[str, torch.Tensor], assign
 
     Returns False, with nothing done, if an entry has no place in the model or a module above it has hooks.
     """
-    if "load_state_dict" in model.__dict__ or type(model).load_state_dict is not nn.Module.load_state_dict:
+    from ..tuners.state_keys import overrides
+
+    if overrides(model, "load_state_dict"):
         return False
     found: dict[str, nn.Module | None] = {"": model}
 
