@@ -211,6 +211,7 @@ _linear = _LowRank.apply  # as `_C.lowrank_forward` calls it for a frozen nn.Lin
 
 def _backward_in_c(g, x, t, weight, scales, factors, needs_x, needs, shape, dtype):
     """(dx, dA_0, dB_0, ...), None where not needed; None altogether when g is no plain tensor."""
+    g = g.contiguous()  # every product below walks its rows; that of sum() repeats one element
     wide = factors[0].dtype if len(scales) > 1 and factors[0].dtype.itemsize > dtype.itemsize else dtype
     dx = _C.linear_grad(g, weight) if weight is not None else None
     late = (
