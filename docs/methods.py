@@ -15,6 +15,7 @@ from torch import nn
 from peft_c import get_peft_model
 from peft_c.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft_c.tuners.room import AddRoom, MapRoom, RoomModel
+from peft_c.tuners.tuners_utils import BasePromptEncoder
 
 HERE = Path(__file__).resolve().parent
 INHERITED = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
@@ -30,7 +31,9 @@ def rooms_of(model: type) -> dict[str, type]:
     return {kind if isinstance(kind, str) else kind.__name__: room for kind, room in rooms.items()}
 
 
-def law_of(rooms: dict[str, type]) -> str:
+def law_of(model: type, rooms: dict[str, type]) -> str:
+    if issubclass(model, BasePromptEncoder):
+        return "prompt"
     names = ((AddRoom, "adds"), (MapRoom, "maps"), (object, "own"))
     laws = {next(name for law, name in names if issubclass(room, law)) for room in rooms.values()}
     return ", ".join(sorted(laws)) or "own"
@@ -75,6 +78,8 @@ def section(name: str, config: type, model: type, shapes: dict[str, tuple[int, .
         lines += [f"`{room.__name__}`: {' '.join((inspect.getdoc(room) or '').split())}", ""]
     for base in {b for room in rooms.values() for b in room.__mro__[1:3] if b.__module__ == module.__name__}:
         lines += [f"`{base.__name__}`: {' '.join((inspect.getdoc(base) or '').split())}", ""]
+    if issubclass(model, BasePromptEncoder):
+        lines += [f"`{model.__name__}`: {first_sentence(inspect.getdoc(model))}", ""]
     if shapes:
         lines += [told(shapes), ""]
     lines += [f"Options of `{config.__name__}`:", "", "| option | default | |", "|---|---|---|"]
@@ -96,15 +101,16 @@ def page() -> str:
         name = kind.value.lower()
         rooms = rooms_of(model)
         shapes = parameters(name, config, rooms)
-        layers = ", ".join(rooms) or "see below"
+        layers = ", ".join(rooms) or ("" if issubclass(model, BasePromptEncoder) else "see below")
         count = f"{sum(torch.Size(shape).numel() for shape in shapes.values()):,}" if shapes else ""
-        table.append(f"| [{name}](#{name}) | `{config.__name__}` | {law_of(rooms)} | {layers} | {count} |")
+        table.append(f"| [{name}](#{name}) | `{config.__name__}` | {law_of(model, rooms)} | {layers} | {count} |")
         sections.append(section(name, config, model, shapes))
     head = f"""# Methods
 
 Made by `python docs/methods.py` from the configs and docstrings. *adds*: the adapted weight is the base weight
-plus a delta; *maps*: it is a function of the base weight; *own*: the method has its own rules. *parameters*: how many
-are trained for one nn.Linear{SIZES}, which has {SIZES[0] * SIZES[1] + SIZES[1]:,}, with the method's defaults.
+plus a delta; *maps*: it is a function of the base weight; *own*: the method has its own rules; *prompt*: the
+weights stay, and virtual tokens are learned, or their keys and values. *parameters*: how many are trained for one
+nn.Linear{SIZES}, which has {SIZES[0] * SIZES[1] + SIZES[1]:,}, with the method's defaults.
 """
     return "\n".join([head, *table, "", *sections])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _C, hub, offload
+from . import _C, hub, offload, prompt_learning
 from .config import PeftConfig, check_is_config
 from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from .rollback import undo_on_error
@@ -30,6 +29,7 @@ from .utils.integrations import init_empty_weights
 from .utils.other import (
     AuxiliaryTrainingWrapper,
     _set_trainable,
+    create_attention_mask,  # noqa: F401
     id_tensor_storage,
     infer_device,
     set_additional_trainable_modules,
@@ -60,21 +60,6 @@ def _is_shared_copy(key: str, peft_type: str) -> bool:
     if "vblora_vector_bank" in key or "prompt_encoder" in key or ".tinylora_v." in key:
         return True
     return peft_type == "UNILORA" and ".unilora_theta_d." in key and not key.startswith("base_model.unilora_theta_d.")
-
-
-def _prompt_learning(config: PeftConfig):
-    """The module that implements prompt learning on a PeftModel (prompt, prefix and p-tuning, ...)."""
-    name = f"{__package__}.prompt_learning"
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as exc:
-        if exc.name != name:
-            raise
-        peft_type = getattr(config.peft_type, "value", config.peft_type)
-        raise NotImplementedError(
-            f"{type(config).__name__}: {peft_type} is a prompt-learning method, and the module '{name}' that runs "
-            "those is not part of this version. Methods that adapt layers, such as LoRA, are available."
-        ) from exc
 
 
 def enable_input_grads(model: nn.Module) -> None:
@@ -623,7 +608,7 @@ class PeftModel(AdapterLoadingMixin, nn.Module):
         self._add_head(peft_config)
         try:
             if peft_config.is_prompt_learning:
-                _prompt_learning(peft_config).add_adapter(self, adapter_name, peft_config)
+                prompt_learning.add_adapter(self, adapter_name, peft_config)
             elif peft_config.is_adaption_prompt:
                 self.base_model.add_adapter(adapter_name, peft_config)
                 set_additional_trainable_modules(
@@ -664,7 +649,7 @@ class PeftModel(AdapterLoadingMixin, nn.Module):
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} not found. The adapters are {list(self.peft_config)}.")
         if self._is_prompt_learning:
-            _prompt_learning(self.peft_config[adapter_name]).set_adapter(self, adapter_name, inference_mode)
+            prompt_learning.set_adapter(self, adapter_name, inference_mode)
         else:
             self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
         self.active_adapter = adapter_name
@@ -689,7 +674,7 @@ class PeftModel(AdapterLoadingMixin, nn.Module):
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist. The adapters are {list(self.peft_config)}.")
         if self._is_prompt_learning:
-            _prompt_learning(self.peft_config[adapter_name]).delete_adapter(self, adapter_name)
+            prompt_learning.delete_adapter(self, adapter_name)
             return
         self.base_model.delete_adapter(adapter_name=adapter_name)
         active = self.active_adapters
@@ -703,7 +688,7 @@ class PeftModel(AdapterLoadingMixin, nn.Module):
         Contexts may be nested. Adapters that were disabled before stay disabled after it.
         """
         if self._is_prompt_learning:
-            with _prompt_learning(self.active_peft_config).disabled(self):
+            with prompt_learning.disabled(self):
                 yield
             return
         tuner, was_disabled = self.base_model, self._adapters_disabled
@@ -749,7 +734,7 @@ class PeftModel(AdapterLoadingMixin, nn.Module):
     def _task_forward(self, inputs: dict[str, Any], task_ids: Any, kwargs: dict[str, Any]):
         """The forward of the task classes: `inputs` are their named arguments, all of which the base model takes."""
         if self._is_prompt_learning:
-            return _prompt_learning(self.active_peft_config).forward(self, inputs, task_ids, kwargs)
+            return prompt_learning.forward(self, inputs, task_ids, kwargs)
         if self.peft_type == PeftType.POLY:
             kwargs["task_ids"] = task_ids
         with self._enable_peft_forward_hooks(**kwargs):
@@ -765,13 +750,13 @@ class PeftModel(AdapterLoadingMixin, nn.Module):
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
         """The prompt of a prompt-learning adapter as it is saved, (num_virtual_tokens, token_dim) on the CPU."""
-        return _prompt_learning(self.peft_config[adapter_name]).prompt_to_save(self, adapter_name)
+        return prompt_learning.prompt_to_save(self, adapter_name)
 
     def get_prompt(
         self, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None
     ) -> torch.Tensor:
         """The active prompt for `batch_size` samples: embeddings, or past keys and values for prefix tuning."""
-        return _prompt_learning(self.active_peft_config).prompt(self, batch_size, task_ids, max_cache_len)
+        return prompt_learning.prompt(self, batch_size, task_ids)
 
     # ---------------------------------------------------------------------------------------------- descriptions
 
@@ -983,7 +968,7 @@ class _PeftModelThatGenerates(PeftModel):
     def _generate(self, args: tuple, kwargs: dict[str, Any]):
         with _replaced(self.base_model, "prepare_inputs_for_generation", self.prepare_inputs_for_generation):
             if self._is_prompt_learning:
-                return _prompt_learning(self.active_peft_config).generate(self, args, kwargs)
+                return prompt_learning.generate(self, args, kwargs)
             with self._enable_peft_forward_hooks(*args, **kwargs):
                 return self.base_model.generate(*args, **self._for_base_model(kwargs))
 
@@ -992,8 +977,7 @@ class _PeftModelThatGenerates(PeftModel):
         if self.peft_type == PeftType.POLY:
             model_kwargs["task_ids"] = task_ids
         if self._is_prompt_learning:
-            module = _prompt_learning(self.active_peft_config)
-            return module.prepare_inputs_for_generation(self, model_kwargs, task_ids, kwargs)
+            return prompt_learning.prepare_inputs_for_generation(self, model_kwargs, task_ids, kwargs)
         return model_kwargs
 
 

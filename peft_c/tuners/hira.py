@@ -49,16 +49,12 @@ class HiraLayer(AddRoom):
     def initial(self, r: int, scheme: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B of a new adapter."""
         kernel = getattr(self.get_base_layer(), "kernel_size", ())
-        A = torch.randn(r, self.in_features, *kernel)
-        B = torch.randn(self.out_features, r, *(1 for _ in kernel))
+        A, B = torch.randn(r, self.in_features, *kernel), torch.randn(self.out_features, r, *(1 for _ in kernel))
         if scheme:
             nn.init.zeros_(B)
-            if scheme is True or kernel:
-                kaiming(A)
-            elif scheme.lower() == "gaussian":
-                nn.init.normal_(A, std=1 / r)
-            else:
+            if scheme is not True and not kernel and scheme.lower() != "gaussian":
                 raise ValueError(f"Unknown initialization init_weights={scheme!r}")
+            kaiming(A) if scheme is True or kernel else nn.init.normal_(A, std=1 / r)
         return A, B
 
     def factors(self, name: str) -> list[torch.Tensor]:

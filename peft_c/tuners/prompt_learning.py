@@ -1,30 +1,18 @@
-"""What the methods that learn a prompt have in common here: their configs are made, saved and loaded as PEFT's, and
-whatever would run the methods says that it is not there."""
+"""What the methods that learn a prompt have in common: their registration and their start from tokens' embeddings.
+How a PeftModel runs them is in `peft_c/prompt_learning.py`."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any, NoReturn
+from collections.abc import Sequence
+
+import torch
+from torch import nn
 
 from ..config import PeftConfig
+from ..utils.integrations import gather_params_ctx
 from ..utils.peft_types import register_peft_method
 from .room import documented
-from .tuners_utils import BasePromptEncoder
-
-
-def not_available(name: str) -> NoReturn:
-    """NotImplementedError that names what was asked for."""
-    raise NotImplementedError(
-        f"{name} belongs to a prompt-learning method, and peft_c has their configurations only. Methods that adapt "
-        "layers, such as LoRA, are available."
-    )
-
-
-class MissingEncoder(BasePromptEncoder):
-    """The name of one of PEFT's prompt encoders; making one raises NotImplementedError."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        not_available(type(self).__name__)
 
 
 def register(name: str, config: type[PeftConfig], encoder: type, parts: tuple[str, ...] = ()) -> None:
@@ -36,3 +24,10 @@ def register(name: str, config: type[PeftConfig], encoder: type, parts: tuple[st
     module.__path__ = []
     config.__doc__ = documented(config)
     register_peft_method(name=name, config_cls=config, model_cls=encoder)
+
+
+def embedded(word_embeddings: nn.Embedding, token_ids: Sequence[int] | torch.Tensor) -> nn.Parameter:
+    """The embeddings of these tokens as a new float32 parameter, (tokens, width)."""
+    ids = torch.as_tensor(token_ids, dtype=torch.long).to(word_embeddings.weight.device)
+    with gather_params_ctx(word_embeddings.parameters()), torch.no_grad():
+        return nn.Parameter(word_embeddings(ids).clone().float())

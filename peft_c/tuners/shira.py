@@ -25,8 +25,7 @@ def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, *
     if random_seed is not None:
         generator.manual_seed(random_seed)
     chosen = torch.randperm(m * n, generator=generator)[: r * (m + n)]
-    mask = torch.zeros(m * n, dtype=torch.bool)
-    mask[chosen] = True
+    mask = torch.zeros(m * n, dtype=torch.bool).index_fill_(0, chosen, True)
     return mask.view(m, n).to(base_layer.weight.device)
 
 
@@ -65,11 +64,10 @@ class Linear(SparseRoom):
 
     def create(self, name: str, config: ShiraConfig) -> None:
         base, r = self.get_base_layer(), positive("r", config.r)
-        size = r * (self.in_features + self.out_features)
-        if size > self.in_features * self.out_features:
+        size, most = r * (self.in_features + self.out_features), self.in_features * self.out_features
+        if size > most:
             raise ValueError(
-                f"The set rank {r} results in more shira params than the total number of params in the base layer "
-                f"{self.in_features * self.out_features} and this is not allowed."
+                f"The set rank {r} results in more shira params than the {most} of the base layer: not allowed."
             )
         self.r[name], self.scaling[name] = r, 1.0
         if config.mask_fn is not None:

@@ -661,7 +661,16 @@ class BasePromptEncoder(nn.Module):
     """Base of the encoders of prompt learning methods, with the state-dict hooks that BaseTuner has for the others.
 
     Their weights live here and not on layers of the model, which is why they are loaded by `_load_adapter_state_dict`.
+
+    Class attributes:
+        fills_cache: the encoder gives keys and values for each layer, not embeddings before the input.
+        starts_from_tokens: it is made with the base model's word embeddings.
+        by_task: its prompt depends on the samples' tasks.
     """
+
+    fills_cache = False
+    starts_from_tokens = False
+    by_task = False
 
     @classmethod
     def _get_adapter_state_dict(

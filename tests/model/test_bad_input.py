@@ -206,14 +206,6 @@ def test_names(saved):
     same(before, photo(model))
 
 
-def test_prompt_learning_says_what_is_missing():
-    class Config(peft_c.PromptLearningConfig):
-        pass
-
-    with pytest.raises(NotImplementedError, match="PROMPT_TUNING.*peft_c.prompt_learning"):
-        PeftModel(tiny.mlp(), Config(peft_type="PROMPT_TUNING", num_virtual_tokens=2))
-
-
 def test_unknown_keys_and_runtime_config_are_dropped_with_a_warning(saved):
     path = saved / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "from_the_future": 1, "runtime_config": {"x": 1}}))

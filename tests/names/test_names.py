@@ -29,12 +29,6 @@ ON_PURPOSE = {
     },
 }
 
-# Names of methods that are not there: they import, and making one raises.
-MISSING = """
-AdaptedAttention AdaptionPromptModel CPTEmbedding CartridgeEncoder MultitaskPromptEmbedding PrefixEncoder
-PromptEmbedding PromptEncoder
-""".split()
-
 # Helpers of PEFT that carry no underscore but are called by their own module only; here they are arranged otherwise.
 INTERNAL = {"get_tp_plan_and_mesh", "add_lora_tp_hooks_dtensor"}
 
@@ -43,8 +37,11 @@ MODULES = """
 peft.config peft.functional peft.helpers peft.mapping peft.mapping_func peft.mixed_model peft.peft_model peft.auto
 peft.tuners.tuners_utils peft.tuners.lora peft.tuners.lora.config peft.tuners.lora.layer peft.tuners.lora.model
 peft.tuners.lora.conversion peft.tuners.lora.corda peft.tuners.lora.dora peft.tuners.lora.eva peft.tuners.mixed
-peft.tuners peft.tuners.adaption_prompt peft.tuners.cartridge peft.tuners.cartridge.utils peft.tuners.cpt.config
-peft.tuners.multitask_prompt_tuning peft.tuners.p_tuning.config peft.tuners.prefix_tuning peft.tuners.prompt_tuning
+peft.tuners peft.tuners.adaption_prompt peft.tuners.adaption_prompt.config peft.tuners.adaption_prompt.layer
+peft.tuners.adaption_prompt.model peft.tuners.adaption_prompt.utils peft.tuners.cartridge peft.tuners.cartridge.model
+peft.tuners.cartridge.utils peft.tuners.cpt.config peft.tuners.cpt.model peft.tuners.multitask_prompt_tuning
+peft.tuners.multitask_prompt_tuning.model peft.tuners.p_tuning.config peft.tuners.p_tuning.model
+peft.tuners.prefix_tuning peft.tuners.prefix_tuning.model peft.tuners.prompt_tuning peft.tuners.prompt_tuning.model
 peft.tuners.trainable_tokens peft.optimizers peft.utils peft.utils.constants peft.utils.hotswap
 peft.utils.integrations peft.utils.incremental_pca peft.utils.loftq_utils peft.utils.merge_utils peft.utils.other
 peft.utils.peft_types peft.utils.save_and_load
@@ -142,7 +139,7 @@ def test_modules_have_the_names(module):
 def test_signatures(module):
     different = []
     for name, theirs, mine in _shared(module):
-        if mine is None or name in MISSING:
+        if mine is None:
             continue
         pairs = [(name, theirs, mine)]
         if inspect.isclass(theirs):
@@ -156,15 +153,6 @@ def test_signatures(module):
             if reason and path not in ON_PURPOSE:
                 different.append(f"{path} {reason}")
     assert not different, "\n".join(different)
-
-
-@pytest.mark.parametrize("name", MISSING)
-def test_what_is_missing_says_so(name):
-    from peft_c import tuners
-
-    cls = getattr(tuners, name, None) or tuners.adaption_prompt.AdaptedAttention
-    with pytest.raises(NotImplementedError, match=f"{name} belongs to a prompt-learning method"):
-        cls(None, None, None)
 
 
 PROMPTS = """
