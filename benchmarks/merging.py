@@ -1,9 +1,12 @@
-"""merge, unmerge and safe_merge of one layer over sizes, ranks and dtypes, and of a whole model."""
+"""merge, unmerge and safe_merge of one layer over sizes, ranks and dtypes, and of a whole model.
+
+Rows that end in "no record" are peft_c with `exact_unmerge(False)`, which then does what the others do: it subtracts.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from models import DTYPES, PACKAGES, stack, with_lora
@@ -20,15 +23,28 @@ def _weight(size: tuple[int, int], dtypes: str) -> nn.Module:
     return nn.Sequential(linear).eval().requires_grad_(False)
 
 
+def _without_record(call: Callable[[], None]) -> Callable[[], None]:
+    from peft_c import exact_unmerge
+
+    def run() -> None:
+        with exact_unmerge(False):
+            call()
+
+    return run
+
+
 def _layer(size: tuple[int, int], r: int, dtypes: str) -> dict[str, list[Step]]:
     base = _weight(size, dtypes)
     what = f"{size[0]}x{size[1]}, r={r}, {dtypes}"
+    plain = f"{what}, no record"
 
     def cycle(name):
         layer = with_lora(name, base, dtypes, r=r, targets=["0"]).base_model.model[0]
         return [
             (f"merge {what}", layer.merge),
             (f"unmerge {what}", layer.unmerge),
+            (f"merge {plain}", _without_record(layer.merge) if name == "peft_c" else layer.merge),
+            (f"unmerge {plain}", layer.unmerge),
             (f"safe_merge {what}", lambda: layer.merge(safe_merge=True)),
             (None, layer.unmerge),
         ]
@@ -52,10 +68,13 @@ def _layer(size: tuple[int, int], r: int, dtypes: str) -> dict[str, list[Step]]:
     cycles["torch"] = [
         (f"merge {what}", lambda: addmm(1.0)),
         (f"unmerge {what}", lambda: addmm(-1.0)),
+        (f"merge {plain}", lambda: addmm(1.0)),
+        (f"unmerge {plain}", lambda: addmm(-1.0)),
         (f"safe_merge {what}", safe),
         (None, lambda: addmm(-1.0)),
     ]
-    cycles["floor"] = [(f"{step} {what}", touch) for step in ("merge", "unmerge", "safe_merge")]
+    rows = [f"{step} {what}" for step in ("merge", "unmerge", "safe_merge")]
+    cycles["floor"] = [(row, touch) for row in (*rows, f"merge {plain}", f"unmerge {plain}")]
     return cycles
 
 
