@@ -1,6 +1,7 @@
 /* merge_exchange.c: giving a weight other values as a whole, in place, while its old ones are kept. */
 #include "merge.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 /* Are the elements one array without gaps, in whatever order of dimensions? */
@@ -22,6 +23,16 @@ static bool array_view(const module_state *state, PyObject *tensor, TensorView *
     return view_is_plain(state, tensor) && view_peek(state, tensor, out) == VIEW_OK && is_dense(out);
 }
 
+/* One array in the order of the indices. */
+static bool is_flat(const TensorView *view) {
+    int64_t span = 1;
+    for (int i = view->ndim - 1; i >= 0; i--) {
+        if (view->shape[i] != 1 && view->strides[i] != span) return false;
+        span *= view->shape[i];
+    }
+    return true;
+}
+
 static bool are_alike(const TensorView *a, const TensorView *b) {
     if (a->dtype != b->dtype || a->ndim != b->ndim) return false;
     for (int i = 0; i < a->ndim; i++) {
@@ -30,15 +41,65 @@ static bool are_alike(const TensorView *a, const TensorView *b) {
     return true;
 }
 
-static int status_error(int status) {
-    PyErr_Format(PyExc_RuntimeError, "torch's thread pool could not run the exchange (kernel status %d)", status);
-    return -1;
+/* Raises what a kernel's status says, if it is none of those that are answers. */
+static bool is_error(int status) {
+    if (status == PK_EINVAL) {
+        PyErr_SetString(PyExc_IndexError, "a place is outside of the weight, or the values do not fit it");
+    } else if (status < 0) {
+        PyErr_Format(PyExc_RuntimeError, "torch's thread pool could not run the exchange (kernel status %d)", status);
+    }
+    return status < 0;
 }
 
-/* Both as arrays that may change places. */
-static bool pair_view(const module_state *state, PyObject *weight, PyObject *other, TensorView *w, TensorView *o) {
-    return merge_is_possible(state, false) && array_view(state, weight, w) && array_view(state, other, o) &&
-           are_alike(w, o) && !view_may_overlap(w, o);
+/* Places as one array of int32 or int64; None: there are none. */
+static bool places_find(const module_state *state, PyObject *tensor, const TensorView *w, pk_pair *pair) {
+    dl_tensor raw;
+    pair->size = w->numel;
+    if (tensor == Py_None) return true;
+    if (!view_is_plain(state, tensor) || state->torch.dlpack->tensor_from_object(tensor, &raw) != 0) {
+        PyErr_Clear();
+        return false;
+    }
+    pair->narrow = raw.dtype.bits == 32;
+    if (raw.device.type != DL_CPU || raw.dtype.code != DL_INT || (!pair->narrow && raw.dtype.bits != 64)) return false;
+    if (raw.ndim != 1 || (raw.strides != NULL && raw.shape[0] > 1 && raw.strides[0] != 1)) return false;
+    pair->n = raw.shape[0];
+    pair->places = pair->n ? (const char *)raw.data + raw.byte_offset : "";
+    return true;
+}
+
+/* w and o, which are not the same memory, as arrays that may change places: all of w or elements of it. */
+static bool pair_find(const module_state *state, PyObject *weight, PyObject *other, PyObject *places, TensorView *w,
+                      TensorView *o, pk_pair *pair) {
+    memset(pair, 0, sizeof *pair);
+    if (!merge_is_possible(state, false) || !array_view(state, weight, w) || !array_view(state, other, o))
+        return false;
+    pair->dtype = w->dtype;
+    pair->w = w->data;
+    pair->other = o->data;
+    pair->n = w->numel;
+    if (!places_find(state, places, w, pair) || view_may_overlap(w, o)) return false;
+    if (pair->places == NULL) return are_alike(w, o);
+    return is_flat(w) && o->dtype == w->dtype && o->ndim == 1 && o->numel == pair->n;
+}
+
+static int answer_truth(PyObject *flag, unsigned *out) {
+    const int truth = PyObject_IsTrue(flag);
+    *out = truth > 0;
+    return truth < 0 ? -1 : 0;
+}
+
+/* The exchange with a new version for its owner: (finite, digest). */
+static PyObject *exchange_run(const module_state *state, const pk_pair *pair, const pk_operand *by, unsigned check,
+                              PyObject *owner) {
+    uint64_t digest = 0;
+    int status;
+    if (view_bump_version(state, owner) < 0) return NULL;
+    Py_BEGIN_ALLOW_THREADS status = pk_exchange(pair, by, check ? PK_CHECK : 0, by && by->multiply ? NULL : &digest,
+                                                state->torch.torch_parallel_for);
+    Py_END_ALLOW_THREADS if (is_error(status)) return NULL;
+    if (status == PK_NONFINITE) return Py_BuildValue("(Oi)", Py_False, 0);
+    return Py_BuildValue("(OK)", Py_True, (unsigned long long)digest);
 }
 
 PyDoc_STRVAR(exchange_doc,
@@ -52,48 +113,105 @@ PyDoc_STRVAR(exchange_doc,
 static PyObject *exchange(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     const module_state *state = state_of(module);
     TensorView weight, other;
-    uint64_t digest = 0;
-    int status;
+    pk_pair pair;
+    unsigned add, check;
     if (nargs != 5) {
         PyErr_SetString(PyExc_TypeError, "exchange(weight, other, add, check, owner)");
         return NULL;
     }
-    const int add = PyObject_IsTrue(args[2]), check = PyObject_IsTrue(args[3]);
-    if (add < 0 || check < 0) return NULL;
-    if (!pair_view(state, args[0], args[1], &weight, &other)) Py_RETURN_NONE;
-    if (view_bump_version(state, args[4]) < 0) return NULL;
-    Py_BEGIN_ALLOW_THREADS status = pk_exchange(weight.dtype, weight.data, other.data, weight.numel, add,
-                                                check ? PK_CHECK : 0, &digest, state->torch.torch_parallel_for);
-    Py_END_ALLOW_THREADS if (status != PK_OK && status != PK_NONFINITE) {
-        (void)status_error(status);
-        return NULL;
-    }
-    if (status == PK_NONFINITE) return Py_BuildValue("(Oi)", Py_False, 0);
-    return Py_BuildValue("(OK)", Py_True, (unsigned long long)digest);
+    if (answer_truth(args[2], &add) < 0 || answer_truth(args[3], &check) < 0) return NULL;
+    if (!pair_find(state, args[0], args[1], Py_None, &weight, &other, &pair)) Py_RETURN_NONE;
+    const pk_operand by = {pair.other, pair.dtype, 1, pair.n, 0};
+    return exchange_run(state, &pair, add ? &by : NULL, check, args[4]);
 }
 
-PyDoc_STRVAR(restore_doc, "restore(weight, other, digest, owner, /)\n--\n\n"
-                          "exchange(weight, other, False, False, owner), if weight has this digest.\n\n"
-                          "Returns whether it has; if not, nothing has changed. None if C may not act here.");
+/* The operands of `combine` and `uncombine`. 1, 0 where C may not act, -1 with an exception. */
+static int combine_find(const module_state *state, PyObject *const *args, PyObject *places, pk_pair *pair,
+                        pk_operand *by) {
+    TensorView weight, other, values;
+    const long long run = PyLong_AsLongLong(args[3]);
+    unsigned multiply;
+    if ((run == -1 && PyErr_Occurred()) || answer_truth(args[4], &multiply) < 0) return -1;
+    if (!pair_find(state, args[0], args[1], places, &weight, &other, pair) || !array_view(state, args[2], &values) ||
+        !is_flat(&weight) || (values.dtype == PK_F64) != (pair->dtype == PK_F64) ||
+        view_may_overlap(&weight, &values) || view_may_overlap(&other, &values))
+        return 0;
+    *by = (pk_operand){values.data, values.dtype, run, values.numel, (int)multiply};
+    return 1;
+}
+
+PyDoc_STRVAR(
+    combine_doc,
+    "combine(weight, old, values, run, multiply, places, check, owner, /)\n--\n\n"
+    "weight + values or, with multiply, weight * values, rounded once; `old`, like weight, gets what was in it.\n"
+    "The value of element i of the contiguous weight is values[i // run % len(values)]; values (k,) of any\n"
+    "dtype. With places (nnz,), int32 or int64, all different, values and old are of these elements only.\n\n"
+    "Returns what `exchange` does, but 0 for the digest of a product. IndexError: a place is outside; nothing\n"
+    "has changed.");
+
+static PyObject *combine(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    const module_state *state = state_of(module);
+    pk_pair pair;
+    pk_operand by;
+    unsigned check;
+    if (nargs != 8) {
+        PyErr_SetString(PyExc_TypeError, "combine(weight, old, values, run, multiply, places, check, owner)");
+        return NULL;
+    }
+    const int found = answer_truth(args[6], &check) < 0 ? -1 : combine_find(state, args, args[5], &pair, &by);
+    if (found < 0) return NULL;
+    if (found == 0) Py_RETURN_NONE;
+    return exchange_run(state, &pair, &by, check, args[7]);
+}
+
+PyDoc_STRVAR(uncombine_doc, "uncombine(weight, old, values, run, multiply, owner, /)\n--\n\n"
+                            "weight gets the values of old if it is what `combine` makes of old and values.\n\n"
+                            "Returns whether it is; if not, nothing has changed. None if C may not act here.");
+
+static PyObject *uncombine(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    const module_state *state = state_of(module);
+    pk_pair pair;
+    pk_operand by;
+    unsigned char *done;
+    int status;
+    if (nargs != 6) {
+        PyErr_SetString(PyExc_TypeError, "uncombine(weight, old, values, run, multiply, owner)");
+        return NULL;
+    }
+    const int found = combine_find(state, args, Py_None, &pair, &by);
+    if (found < 0) return NULL;
+    if (found == 0) Py_RETURN_NONE;
+    if ((done = malloc(pk_combined_blocks(&pair) + 1)) == NULL) return PyErr_NoMemory();
+    if (view_bump_version(state, args[5]) < 0) {
+        free(done);
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS status = pk_uncombine(&pair, &by, done, state->torch.torch_parallel_for);
+    Py_END_ALLOW_THREADS free(done);
+    if (is_error(status)) return NULL;
+    return PyBool_FromLong(status == PK_OK);
+}
+
+PyDoc_STRVAR(restore_doc, "restore(weight, other, digest, owner, places=None, /)\n--\n\n"
+                          "exchange(weight, other, False, False, owner), if weight, or its elements at these places,\n"
+                          "have this digest.\n\n"
+                          "Returns whether they have; if not, nothing has changed. None if C may not act here.");
 
 static PyObject *restore(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     const module_state *state = state_of(module);
     TensorView weight, other;
+    pk_pair pair;
     int status;
-    if (nargs != 4) {
-        PyErr_SetString(PyExc_TypeError, "restore(weight, other, digest, owner)");
+    if (nargs != 4 && nargs != 5) {
+        PyErr_SetString(PyExc_TypeError, "restore(weight, other, digest, owner, places=None)");
         return NULL;
     }
     const uint64_t wanted = PyLong_AsUnsignedLongLongMask(args[2]);
     if (wanted == (uint64_t)-1 && PyErr_Occurred()) return NULL;
-    if (!pair_view(state, args[0], args[1], &weight, &other)) Py_RETURN_NONE;
+    if (!pair_find(state, args[0], args[1], nargs == 5 ? args[4] : Py_None, &weight, &other, &pair)) Py_RETURN_NONE;
     if (view_bump_version(state, args[3]) < 0) return NULL;
-    Py_BEGIN_ALLOW_THREADS status =
-        pk_exchange_back(weight.dtype, weight.data, other.data, weight.numel, wanted, state->torch.torch_parallel_for);
-    Py_END_ALLOW_THREADS if (status != PK_OK && status != PK_CHANGED) {
-        (void)status_error(status);
-        return NULL;
-    }
+    Py_BEGIN_ALLOW_THREADS status = pk_exchange_back(&pair, wanted, state->torch.torch_parallel_for);
+    Py_END_ALLOW_THREADS if (is_error(status)) return NULL;
     return PyBool_FromLong(status == PK_OK);
 }
 
@@ -108,15 +226,14 @@ static PyObject *digest(PyObject *module, PyObject *tensor) {
     if (!array_view(state, tensor, &view)) Py_RETURN_NONE;
     Py_BEGIN_ALLOW_THREADS status =
         pk_digest(view.dtype, view.data, view.numel, &result, state->torch.torch_parallel_for);
-    Py_END_ALLOW_THREADS if (status != PK_OK) {
-        (void)status_error(status);
-        return NULL;
-    }
+    Py_END_ALLOW_THREADS if (is_error(status)) return NULL;
     return PyLong_FromUnsignedLongLong(result);
 }
 
 PyMethodDef exchange_methods[] = {
     {"exchange", (PyCFunction)(void (*)(void))exchange, METH_FASTCALL, exchange_doc},
+    {"combine", (PyCFunction)(void (*)(void))combine, METH_FASTCALL, combine_doc},
+    {"uncombine", (PyCFunction)(void (*)(void))uncombine, METH_FASTCALL, uncombine_doc},
     {"restore", (PyCFunction)(void (*)(void))restore, METH_FASTCALL, restore_doc},
     {"digest", digest, METH_O, digest_doc},
     {NULL, NULL, 0, NULL},

@@ -11,29 +11,75 @@ enum {
 
 typedef struct {
     const pk_isa *isa;
-    pk_dtype dtype;
-    char *w, *other; /* other NULL: only the digest */
-    int64_t n;
-    int add, check, old; /* old: the digest is of what w was, not of what it becomes */
+    pk_pair pair; /* other NULL: only the digest */
+    const pk_operand *by;
+    int check, hash, old; /* old: the digest is of what w was, not of what it becomes */
+    unsigned char *done;  /* of pk_uncombine */
     _Atomic uint64_t digest;
     atomic_int bad;
 } exchange_job;
 
-static void exchange_piece(exchange_job *job, char *w, char *other, int64_t n) {
-    const pk_row_kernels *const rows = &job->isa->dtype[job->dtype];
-    const size_t bytes = (size_t)(n * pk_dtype_size(job->dtype));
-    if (job->add) {
+/* How many of n elements from `at` on have their operand in wide: one for each or, without *step, one for all. */
+static int64_t operand_of(const exchange_job *job, int64_t at, int64_t n, int *step, void *wide) {
+    const pk_operand *const by = job->by;
+    const int64_t i = at / by->run % by->count;
+    *step = by->run == 1;
+    n = min64(n, *step ? by->count - i : by->run - at % by->run);
+    job->isa->dtype[by->dtype].pack((const char *)by->values + i * pk_dtype_size(by->dtype), 0, 1, 1, *step ? n : 1,
+                                    wide, PIECE, 1.0);
+    return n;
+}
+
+/* other = w, w = w op operand. With `ask` nothing is written: is w other op operand? */
+static int combine_piece(const exchange_job *job, int64_t at, char *w, char *other, int64_t n, int ask) {
+    const pk_row_kernels *const rows = &job->isa->dtype[job->pair.dtype];
+    const row_op op = job->by->multiply ? OP_MUL : OP_ADD;
+    const int64_t size = pk_dtype_size(job->pair.dtype);
+    for (int64_t part, j = 0; j < n; j += part) {
         _Alignas(64) char wide[PIECE * 8];
-        rows->pack(other, 0, 1, 1, n, wide, n, 1.0);
-        memcpy(other, w, bytes);
-        rows->apply(OP_ADD, w, wide, w, n);
+        int step;
+        part = operand_of(job, at + j, n - j, &step, wide);
+        if (!ask)
+            rows->keep(op, w + j * size, wide, step, other + j * size, part);
+        else if (!rows->kept(op, w + j * size, wide, step, other + j * size, part))
+            return 0;
+    }
+    return 1;
+}
+
+static void exchange_piece(exchange_job *job, int64_t at, char *w, char *other, int64_t n) {
+    const size_t bytes = (size_t)(n * pk_dtype_size(job->pair.dtype));
+    if (job->by) {
+        (void)combine_piece(job, at, w, other, n, 0);
     } else {
         char fresh[PIECE * 8]; /* one array after the other: going through both at once is slower */
         memcpy(fresh, other, bytes);
         memcpy(other, w, bytes);
         memcpy(w, fresh, bytes);
     }
-    if (job->check && !rows->finite(w, n)) atomic_store_explicit(&job->bad, 1, memory_order_relaxed);
+    if (job->check && !job->isa->dtype[job->pair.dtype].finite(w, n))
+        atomic_store_explicit(&job->bad, 1, memory_order_relaxed);
+}
+
+static int64_t place_of(const pk_pair *pair, int64_t i) {
+    return pair->narrow ? ((const int32_t *)pair->places)[i] : ((const int64_t *)pair->places)[i];
+}
+
+/* Between w and `piece`, which holds n of its elements: those at the places from `at` on. */
+static void places_copy(const pk_pair *pair, int64_t at, char *piece, int64_t n, int back) {
+    const int64_t size = pk_dtype_size(pair->dtype);
+#define COPY(type) \
+    for (int64_t j = 0; j < n; j++) { \
+        type *const w = (type *)pair->w + place_of(pair, at + j), *const p = (type *)(void *)piece + j; \
+        *(back ? w : p) = *(back ? p : w); \
+    }
+    if (size == 2)
+        COPY(uint16_t)
+    else if (size == 4)
+        COPY(uint32_t)
+    else
+        COPY(uint64_t)
+#undef COPY
 }
 
 static void hash_piece(const pk_isa *isa, uint32_t *hash, const char *p, int64_t bytes) {
@@ -47,52 +93,107 @@ static void hash_piece(const pk_isa *isa, uint32_t *hash, const char *p, int64_t
 
 static void exchange_range(int64_t begin, int64_t end, void *ctx) {
     exchange_job *const job = ctx;
-    const int64_t size = pk_dtype_size(job->dtype);
+    const pk_pair *const pair = &job->pair;
+    const int64_t size = pk_dtype_size(pair->dtype);
     uint64_t digest = 0;
     for (int64_t i = begin; i < end; i++) {
-        const int64_t stop = min64(job->n, (i + 1) * BLOCK);
+        const int64_t stop = min64(pair->n, (i + 1) * BLOCK);
         pk_trace hash;
         trace_start(&hash, NULL, NULL);
         for (int64_t at = i * BLOCK; at < stop; at += PIECE) {
+            _Alignas(64) char gathered[PIECE * 8];
             const int64_t n = min64(PIECE, stop - at);
-            if (job->other) exchange_piece(job, job->w + at * size, job->other + at * size, n);
-            hash_piece(job->isa, hash.hash, (job->old ? job->other : job->w) + at * size, n * size);
+            char *const w = pair->places ? gathered : (char *)pair->w + at * size;
+            char *const other = pair->other ? (char *)pair->other + at * size : NULL;
+            if (pair->places) places_copy(pair, at, gathered, n, 0);
+            if (other) exchange_piece(job, at, w, other, n);
+            if (pair->places) places_copy(pair, at, gathered, n, 1);
+            if (job->hash) hash_piece(job->isa, hash.hash, job->old ? other : w, n * size);
         }
         digest += ((uint64_t)trace_hash(&hash) + 1) * (2 * (uint64_t)i + 1);
     }
     atomic_fetch_add_explicit(&job->digest, digest, memory_order_relaxed);
 }
 
-static int exchange_run(exchange_job *job, pk_parallel_fn par) {
-    if ((unsigned)job->dtype >= PK_NDTYPES || job->n < 0 || (!job->w && job->n)) return PK_EINVAL;
-    job->isa = pk_isa_now();
-    return run_parallel(par, (job->n + BLOCK - 1) / BLOCK, BLOCK / 4, exchange_range, job);
+static int pair_valid(const pk_pair *pair) {
+    int inside = 1;
+    if ((unsigned)pair->dtype >= PK_NDTYPES || pair->n < 0 || (!pair->w && pair->n)) return 0;
+    for (int64_t i = 0; pair->places && i < pair->n; i++) inside &= (uint64_t)place_of(pair, i) < (uint64_t)pair->size;
+    return inside;
 }
 
-int pk_exchange(pk_dtype dtype, void *w, void *other, int64_t n, int add, unsigned flags, uint64_t *digest,
-                pk_parallel_fn par) {
-    exchange_job job = {.dtype = dtype, .w = w, .other = other, .n = n, .add = add, .check = (flags & PK_CHECK) != 0};
-    if (!other && n) return PK_EINVAL;
+static int operand_valid(const pk_operand *by, const pk_pair *pair) {
+    return (unsigned)by->dtype < PK_NDTYPES && (by->dtype == PK_F64) == (pair->dtype == PK_F64) && by->run > 0 &&
+           (!pair->n || (by->values && by->count > 0));
+}
+
+static int exchange_run(exchange_job *job, pk_parallel_fn par) {
+    job->isa = pk_isa_now();
+    return run_parallel(par, (job->pair.n + BLOCK - 1) / BLOCK, BLOCK / 4, exchange_range, job);
+}
+
+int pk_exchange(const pk_pair *pair, const pk_operand *by, unsigned flags, uint64_t *digest, pk_parallel_fn par) {
+    exchange_job job = {.pair = *pair, .by = by, .check = (flags & PK_CHECK) != 0, .hash = digest != NULL};
+    if (!pair_valid(pair) || (!pair->other && pair->n) || (by && !operand_valid(by, pair))) return PK_EINVAL;
     int rc = exchange_run(&job, par);
     if (rc != PK_OK) return rc;
-    *digest = atomic_load(&job.digest);
+    if (digest) *digest = atomic_load(&job.digest);
     if (!atomic_load(&job.bad)) return PK_OK;
-    job.add = job.check = 0;
+    job.by = NULL;
+    job.check = 0;
     rc = exchange_run(&job, par);
     return rc != PK_OK ? rc : PK_NONFINITE;
 }
 
-int pk_exchange_back(pk_dtype dtype, void *w, void *other, int64_t n, uint64_t digest, pk_parallel_fn par) {
-    exchange_job job = {.dtype = dtype, .w = w, .other = other, .n = n, .old = 1};
-    if (!other && n) return PK_EINVAL;
+int pk_exchange_back(const pk_pair *pair, uint64_t digest, pk_parallel_fn par) {
+    exchange_job job = {.pair = *pair, .hash = 1, .old = 1};
+    if (!pair_valid(pair) || (!pair->other && pair->n)) return PK_EINVAL;
     int rc = exchange_run(&job, par);
     if (rc != PK_OK || atomic_load(&job.digest) == digest) return rc;
     rc = exchange_run(&job, par);
     return rc != PK_OK ? rc : PK_CHANGED;
 }
 
+static void uncombine_range(int64_t begin, int64_t end, void *ctx) {
+    exchange_job *const job = ctx;
+    const int64_t size = pk_dtype_size(job->pair.dtype);
+    for (int64_t i = begin; i < end; i++) {
+        const int64_t from = i * BLOCK, n = min64(job->pair.n - from, BLOCK);
+        char *const w = (char *)job->pair.w + from * size, *const other = (char *)job->pair.other + from * size;
+        int64_t back = job->old && job->done[i] ? n : 0; /* to be made again what it was */
+        for (int64_t at = 0; !job->old && at < n; at += PIECE) {
+            const int64_t part = min64(PIECE, n - at);
+            job->done[i] = (unsigned char)combine_piece(job, from + at, w + at * size, other + at * size, part, 1);
+            if (!job->done[i]) {
+                atomic_store_explicit(&job->bad, 1, memory_order_relaxed);
+                back = at;
+                break;
+            }
+            memcpy(w + at * size, other + at * size, (size_t)(part * size));
+        }
+        for (int64_t at = 0; at < back; at += PIECE)
+            (void)combine_piece(job, from + at, w + at * size, other + at * size, min64(PIECE, back - at), 0);
+    }
+}
+
+size_t pk_combined_blocks(const pk_pair *pair) {
+    return (size_t)((pair->n + BLOCK - 1) / BLOCK);
+}
+
+int pk_uncombine(const pk_pair *pair, const pk_operand *by, unsigned char *done, pk_parallel_fn par) {
+    exchange_job job = {.isa = pk_isa_now(), .pair = *pair, .by = by, .done = done};
+    const int64_t blocks = (int64_t)pk_combined_blocks(pair);
+    if (!pair_valid(pair) || pair->places || (!pair->other && pair->n) || !operand_valid(by, pair)) return PK_EINVAL;
+    int rc = run_parallel(par, blocks, BLOCK / 4, uncombine_range, &job);
+    if (rc != PK_OK || !atomic_load(&job.bad)) return rc;
+    job.old = 1;
+    rc = run_parallel(par, blocks, BLOCK / 4, uncombine_range, &job);
+    return rc != PK_OK ? rc : PK_CHANGED;
+}
+
 int pk_digest(pk_dtype dtype, const void *w, int64_t n, uint64_t *digest, pk_parallel_fn par) {
-    exchange_job job = {.dtype = dtype, .w = (void *)(uintptr_t)w, .n = n};
+    exchange_job job = {.pair = {.dtype = dtype, .w = (void *)(uintptr_t)w, .n = n}, .hash = 1};
+    if (!pair_valid(&job.pair)) return PK_EINVAL;
     const int rc = exchange_run(&job, par);
     *digest = atomic_load(&job.digest);
     return rc;

@@ -151,14 +151,37 @@ int pk_switch(const pk_mat *w, const pk_delta *old, const pk_record *old_record,
 
 /* ------------------------------------------------------------------------------------ replacing a weight as a whole */
 
-/* w and other, two arrays of n elements, change places; with `add`, w becomes round(w + other) and other what w was.
- * digest: that of the new w. With PK_CHECK and a result that is not finite: PK_NONFINITE, w has its old bits again, and
- * other holds what was not wanted. */
-int pk_exchange(pk_dtype dtype, void *w, void *other, int64_t n, int add, unsigned flags, uint64_t *digest,
-                pk_parallel_fn par);
+/* Arrays of n elements that change places: `other`, and w or, with `places`, those elements of w, all different, which
+ * has `size` of them (PK_EINVAL if one is not inside). */
+typedef struct {
+    pk_dtype dtype;
+    void *w, *other;
+    int64_t n, size;
+    const void *places; /* n of int64_t or, with `narrow`, int32_t */
+    int narrow;
+} pk_pair;
 
-/* The same (without add) for an old w of this digest; PK_CHANGED: it has another one, and nothing has changed. */
-int pk_exchange_back(pk_dtype dtype, void *w, void *other, int64_t n, uint64_t digest, pk_parallel_fn par);
+/* What w becomes instead of `other`: round(w + v), or w * v, where v of element i is values[i / run % count]. `values`
+ * may be pair.other, if they are n; f64 goes with f64 only. */
+typedef struct {
+    const void *values;
+    pk_dtype dtype;
+    int64_t run, count;
+    int multiply;
+} pk_operand;
+
+/* by: NULL to exchange w with other; else other gets what w was, whatever is in it. digest: that of the new w; NULL if
+ * it is not asked for. With PK_CHECK and a result that is not finite: PK_NONFINITE, w has its old bits again, and other holds what was not wanted.
+ */
+int pk_exchange(const pk_pair *pair, const pk_operand *by, unsigned flags, uint64_t *digest, pk_parallel_fn par);
+
+/* The exchange for an old w of this digest; PK_CHANGED: it has another one, and nothing has changed. */
+int pk_exchange_back(const pk_pair *pair, uint64_t digest, pk_parallel_fn par);
+
+/* w = other, where w is what combining `other` by `by` gives; PK_CHANGED: it is not, and nothing has changed. `done` has
+ * pk_combined_blocks bytes. */
+size_t pk_combined_blocks(const pk_pair *pair);
+int pk_uncombine(const pk_pair *pair, const pk_operand *by, unsigned char *done, pk_parallel_fn par);
 
 /* A digest of n elements' bits, the same on every machine and for every number of threads. */
 int pk_digest(pk_dtype dtype, const void *w, int64_t n, uint64_t *digest, pk_parallel_fn par);

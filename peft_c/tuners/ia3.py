@@ -73,6 +73,10 @@ class IA3Layer(MapRoom):
         """Scaling of the output, in others."""
         return None if self.is_feedforward else self.scaled
 
+    def scaling(self, name: str) -> tuple[torch.Tensor, int] | None:
+        grouped = self.is_feedforward and getattr(self.get_base_layer(), "groups", 1) > 1
+        return None if grouped else (self.ia3_l[name].flatten(), int(self.is_feedforward))
+
     def transform(
         self, name: str, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

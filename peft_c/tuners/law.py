@@ -73,15 +73,15 @@ class LowRank(NamedTuple):
 
 
 class Replace(NamedTuple):
-    """The change to other values, which depend on the ones there: `merged(targets)` -> {label: new values}, called
-    once an adapter when its turn has come (the laws ROTATE, SCALE, BLEND, SWAP)."""
+    """The change to other values, which depend on the ones there: `merged(targets)` -> {label: new values or `Times`},
+    called once an adapter when its turn has come (the laws ROTATE, SCALE, BLEND, SWAP)."""
 
-    merged: Callable[[dict[str, BaseView]], dict[str, torch.Tensor]]
+    merged: Callable[[dict[str, BaseView]], dict[str, torch.Tensor | Times]]
 
 
 class Elements(NamedTuple):
-    """The change of a few elements: `values` (nnz) are added at `places` (nnz), all different, of the flat weight.
-    Called, it gives the full delta."""
+    """The change of a few elements: `values` (nnz) are added at `places` (nnz), int32 or int64 and all different, of
+    the flat weight. Called, it gives the full delta."""
 
     places: torch.Tensor
     values: torch.Tensor
@@ -89,22 +89,43 @@ class Elements(NamedTuple):
 
     def __call__(self) -> torch.Tensor:
         delta = self.values.new_zeros(self.shape.numel())
-        return delta.index_copy_(0, self.places, self.values).view(self.shape)
+        return delta.index_copy_(0, self.places.long(), self.values).view(self.shape)
 
     def add_to(self, view: BaseView, tensor: torch.Tensor, check: bool) -> Places | None:
         """Add to `tensor`; the record, or None with `check` if a result is not finite: nothing has changed then."""
-        flat = tensor.view(-1)
-        old = flat.index_select(0, self.places)
-        new = _wider_sum(old, self.values, 1)
-        if check and not torch.isfinite(new).all():
-            return None
-        flat.index_copy_(0, self.places, new)
-        _wrote(view)
-        return Places(Difference.digest_of(new), self.places, old)
+        places, old = self.places.clone(), tensor.new_empty(self.places.shape)  # others may change the adapter's own
+        done = _C.combine(tensor, old, self.values, 1, False, places, check, view.tensor)
+        if done is None:
+            flat, places = tensor.view(-1), places.long()
+            old = flat.index_select(0, places)
+            new = _wider_sum(old, self.values, 1)
+            done = not check or bool(torch.isfinite(new).all()), Difference.digest_of(new)
+            if done[0]:
+                flat.index_copy_(0, places, new)
+                _wrote(view)
+        return Places(done[1], places, old) if done[0] else None
+
+
+class Times(NamedTuple):
+    """The weight times `vector`, whose values belong to the indices of dimension `dim`."""
+
+    vector: torch.Tensor
+    dim: int
+
+    def multiply(self, view: BaseView, tensor: torch.Tensor, check: bool) -> Difference | None:
+        """tensor *= the vector; the record, a copy. None as in `Difference.exchange`."""
+        run = tensor.shape[self.dim + 1 :].numel()
+        vector, run = (self.vector.repeat_interleave(run), 1) if 1 < run < FEW else (self.vector.clone(), run)
+        product = Product(None, None, torch.empty_like(tensor), vector, run)
+        done = _C.combine(tensor, product.old, vector, run, True, None, check, view.tensor)
+        if done is None:
+            return Difference.exchange(view, tensor, product.of(tensor), False, check)
+        return product if done[0] else None
 
 
 Change = LowRank | Callable[[], torch.Tensor] | Replace  # Elements is a function that returns the delta
 WIDE = 128  # rank
+FEW = 64  # elements with one value of a vector, which are better given a value each
 LARGE = 1 << 16  # elements; a full delta with more is not kept for undoing, a copy of the old weight is
 
 
@@ -241,23 +262,58 @@ class Places(Difference):
     """The record of changed elements: their places and old values. What others write elsewhere does not matter."""
 
     def restore(self, tensor: torch.Tensor, undone: torch.Tensor | None) -> torch.Tensor:
-        return tensor.flatten().index_copy(0, self.index, self.old).view(tensor.shape)
+        return tensor.flatten().index_copy(0, self.index.long(), self.old).view(tensor.shape)
 
     def put_back(self, view: BaseView, tensor: torch.Tensor, fits: bool) -> str | None:
+        known = fits and self.digest is not None
+        done = _C.restore(tensor, self.old, self.digest, view.tensor, self.index) if known else None
+        if done is not None:
+            return None if done else "was written to"
         merged = tensor.view(-1).index_select(0, self.index) if fits and tensor.device == self.index.device else tensor
         reason = self.mismatch(merged, fits)
         if reason is None:
-            self.old, old = merged, self.old
-            tensor.view(-1).index_copy_(0, self.index, old)
-            _wrote(view)
+            self.swap(view, tensor)
         return reason
 
     def swap(self, view: BaseView, tensor: torch.Tensor) -> None:
         flat = tensor.view(-1)
         before = flat.index_select(0, self.index)
-        flat.index_copy_(0, self.index, self.old)
+        flat.index_copy_(0, self.index.long(), self.old)
         self.old = before
         _wrote(view)
+
+
+@dataclass
+class Product(Difference):
+    """The record of a weight that C has multiplied: the old values and, instead of a digest, what it was multiplied by
+    (`vector`, each of its values `run` times)."""
+
+    vector: torch.Tensor
+    run: int
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The product with `tensor`."""
+        vector = self.vector.repeat_interleave(self.run).to(tensor.device)
+        return (tensor.reshape(-1, vector.numel()) * vector).view(tensor.shape).to(tensor.dtype)
+
+    def mismatch(self, tensor: torch.Tensor, fits: bool) -> str | None:
+        if not fits or self.old.device != tensor.device:
+            return "was cast, reshaped or moved"
+        return None if torch.equal(_bits(tensor), _bits(self.of(self.old))) else "was written to"
+
+    def put_back(self, view: BaseView, tensor: torch.Tensor, fits: bool) -> str | None:
+        done = _C.uncombine(tensor, self.old, self.vector, self.run, True, view.tensor) if fits else None
+        reason = self.mismatch(tensor, fits) if done is None else None if done else "was written to"
+        if done is None and reason is None:
+            _write(view, tensor, self.old)
+        return reason
+
+    def swap(self, view: BaseView, tensor: torch.Tensor) -> None:
+        if _C.combine(tensor, self.old, self.vector, self.run, True, None, False, view.tensor) is None:
+            _write(view, tensor, self.of(self.old))
+
+    def nbytes(self) -> int:
+        return super().nbytes() + self.vector.nbytes
 
 
 def _delta(view: BaseView, change: Any, shape: torch.Size) -> torch.Tensor:
@@ -587,10 +643,13 @@ def _merge_replacement(layer: Any, step: Merge, targets: dict, plans: dict, safe
     (name,) = step.adapters
     replace = next(change for change in plans[name].values() if isinstance(change, Replace))
     for label, merged in replace.merged(targets).items():
-        tensor = _weight(targets[label], layer)
-        if (merged.data_ptr(), merged.stride()) == (tensor.data_ptr(), tensor.stride()):  # it does not change
+        view, tensor = targets[label], _weight(targets[label], layer)
+        if isinstance(merged, Times):
+            undo = merged.multiply(view, tensor, safe_merge)
+        elif (merged.data_ptr(), merged.stride()) == (tensor.data_ptr(), tensor.stride()):  # it does not change
             continue
-        undo = Difference.exchange(targets[label], tensor, _own(merged, tensor, layer), False, safe_merge)
+        else:
+            undo = Difference.exchange(view, tensor, _own(merged, tensor, layer), False, safe_merge)
         if undo is None:
             raise _broken(step.adapters, "bias" if label == "bias" else "weights")
         step.saved.append(Saved(label, [], undo, _meta(tensor)))

@@ -596,6 +596,10 @@ class MapRoom(Room):
         """The weight, as the matrix (out, in...) that `weight_view` shows, and the bias with the adapter in them."""
         raise NotImplementedError(f"{type(self).__name__} does not say how the weight is transformed")
 
+    def scaling(self, name: str) -> tuple[torch.Tensor, int] | None:
+        """Where the map is nothing else: the vector by which the outputs (0; biases, too) or inputs (1) are scaled."""
+        return None
+
     before: ClassVar[Any] = None  # before(name, x): the input with which the base layer gives the adapted output
     after: ClassVar[Any] = None  # after(name, y): the adapted output, from the base layer's
 
@@ -626,7 +630,12 @@ class MapRoom(Room):
         return self.run_with(x, *self.transformed(names, forward=True))
 
     def _merge_changes(self, name: str) -> dict[str, law.Change]:
-        def merged(targets: dict[str, BaseView]) -> dict[str, torch.Tensor]:
+        def merged(targets: dict[str, BaseView]) -> dict[str, torch.Tensor | law.Times]:
+            scaling = self.scaling(name)
+            if scaling is not None:
+                vector, dim = scaling[0].detach(), scaling[1]
+                times = {"weight": law.Times(vector, 1 - dim if targets["weight"].transposed else dim)}
+                return times | {"bias": law.Times(vector, 0)} if dim == 0 and "bias" in targets else times
             weight, bias = self.transformed([name])
             return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 

@@ -30,7 +30,7 @@ class SparseRoom(AddRoom):
     converts_to_lora = False
 
     def elements(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Places (nnz), int64, in the flat weight, all different, and values (nnz) of S."""
+        """Places (nnz), int32 or int64, in the flat weight, all different, and values (nnz) of S."""
         raise NotImplementedError(f"{type(self).__name__} does not say which elements it adds to")
 
     def lora(self, name: str) -> law.LowRank | None:
@@ -43,7 +43,7 @@ class SparseRoom(AddRoom):
 
     def add_to(self, weight: torch.Tensor, name: str) -> torch.Tensor:
         places, values = self.elements(name)
-        return weight.reshape(-1).scatter_add(0, places, values.to(weight.dtype)).view(weight.shape)
+        return weight.reshape(-1).scatter_add(0, places.long(), values.to(weight.dtype)).view(weight.shape)
 
     def delta(self, name: str) -> torch.Tensor:
         values, lora = self.elements(name)[1], self.lora(name)

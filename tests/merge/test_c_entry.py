@@ -158,6 +158,72 @@ def test_restore_exchanges_what_has_the_digest(dtype):
         _C.restore(w, other, "0", w)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(7, 5), (130, 301), (3, 4, 5, 6), (0, 3), (1, 20000)])
+def test_combine_with_vectors(dtype, shape):
+    torch.manual_seed(0)
+    for multiply in (False, True):
+        for dim in range(len(shape)):
+            for kind in (dtype, torch.float64 if dtype == torch.float64 else torch.float32):
+                w, values = torch.randn(shape).to(dtype), torch.randn(shape[dim]).to(kind)
+                before, old, version = w.clone(), torch.empty_like(w), w._version
+                along = values.view(-1, *(1 for _ in shape[dim + 1 :]))
+                wanted = (w * along if multiply else w + along).to(dtype)
+                run = max(1, torch.Size(shape[dim + 1 :]).numel())
+                digest = 0 if multiply else _C.digest(wanted)
+                assert _C.combine(w, old, values, run, multiply, None, True, w) == (True, digest)
+                assert torch.equal(w, wanted) and torch.equal(old, before) and w._version == version + 1
+                if w.numel():
+                    wanted.view(-1)[-1] = w.view(-1)[-1] = 1000.0
+                    assert _C.uncombine(w, old, values, run, multiply, w) is False and torch.equal(w, wanted)
+                    w.view(-1)[-1:] = (before * along if multiply else before + along).to(dtype).view(-1)[-1:]
+                assert _C.uncombine(w, old, values, run, multiply, w) is True and torch.equal(w, before)
+
+
+@pytest.mark.parametrize("places_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_combine_at_places(dtype, places_dtype):
+    torch.manual_seed(0)
+    for count in (0, 1, 1000, 40000):
+        w = torch.randn(300, 200).to(dtype)
+        places = torch.randperm(w.numel())[:count].to(places_dtype)
+        values, old, before = torch.randn(count).to(dtype), torch.empty(count, dtype=dtype), w.clone()
+        wanted = w.flatten().index_add(0, places, values)
+        finite, digest = _C.combine(w, old, values, 1, False, places, True, w)
+        assert finite and digest == _C.digest(wanted[places.long()])
+        assert torch.equal(w.flatten(), wanted) and torch.equal(old, before.flatten()[places.long()])
+        assert _C.restore(w, old, digest + 1, w, places) is False and torch.equal(w.flatten(), wanted)
+        assert _C.restore(w, old, digest, w, places) is True and torch.equal(w, before)
+        assert torch.equal(old, wanted[places.long()])
+
+
+def test_combine_of_what_is_not_finite_and_what_it_refuses():
+    w, places, old = torch.randn(6, 5), torch.tensor([3, 29, 7]), torch.empty(3)
+    before, values = w.clone(), torch.tensor([1.0, float("nan"), 2.0])
+    assert _C.combine(w, old, values, 1, False, places, True, w) == (False, 0) and torch.equal(w, before)
+    assert _C.combine(w, torch.empty(6, 5), torch.full((5,), float("inf")), 1, True, None, True, w) == (False, 0)
+    assert torch.equal(w, before)
+    for outside in (30, -1, 2**40):
+        with pytest.raises(IndexError, match="outside of the weight"):
+            _C.combine(w, old, torch.ones(3), 1, False, torch.tensor([0, outside, 1]), False, w)
+    with pytest.raises(IndexError):
+        _C.combine(w, torch.empty(6, 5), torch.ones(5), 0, True, None, False, w)
+    for refused in (
+        (w, old[:2], torch.ones(3), 1, False, places),
+        (w.T, old, torch.ones(3), 1, False, places),
+        (w, old, torch.ones(3).double(), 1, False, places),
+        (w, old, old, 1, False, places),
+        (w, old, torch.ones(3), 1, False, places.float()),
+        (w, old, torch.ones(3), 1, False, torch.arange(6)[::2]),
+        (w, torch.empty(5, 6), torch.ones(5), 1, True, None),
+    ):
+        assert _C.combine(*refused, False, w) is None
+    assert torch.equal(w, before)
+    for function in (_C.combine, _C.uncombine):
+        with pytest.raises(TypeError):
+            function(w, old)
+
+
 def test_what_exchange_refuses():
     w = torch.randn(6, 5)
     before = w.clone()

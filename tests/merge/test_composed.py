@@ -26,6 +26,14 @@ def composed(monkeypatch):
             return None
 
         @staticmethod
+        def combine(*_):
+            return None
+
+        @staticmethod
+        def uncombine(*_):
+            return None
+
+        @staticmethod
         def restore(*_):
             return None
 
