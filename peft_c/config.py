@@ -144,7 +144,10 @@ class PeftConfigMixin(hub.PushToHubMixin):
         try:
             with open(path_json_file, encoding="utf-8") as file:
                 entries = json.load(file)
-        except (json.JSONDecodeError, UnicodeDecodeError) as exc:
+        except json.JSONDecodeError as exc:
+            words = f"The adapter configuration '{path_json_file}' is not valid JSON: {exc.msg}"
+            raise json.JSONDecodeError(words, exc.doc, exc.pos) from exc
+        except UnicodeDecodeError as exc:
             raise ValueError(f"The adapter configuration '{path_json_file}' is not valid JSON: {exc}") from exc
         if not isinstance(entries, dict):
             raise ValueError(

@@ -11,6 +11,7 @@ from .config import PeftConfig, check_is_config
 from .mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from .mixed_model import PeftMixedModel
 from .peft_model import PeftModel, warn_if_name_in_prefix
+from .reexports import elsewhere
 from .tuners.tuners_utils import BaseTunerLayer
 
 
@@ -77,3 +78,6 @@ def get_peft_model(
         autocast_adapter_dtype=autocast_adapter_dtype,
         low_cpu_mem_usage=low_cpu_mem_usage,
     )
+
+
+__getattr__ = elsewhere(__name__)

@@ -12,6 +12,7 @@ from . import offload
 from .config import PeftConfig
 from .mapping import PEFT_TYPE_TO_MIXED_MODEL_MAPPING
 from .peft_model import AdapterLoadingMixin, checkpoints_gradients, enable_input_grads, load_config
+from .reexports import elsewhere
 from .rollback import undo_on_error
 from .tuners.mixed import COMPATIBLE_TUNER_TYPES, MixedModel
 from .utils.constants import DUMMY_MODEL_CONFIG
@@ -194,3 +195,6 @@ class PeftMixedModel(AdapterLoadingMixin, nn.Module):
             mixed = cls(model, config, adapter_name)
             mixed.load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
         return mixed
+
+
+__getattr__ = elsewhere(__name__, "peft_model")

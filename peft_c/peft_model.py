@@ -15,6 +15,7 @@ from torch import nn
 from . import _C, hub, offload, prompt_learning
 from .config import PeftConfig, check_is_config
 from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from .reexports import elsewhere
 from .rollback import undo_on_error
 from .status import (
     TunerLayerStatus,
@@ -1084,3 +1085,6 @@ class PeftModelForSeq2SeqLM(_PeftModelThatGenerates):
     def prepare_inputs_for_generation(self, *args: Any, task_ids: torch.Tensor = None, **kwargs: Any):
         """The base model's inputs of one generation step."""
         return self._prepare_inputs(args, task_ids, kwargs)
+
+
+__getattr__ = elsewhere(__name__, "tuners.lora.variants")

@@ -41,6 +41,7 @@ from torch import nn
 
 from .. import _C
 from ..config import PeftConfig
+from ..reexports import elsewhere
 from ..utils import constants
 from ..utils.matching import get_pattern_key
 from ..utils.peft_types import PeftType, add_peft_type, register_peft_method
@@ -812,6 +813,7 @@ def register(
             if not hasattr(module, part):
                 setattr(module, part, module)
         module.__path__ = []
+        vars(module).setdefault("__getattr__", elsewhere(module.__name__))
     add_peft_type(name.upper())
     config.method, config.__doc__ = name, documented(config)
     if issubclass(model, RoomModel):

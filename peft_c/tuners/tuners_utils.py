@@ -15,6 +15,7 @@ from torch import nn
 
 from .. import _C
 from ..config import PeftConfig
+from ..reexports import elsewhere
 from ..rollback import undivided
 from ..utils.constants import (  # noqa: F401
     DUMMY_MODEL_CONFIG,
@@ -771,3 +772,6 @@ def get_device_map(model: nn.Module) -> dict:
     if hasattr(model, "hf_device_map"):
         return model.hf_device_map
     return {"": next(model.parameters()).device}
+
+
+__getattr__ = elsewhere(__name__)

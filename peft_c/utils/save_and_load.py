@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import re
 import sys
 import warnings
@@ -531,15 +532,20 @@ def _find_weights(model_id: str, subfolder: str | None, download: dict[str, Any]
 
 
 def _read_weights(path: str, device: str | torch.device) -> dict[str, torch.Tensor]:
-    try:
-        if not path.endswith(".safetensors"):
-            return torch_load(path, map_location=torch.device(device))
-        from safetensors.torch import load_file
+    """The tensors of a file. One that cannot be read raises a `ValueError` that has the reader's own type as well."""
+    import safetensors
+    from safetensors.torch import load_file
 
-        return load_file(path, device="cpu" if str(device).startswith("mps") else device)
-    except Exception as exc:
-        kind = "safetensors" if path.endswith(".safetensors") else "torch.save"
-        raise ValueError(
+    kind, errors = "torch.save", (pickle.UnpicklingError, EOFError, RuntimeError)
+    if path.endswith(".safetensors"):
+        kind, errors = "safetensors", (safetensors.SafetensorError,)
+    try:
+        if kind == "safetensors":
+            return load_file(path, device="cpu" if str(device).startswith("mps") else device)
+        return torch_load(path, map_location=torch.device(device))
+    except errors as exc:
+        unreadable = type("UnreadableWeights", (ValueError, type(exc)), {"__module__": __name__})
+        raise unreadable(
             f"The adapter weights '{path}' ({os.path.getsize(path)} bytes) cannot be read as a {kind} file; it is "
             f"truncated, corrupt, or something else: {type(exc).__name__}: {exc}"
         ) from exc

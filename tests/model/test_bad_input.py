@@ -1,12 +1,14 @@
 """What cannot be loaded, added or switched: a clear error, and nothing has changed."""
 
 import json
+import pickle
 import re
 import shutil
 import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import peft_c
@@ -115,6 +117,24 @@ def test_from_pretrained_leaves_the_base_model_alone(break_it, saved):
         PeftModel.from_pretrained(model, saved)
     same(before, photo(model))
     assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize(
+    "break_it,kind",
+    [(truncate, SafetensorError), (bad_pickle, pickle.UnpicklingError), (no_json, json.JSONDecodeError)],
+)
+def test_unreadable_files_raise_what_peft_raises(break_it, kind, saved):
+    break_it(saved)
+    with pytest.raises(kind):
+        PeftModel.from_pretrained(tiny.mlp(), saved)
+
+
+def test_a_device_that_is_not_there_is_no_unreadable_file(saved):
+    if torch.cuda.is_available():
+        pytest.skip("CUDA is there")
+    with pytest.raises((AssertionError, RuntimeError)) as caught:
+        peft_c.load_peft_weights(saved, device="cuda")
+    assert "truncated" not in str(caught.value)
 
 
 @pytest.mark.parametrize("break_it", BROKEN)

@@ -175,6 +175,29 @@ def test_prompt_configs_are_exchanged(peft, name, tmp_path):
     assert read.to_dict() == mine.to_dict()
 
 
+# Modules from which programs take names that stand elsewhere.
+PASSED_ON = """
+mapping_func mixed_model peft_model tuners.tuners_utils tuners.lora tuners.lora.model tuners.lora.layer
+tuners.boft.model tuners.ia3.layer tuners.loha.layer tuners.oft.config tuners.vera.model
+""".split()
+
+
+@pytest.mark.parametrize("module", PASSED_ON)
+def test_names_that_modules_import_are_there(peft, module):
+    theirs, ours = (importlib.import_module(f"{package}.{module}") for package in ("peft", "peft_c"))
+    shared = {
+        name: value
+        for name, value in vars(theirs).items()
+        if (inspect.isclass(value) or inspect.isfunction(value)) and not name.startswith("_")
+        if value.__module__.startswith("peft.") and value.__module__ != theirs.__name__
+    }
+    assert shared
+    missing = sorted(name for name in shared if not hasattr(ours, name))
+    assert not missing, missing
+    with pytest.raises(ImportError):
+        exec(f"from peft_c.{module} import nothing_of_that_name")
+
+
 def test_configs_have_the_same_fields(peft):
     import peft_c
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from peft_c.reexports import elsewhere
+
 _HOMES = {
     "arrow": ("create_arrow_model",),
     "config": (
@@ -67,7 +69,7 @@ def __getattr__(name: str) -> Any:
         return value
     if name in _SUBMODULES:
         return importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return elsewhere(__name__)(name)
 
 
 # reachable as attributes of the package without an import statement of their own, as PEFT's are

@@ -23,6 +23,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from ... import _C
+from ...reexports import elsewhere
 from ...utils.constants import ALLOWED_COMPUTE_DTYPES, UPCAST_DTYPES
 from ...utils.integrations import dequantize_module_weight
 from ...utils.warning import PeftWarning
@@ -1210,3 +1211,6 @@ def dispatch_default(
             config.fan_in_fan_out = True
         return Linear(target, adapter_name, is_target_conv_1d_layer=True, config=config, **kwargs)
     return None
+
+
+__getattr__ = elsewhere(__name__, "tuners.lora.config", "utils.loftq_utils")

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ... import import_utils
+from ...reexports import elsewhere
 from ...utils.aux_wrappers import ModulesToSaveWrapper
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from ...utils.matching import get_pattern_key
@@ -560,3 +561,8 @@ class LoraModel(BaseTuner):
         else:
             names = {embedding, *(targets or ())}
             peft_config.target_modules = set(_without_first_matches(names, peft_config.target_modules_to_tie))
+
+
+__getattr__ = elsewhere(
+    __name__, "utils.merge_utils", "tuners.lora.layer", *(f"tuners.lora.{module}" for module, *_ in _DISPATCHERS)
+)
