@@ -647,13 +647,15 @@ class PeftModel(AdapterLoadingMixin, nn.Module):
                 f"Expected the name of one adapter, got {adapter_name!r}. To activate several adapters, call "
                 "`model.base_model.set_adapter`."
             )
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"Adapter {adapter_name} not found. The adapters are {list(self.peft_config)}.")
+        tuner = self._modules["base_model"]
+        configs = self._peft_config if self._is_prompt_learning else tuner.peft_config
+        if adapter_name not in configs:
+            raise ValueError(f"Adapter {adapter_name} not found. The adapters are {list(configs)}.")
         if self._is_prompt_learning:
             prompt_learning.set_adapter(self, adapter_name, inference_mode)
         else:
-            self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
-        self.active_adapter = adapter_name
+            tuner.set_adapter(adapter_name, inference_mode=inference_mode)
+        object.__setattr__(self, "active_adapter", adapter_name)  # no module or weight, which torch would look for
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Makes the parameters of the adapter(s) trainable, or freezes them, whether they are active or not.
@@ -692,15 +694,15 @@ class PeftModel(AdapterLoadingMixin, nn.Module):
             with prompt_learning.disabled(self):
                 yield
             return
-        tuner, was_disabled = self.base_model, self._adapters_disabled
+        tuner, was_disabled = self._modules["base_model"], self._adapters_disabled
         enabled = _disable(tuner)
-        self._adapters_disabled = True
+        self.__dict__["_adapters_disabled"] = True
         try:
             yield
         finally:
             if enabled is not False and not (enabled is None and was_disabled):
                 tuner.enable_adapter_layers()
-            self._adapters_disabled = was_disabled
+            self.__dict__["_adapters_disabled"] = was_disabled
 
     # --------------------------------------------------------------------------------------------------- running
 

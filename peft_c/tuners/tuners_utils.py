@@ -357,11 +357,12 @@ class BaseTuner(nn.Module, ABC):
         """
         names = adapter_name if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
         self._check_adapters_exist([names] if isinstance(names, str) else names)
-        set_adapter(self.model, adapter_name=names, inference_mode=inference_mode, layer_cls=self.tuner_layer_cls)
-        self.active_adapter = names
+        model = self._modules["model"]
+        set_adapter(model, adapter_name=names, inference_mode=inference_mode, layer_cls=self.tuner_layer_cls)
+        object.__setattr__(self, "active_adapter", names)  # no module or weight, which torch would look for
 
     def _check_adapters_exist(self, names: list[str]) -> None:
-        if all(name in self.peft_config for name in names):
+        if self.peft_config.keys() >= set(names):
             return
         layers, wrappers = _C.find(self.model, BaseTunerLayer, AuxiliaryTrainingWrapper)
         known = {
@@ -375,7 +376,7 @@ class BaseTuner(nn.Module, ABC):
             raise ValueError(f"Adapter {which} not found. Adapters of this model: {sorted(known)}.")
 
     def _enable_adapter_layers(self, enabled: bool = True, irregular: bool = True) -> bool | str | None:
-        return enable_adapters(self.model, enabled, irregular)
+        return enable_adapters(self._modules["model"], enabled, irregular)
 
     def disable_adapter_layers(self) -> None:
         """Switches all adapters off and freezes them: the model computes what the base model does.
