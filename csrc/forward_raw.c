@@ -265,67 +265,86 @@ done:
     return y;
 }
 
-static PyObject *forward_linear_grad(PyObject *module, PyObject *args) {
-    const module_state *state = state_of(module);
-    PyObject *g, *weight, *dx, *copy = NULL;
-    pk_mat mg, mw, mx;
-    TensorView view;
-    void *work;
-    int rc;
-    if (!PyArg_ParseTuple(args, "OO:linear_grad", &g, &weight)) return NULL;
-    if (!view_is_plain(state, g) || view_peek(state, g, &view) != VIEW_OK ||
-        view_peek(state, weight, &view) != VIEW_OK)
-        Py_RETURN_NONE;
-    if (!matrix_of(state, weight, &mw) || mw.cs != 1 || !forward_rows(state, g, &mg, &copy) || mg.dtype != mw.dtype ||
-        mg.cols != mw.rows || !pk_linear_grad_suits(mw.dtype, mg.rows, mw.rows, mw.cols)) {
-        Py_XDECREF(copy);
-        Py_RETURN_NONE;
-    }
-    if ((dx = empty_like(state, g, mw.cols)) == NULL) goto done;
-    (void)forward_rows(state, dx, &mx, NULL);
-    if ((work = malloc(pk_linear_grad_work(&mx, &mg, &mw))) == NULL) {
-        PyErr_NoMemory();
-        Py_CLEAR(dx);
-        goto done;
-    }
-    PyThreadState *thread = PyEval_SaveThread();
-    rc = pk_linear_grad(&mx, &mg, &mw, work, state->torch.torch_parallel_for);
-    PyEval_RestoreThread(thread);
-    free(work);
-    if (rc != PK_OK) {
-        forward_error(rc);
-        Py_CLEAR(dx);
-    }
-done:
-    Py_XDECREF(copy);
-    return dx;
-}
-
 /* `tensor` as rows into `out`, or data NULL for None. */
 static bool rows_or_none(const module_state *state, PyObject *tensor, pk_mat *out, PyObject **copy) {
     memset(out, 0, sizeof *out);
     return tensor == Py_None || forward_rows(state, tensor, out, copy);
 }
 
+static pk_mat turned(pk_mat a) {
+    const pk_mat t = {a.data, a.cols, a.rows, a.cs, a.rs, a.dtype};
+    return t;
+}
+
+/* g, the weight and the factors into the product of the gradient, if a kernel is the one to take it. */
+static bool grad_find(const module_state *state, PyObject *g, PyObject *weight, PyObject *u, forward_product *p,
+                      PyObject **copy) {
+    TensorView view;
+    pk_mat w;
+    if (!view_is_plain(state, g) || view_peek(state, g, &view) != VIEW_OK ||
+        view_peek(state, weight, &view) != VIEW_OK || !matrix_of(state, weight, &w) || w.cs != 1 ||
+        !rows_or_none(state, u, &p->t, NULL) || !forward_rows(state, g, &p->x, copy))
+        return false;
+    if (p->x.dtype != w.dtype || p->x.cols != w.rows || !pk_linear_grad_suits(w.dtype, p->x.rows, w.rows, w.cols))
+        return false;
+    p->kind = FORWARD_LAYER;
+    p->weight = turned(w);
+    p->bias.data = NULL;
+    for (int i = 0; i < p->count; i++) {
+        pk_lowrank *f = &p->factors[i];
+        const pk_mat up = turned(f->down);
+        f->down = turned(f->up);
+        f->up = up;
+        if (f->down.cols != w.rows || f->up.rows != w.cols) return false;
+    }
+    return true;
+}
+
+static PyObject *forward_linear_grad(PyObject *module, PyObject *args) {
+    const module_state *state = state_of(module);
+    PyObject *g, *weight, *u, *scales, *factors, *dx = NULL, *copy = NULL;
+    forward_product p;
+    int rc;
+    if (!PyArg_ParseTuple(args, "OOOO!O!:linear_grad", &g, &weight, &u, &PyTuple_Type, &scales, &PyTuple_Type,
+                          &factors))
+        return NULL;
+    if ((rc = parse_factors(state, scales, factors, p.factors, &p.count)) < 0) return NULL;
+    if (rc == 0 || !grad_find(state, g, weight, u, &p, &copy)) {
+        dx = Py_NewRef(Py_None);
+    } else if ((dx = empty_like(state, g, p.weight.rows)) != NULL &&
+               (!forward_rows(state, dx, &p.y, NULL) || forward_run(state, &p) < 0)) {
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, "new_empty gave no plain tensor");
+        Py_CLEAR(dx);
+    }
+    Py_XDECREF(copy);
+    return dx;
+}
+
 typedef struct {
-    pk_mat g, x, t, dx;
+    pk_mat g, x, t, u, dx;
     pk_lowrank factors[GATE_MAX_TERMS];
     int count, dx_add;
 } gradient;
 
-/* Factor i: its own columns of t, its own outputs. 1, 0 without a view, -1 with an exception. */
+/* r columns of t or u from the given one on */
+static pk_mat columns_of(pk_mat a, int64_t column, int64_t r) {
+    if (a.data != NULL) {
+        a.data = (char *)a.data + column * a.cs * pk_dtype_size(a.dtype);
+        a.cols = r;
+    }
+    return a;
+}
+
+/* Factor i: its own columns of t and u, its own outputs. 1, 0 without a view, -1 with an exception. */
 static int gradient_run(const module_state *state, const gradient *all, int i, int64_t column, PyObject *grads) {
     pk_backward q;
     q.g = all->g;
     q.x = all->x;
-    q.t = all->t;
     q.dx = all->dx;
     q.dx_add = i > 0 || all->dx_add;
     q.factor = all->factors[i];
-    if (q.t.data != NULL) {
-        q.t.data = (char *)q.t.data + column * q.t.cs * (q.t.dtype == PK_F64 ? 8 : 4);
-        q.t.cols = q.factor.down.rows;
-    }
+    q.t = columns_of(all->t, column, q.factor.down.rows);
+    q.u = columns_of(all->u, column, q.factor.down.rows);
     if (!rows_or_none(state, PyTuple_GetItem(grads, 2 * i), &q.da, NULL)) return 0;
     if (!rows_or_none(state, PyTuple_GetItem(grads, 2 * i + 1), &q.db, NULL)) return 0;
     if (q.dx.data == NULL && q.da.data == NULL && q.db.data == NULL) return 1;
@@ -334,14 +353,14 @@ static int gradient_run(const module_state *state, const gradient *all, int i, i
 
 static PyObject *forward_backward(PyObject *module, PyObject *args) {
     const module_state *state = state_of(module);
-    PyObject *g, *x, *t, *scales, *factors, *dx, *grads, *g_copy = NULL, *x_copy = NULL, *result = NULL;
+    PyObject *g, *x, *t, *u = Py_None, *scales, *factors, *dx, *grads, *g_copy = NULL, *x_copy = NULL, *result = NULL;
     gradient all;
     int64_t column = 0;
     TensorView view;
     int rc;
     all.dx_add = 0;
-    if (!PyArg_ParseTuple(args, "OOOO!O!OO!|p:lowrank_backward", &g, &x, &t, &PyTuple_Type, &scales, &PyTuple_Type,
-                          &factors, &dx, &PyTuple_Type, &grads, &all.dx_add)) {
+    if (!PyArg_ParseTuple(args, "OOOO!O!OO!|pO:lowrank_backward", &g, &x, &t, &PyTuple_Type, &scales, &PyTuple_Type,
+                          &factors, &dx, &PyTuple_Type, &grads, &all.dx_add, &u)) {
         return NULL;
     }
     if (PyTuple_Size(grads) != PyTuple_Size(factors)) {
@@ -351,7 +370,8 @@ static PyObject *forward_backward(PyObject *module, PyObject *args) {
     if ((rc = parse_factors(state, scales, factors, all.factors, &all.count)) < 0) return NULL;
     if (rc == 0 || !view_is_plain(state, g) || view_peek(state, g, &view) != VIEW_OK ||
         !forward_rows(state, g, &all.g, &g_copy) || !rows_or_none(state, x, &all.x, &x_copy) ||
-        !rows_or_none(state, t, &all.t, NULL) || !rows_or_none(state, dx, &all.dx, NULL)) {
+        !rows_or_none(state, t, &all.t, NULL) || !rows_or_none(state, u, &all.u, NULL) ||
+        !rows_or_none(state, dx, &all.dx, NULL)) {
         rc = 0;
     }
     if (all.x.data == NULL && rc == 1) { /* only its shape is asked for */
@@ -379,13 +399,15 @@ PyMethodDef forward_raw_methods[] = {
      "lowrank_linear(x, weight, bias, t, scales, factors)\n--\n\n"
      "F.linear(x, weight, bias) plus these terms (see lowrank_apply) as a new tensor. Autograd does not see it."},
     {"linear_grad", forward_linear_grad, METH_VARARGS,
-     "linear_grad(g, weight)\n--\n\n"
-     "g @ weight where that is faster here than in torch, else None. Autograd does not see it."},
+     "linear_grad(g, weight, u, scales, factors)\n--\n\n"
+     "g @ weight + sum_i scales[i] (g B_i) A_i where that is faster here than in torch, else None. u: None, or (m, "
+     "sum "
+     "r_i)\nthat receives g B. Autograd does not see it."},
     {"lowrank_backward", forward_backward, METH_VARARGS,
-     "lowrank_backward(g, x, t, scales, factors, dx, grads, add=False)\n--\n\n"
+     "lowrank_backward(g, x, t, scales, factors, dx, grads, add=False, u=None)\n--\n\n"
      "Fills dx (..., k), or adds to it, and grads = (dA_0, dB_0, ...), tensors or None, from g (..., n). x is needed "
      "for dA, t for "
-     "dB.\n"
+     "dB;\nu, if it is known, spares g B where dx is None.\n"
      "False when a tensor has no plain view; then nothing was written."},
     {NULL, NULL, 0, NULL},
 };

@@ -5,11 +5,12 @@
  *       (m, sum r_i) float32 (float64) that receives x A^T.
  *   lowrank_linear(x, weight, bias, t, scales, factors) -> Tensor
  *       F.linear(x, weight, bias) plus these terms, as a new tensor; for use where autograd does not look.
- *   linear_grad(g, weight) -> Tensor or None
- *       g @ weight, the gradient of such a layer's input; None: torch's product is the one to take.
- *   lowrank_backward(g, x, t, scales, factors, dx, grads, add=False) -> bool
+ *   linear_grad(g, weight, u, scales, factors) -> Tensor or None
+ *       g @ weight + sum_i s_i (g B_i) A_i, the gradient of such a layer's input; None: torch's product is the one to
+ *       take. u: None, or (m, sum r_i) float32 that receives g B.
+ *   lowrank_backward(g, x, t, scales, factors, dx, grads, add=False, u=None) -> bool
  *       Fills dx (..., k), or adds to it, and grads = (dA_0, dB_0, ...), each a tensor or None. x may be None without
- *       dA; t may be None without dB. False: a tensor has no view (nothing written). */
+ *       dA; t may be None without dB; u = g B is used where dx is None. False: a tensor has no view (nothing written). */
 #ifndef PEFT_C_FORWARD_RAW_H
 #define PEFT_C_FORWARD_RAW_H
 

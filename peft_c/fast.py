@@ -212,18 +212,22 @@ _linear = _LowRank.apply  # as `_C.lowrank_forward` calls it for a frozen nn.Lin
 def _backward_in_c(g, x, t, weight, scales, factors, needs_x, needs, shape, dtype):
     """(dx, dA_0, dB_0, ...), None where not needed; None altogether when g is no plain tensor."""
     g = g.contiguous()  # every product below walks its rows; that of sum() repeats one element
-    wide = factors[0].dtype if len(scales) > 1 and factors[0].dtype.itemsize > dtype.itemsize else dtype
-    dx = _C.linear_grad(g, weight) if weight is not None else None
-    late = (
-        weight is not None and dx is None and len(scales) > 0 and dtype == wide == torch.float32
-    )  # as in forward_raw.c
-    if weight is not None and dx is None and not late:
-        dx = (g @ weight).to(wide)
-    add = dx is not None
-    if needs_x and not add:
-        dx = torch.empty(shape, dtype=wide)
+    factors, dx, u = tuple(factors), None, None
+    if weight is not None:
+        if any(needs[::2]):
+            u = torch.empty(shape[:-1].numel(), sum(down.shape[0] for down in factors[::2]))
+        dx = _C.linear_grad(g, weight, u, scales, factors)
     grads = tuple(torch.empty_like(f) if need else None for f, need in zip(factors, needs, strict=True))
-    if not _C.lowrank_backward(g, x, t, scales, tuple(factors), dx, grads, add):
+    if dx is not None:
+        return (dx, *grads) if _C.lowrank_backward(g, x, t, scales, factors, None, grads, False, u) else None
+    wide = factors[0].dtype if len(scales) > 1 and factors[0].dtype.itemsize > dtype.itemsize else dtype
+    late = weight is not None and len(scales) > 0 and dtype == wide == torch.float32  # as in forward_raw.c
+    add = weight is not None and not late
+    if add:
+        dx = (g @ weight).to(wide)
+    elif needs_x:
+        dx = torch.empty(shape, dtype=wide)
+    if not _C.lowrank_backward(g, x, t, scales, factors, dx, grads, add):
         return None
     if late:
         dx.view(-1, shape[-1]).addmm_(g.reshape(-1, g.shape[-1]), weight)

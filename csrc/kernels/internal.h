@@ -76,18 +76,23 @@ typedef struct {
     const char *name;
     int math;  /* how a delta is summed: MATH_PLAIN multiply, then add; MATH_FUSED (MATH_PAIRS: see pairs) */
     int nr[2]; /* panel width for float, double acc */
-    /* d[i * ldd + j] (+)= sum_p row[p * ldrow + i] panel[p * nr + j], i < mr (1..MR), j < nr: acc */
+    /* d[i * ldd + j] = sum_p row[p * ldrow + i] panel[p * nr + j], i < mr (1..MR), j < nr: acc. add: 0; 1, the sum goes
+     * on from d; 2, it is added to d. */
     void (*tile[2])(int64_t depth, const void *row, int64_t ldrow, const void *panel, void *d, int64_t ldd, int mr,
                     int add);
-    /* NULL, or the same for pairs of bf16: d = scale * sum over both halves of row[p * ldrow + i] panel[p * nr + j] */
+    /* NULL, or the same for pairs of bf16: scale times the sum over both halves of row[p * ldrow + i] panel[p * nr + j] is
+     * written to d, or with `add` added to it. And their packing: dst[p * ld + j] = src[2 p * sp + j * sj] and, unless
+     * 2 p + 1 == np, the next in p above it, 2 p < np, j < nj. */
     void (*pairs)(int64_t depth, const uint32_t *row, int64_t ldrow, const uint32_t *panel, float *d, int64_t ldd,
-                  float scale, int mr);
+                  float scale, int mr, int add);
+    void (*pack_pairs)(const uint16_t *src, int64_t sp, int64_t sj, int64_t np, int64_t nj, uint32_t *dst, int64_t ld);
     /* goes on with the hash by so many bytes, a multiple of 64 */
     void (*hash)(uint32_t *state, const void *p, int64_t bytes);
     pk_row_kernels dtype[PK_NDTYPES];
 } pk_isa;
 
 /* pick.c */
+int pk_cpu_is_measured(void); /* of the make that limits in time were measured on */
 const pk_isa *pk_isa_now(void);
 enum { MATH_PLAIN = 0, MATH_FUSED = 1, MATH_PAIRS = 2 };
 const pk_isa *pk_isa_with_math(int math); /* the one in use if it has it, else another, else NULL */
@@ -140,6 +145,8 @@ void mat_pack(const pk_isa *isa, const pk_mat *a, int64_t p0, int64_t j0, int64_
 /* a(p0 + p, j0 + j) = scale * src[p * ld + j], acc -> dtype */
 void mat_unpack(const pk_isa *isa, const pk_mat *a, int64_t p0, int64_t j0, int64_t np, int64_t nj, const void *src,
                 int64_t ld, double scale, int wide);
+/* Towards the cache: the g-th of n shares of a(p0.., j0..), at most np x nj elements; a has a stride of 1. */
+void mat_fetch(const pk_mat *a, int64_t p0, int64_t np, int64_t j0, int64_t nj, int64_t g, int64_t n);
 /* raw bits, contiguous rows <-> strided columns */
 void bits_gather(const pk_mat *a, int64_t i, int64_t j, int64_t n, void *dst);
 void bits_scatter(const pk_mat *a, int64_t i, int64_t j, int64_t n, const void *src);

@@ -26,13 +26,53 @@ static INLINE void pairs_strip_sum(const pk_strip *s, int64_t j, const int i0, v
               c, mr);
 }
 
+static INLINE void pairs_rows(int64_t depth, const uint32_t *row, int64_t ldrow, const uint32_t *panel, float *d,
+                              int64_t ldd, float scale, const int mr, int add) {
+    vf c[MR][NV];
+    for (int i = 0; i < mr; i++)
+        for (int v = 0; v < NV; v++) c[i][v] = vf_set1(0);
+    pairs_sum(depth, row, ldrow, panel, scale, c, mr);
+    for (int i = 0; i < mr; i++)
+        for (int v = 0; v < NV; v++) {
+            float *const to = d + i * ldd + v * VFN;
+            vf_store(to, add ? vf_add(vf_load(to), c[i][v]) : c[i][v]);
+        }
+}
+
 static void pairs(int64_t depth, const uint32_t *row, int64_t ldrow, const uint32_t *panel, float *d, int64_t ldd,
-                  float scale, int mr) {
-    for (int i = 0; i < mr; i++) {
-        vf c[1][NV];
-        for (int v = 0; v < NV; v++) c[0][v] = vf_set1(0);
-        pairs_sum(depth, row + i, ldrow, panel, scale, c, 1);
-        for (int v = 0; v < NV; v++) vf_store(d + i * ldd + v * VFN, c[0][v]);
+                  float scale, int mr, int add) {
+    if (mr == MR) {
+        pairs_rows(depth, row, ldrow, panel, d, ldd, scale, MR, add);
+        return;
+    }
+    for (; mr >= 2; mr -= 2, row += 2, d += 2 * ldd) pairs_rows(depth, row, ldrow, panel, d, ldd, scale, 2, add);
+    if (mr) pairs_rows(depth, row, ldrow, panel, d, ldd, scale, 1, add);
+}
+
+/* 16 x 16 pairs whose halves lie side by side */
+static INLINE void turn_pairs(const uint16_t *src, int64_t sj, uint32_t *dst, int64_t ld) {
+    vf b[VFN];
+    for (int j = 0; j < VFN; j++) b[j] = _mm512_castsi512_ps(_mm512_loadu_si512(src + j * sj));
+    vf_transpose(b);
+    for (int p = 0; p < VFN; p++) _mm512_storeu_si512(dst + p * ld, _mm512_castps_si512(b[p]));
+}
+
+static void pack_pairs(const uint16_t *src, int64_t sp, int64_t sj, int64_t np, int64_t nj, uint32_t *dst,
+                       int64_t ld) {
+    const int64_t turned = sp == 1 ? np / 2 / VFN * VFN : 0, cols = sp == 1 ? nj / VFN * VFN : 0;
+    for (int64_t p = 0; p < turned; p += VFN)
+        for (int64_t j = 0; j < cols; j += VFN) turn_pairs(src + 2 * p + j * sj, sj, dst + p * ld + j, ld);
+    for (int64_t p = 0; p < (np + 1) / 2; p++) {
+        const uint16_t *const low = src + 2 * p * sp;
+        const int both = 2 * p + 1 < np;
+        const int64_t up = both ? sp : 0, j0 = p < turned ? cols : 0;
+        const uint32_t mask = both ? 0xffffffffu : 0xffffu;
+        if (sj == 1)
+            for (int64_t j = j0; j < nj; j++)
+                dst[p * ld + j] = ((uint32_t)low[j] | (uint32_t)low[j + up] << 16) & mask;
+        else
+            for (int64_t j = j0; j < nj; j++)
+                dst[p * ld + j] = ((uint32_t)low[j * sj] | (uint32_t)low[j * sj + up] << 16) & mask;
     }
 }
 

@@ -9,7 +9,7 @@
  *   in a forward, is f64); each element written is rounded once (nearest even).
  * - matrices: any strides (transposed, stepped, zero strides for what is only read), any alignment of at least the
  *   element, any size including zero. A matrix that is written must not overlap itself or another operand.
- * - the same bits for every number of threads, every alignment and every stride; row i of a forward does not depend on
+ * - the same bits for every number of threads, every alignment and every stride; row i of pk_lowrank_* does not depend on
  *   the other rows. The ISAs with fused multiply-add (avx2, avx512, avx512bf16, neon) agree in the bits of merge, unmerge
  *   and switch, too, with one exception: avx512bf16 sums bf16 factors of one scale and rank >= 4 into a bf16 weight by
  *   the CPU's bf16 dot products. Generic differs in the last bits of the delta. A record knows how its delta was summed,
@@ -65,24 +65,23 @@ int pk_lowrank_apply(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int 
 int pk_lowrank_set(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int nf, const pk_mat *t, void *work,
                    pk_parallel_fn par);
 
-/* The same with a linear layer below: y (m, n) = x w^T + bias + the terms, rounded once, in one pass over w (n, k); bias
- * (1, n): NULL for none. And the gradient of such a layer's input, dx (m, k) = g (m, n) w. For few rows: they read w
- * again for every 15 to 64 of them; no f64. The two that end in _suits: 1 where that is faster than what torch does for x and w of dtype. */
+/* The same with a linear layer below: y (m, n) = x w^T + bias + the terms, rounded once; w (n, k), bias (1, n): NULL for
+ * none; no f64. With w and the factors transposed it is the gradient of such a layer's input. w is read once for every
+ * LINEAR_ROWS rows (lowrank.h). A row depends on how many there are, but not on what is in the others.
+ * The two that end in _suits: 1 where that is faster than what torch does for x and w of dtype. */
 int pk_linear_suits(pk_dtype dtype, int64_t m, int64_t n, int64_t k);
+int pk_linear_grad_suits(pk_dtype dtype, int64_t m, int64_t n, int64_t k);
 size_t pk_linear_work(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_lowrank *f, int nf);
 int pk_linear(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_mat *bias, const pk_lowrank *f, int nf,
               const pk_mat *t, void *work, pk_parallel_fn par);
-int pk_linear_grad_suits(pk_dtype dtype, int64_t m, int64_t n, int64_t k);
-size_t pk_linear_grad_work(const pk_mat *dx, const pk_mat *g, const pk_mat *w);
-int pk_linear_grad(const pk_mat *dx, const pk_mat *g, const pk_mat *w, void *work, pk_parallel_fn par);
 
 /* The products of one factor's backward; every output with data == NULL is left out.
- *   u  = scale * g B          (m, r), internal
- *   dx (m, k) += u A          dx_add = 1: added to what is there; 0: written
- *   dA (r, k)  = u^T x        x needed
- *   dB (n, r)  = scale * g^T t    t needed, or x to recompute it (t.data == NULL) */
+ *   u = g B                     (m, r): given, or with data == NULL computed, as it is for dx
+ *   dx (m, k) += scale * u A    dx_add = 1: added to what is there; 0: written
+ *   dA (r, k)  = scale * u^T x  x needed
+ *   dB (n, r)  = scale * g^T t  t needed, or x to recompute it (t.data == NULL) */
 typedef struct {
-    pk_mat g, x, t;    /* (m, n), (m, k), (m, r) */
+    pk_mat g, x, t, u; /* (m, n), (m, k), (m, r), (m, r) */
     pk_lowrank factor; /* A (r, k), B (n, r), scale */
     pk_mat dx, da, db; /* (m, k), (r, k), (n, r) */
     int dx_add;

@@ -11,8 +11,6 @@ typedef struct {
     const pk_mat *y;
     const pk_lowrank *parts;
     const dots_job *dots; /* of each part; many rows only */
-    const dots_job *base; /* NULL, or x and the weight of a linear layer that y is the output of; few rows only */
-    const pk_mat *bias;   /* of that layer, (1, n); NULL: none */
     int nparts, wide, direct;
     row_op op;
     int64_t rank, block;
@@ -43,14 +41,17 @@ static void pack_panels(int64_t begin, int64_t end, void *ctx) {
     for (int64_t j = begin; j < end; j++) pack_panel(e, 0, e->rank, j, e->panels + j * bytes);
 }
 
-/* to (R, m) = transposed t (m, R), times each part's scale */
-static void turn(const product_job *e, const char *t, int64_t m, char *to) {
-    const pk_dtype acc = e->wide ? PK_F64 : PK_F32;
-    const int64_t size = acc_size(e->wide);
+void turn_terms(const pk_isa *isa, const pk_lowrank *parts, int nparts, int64_t rank, int wide, const char *t,
+                int64_t m, char *to) {
+    const int64_t size = acc_size(wide);
     int64_t p = 0;
-    for (int i = 0; i < e->nparts; p += e->parts[i++].up.cols)
-        e->isa->dtype[acc].pack(t + p * size, 1, e->rank, e->parts[i].up.cols, m, to + p * m * size, m,
-                                e->parts[i].scale);
+    for (int i = 0; i < nparts; p += parts[i++].up.cols)
+        isa->dtype[wide ? PK_F64 : PK_F32].pack(t + p * size, 1, rank, parts[i].up.cols, m, to + p * m * size, m,
+                                                parts[i].scale);
+}
+
+static void turn(const product_job *e, const char *t, int64_t m, char *to) {
+    turn_terms(e->isa, e->parts, e->nparts, e->rank, e->wide, t, m, to);
 }
 
 /* y(i, j0 + q) op= d[q], q < n */
@@ -68,34 +69,20 @@ static void put_row(const product_job *e, int64_t i, int64_t j0, int64_t n, cons
     }
 }
 
-/* d (m, nr) = x w^T + bias for n columns from j0 of a linear layer */
-static void base_columns(const product_job *e, int64_t j0, int64_t n, char *d) {
-    const int64_t nr = e->isa->nr[e->wide], bytes = nr * acc_size(e->wide);
-    _Alignas(64) char row[NR_MAX * 4];
-    memset(row, 0, sizeof row);
-    for (int64_t i = 0; n < nr && i < e->y->rows; i++) memset(d + i * bytes, 0, (size_t)bytes);
-    dots_block(e->base, 0, e->y->rows, j0, n, d, nr);
-    if (!e->bias) return;
-    mat_pack(e->isa, e->bias, 0, j0, 1, n, row, nr, 1.0, e->wide);
-    for (int64_t i = 0; i < e->y->rows; i++)
-        e->isa->dtype[e->wide ? PK_F64 : PK_F32].apply(OP_ADD, d + i * bytes, row, d + i * bytes, nr);
-}
-
 /* few rows: each panel is packed where it is used */
 static void expand_columns(int64_t begin, int64_t end, void *ctx) {
     const product_job *const e = ctx;
     const int64_t m = e->y->rows, nr = e->isa->nr[e->wide], size = acc_size(e->wide);
     _Alignas(64) char panel[DEPTH * NR_MAX * 4];
-    _Alignas(64) char d[LINEAR_ROWS * NR_MAX * 4];
+    _Alignas(64) char d[FEW_ROWS * NR_MAX * 4];
     for (int64_t j = begin; j < end; j++) {
         const int64_t n = min64(nr, e->y->cols - j * nr);
-        if (e->base) base_columns(e, j * nr, n, d);
-        for (int64_t p = 0; (p == 0 && !e->base) || p < e->rank; p += DEPTH) { /* rank 0: sums of nothing */
+        for (int64_t p = 0; p == 0 || p < e->rank; p += DEPTH) { /* rank 0: sums of nothing */
             const int64_t np = min64(DEPTH, e->rank - p);
             pack_panel(e, p, np, j, panel);
             for (int64_t i = 0; i < m; i += MR)
                 e->isa->tile[e->wide](np, e->turned + (p * m + i) * size, m, panel, d + i * nr * size, nr,
-                                      (int)min64(MR, m - i), p > 0 || e->base);
+                                      (int)min64(MR, m - i), p > 0);
         }
         for (int64_t i = 0; i < m; i++) put_row(e, i, j * nr, n, d + i * nr * size);
     }
@@ -112,6 +99,7 @@ static void expand_rows(const product_job *e, int64_t i0, int64_t m, const char 
         for (int64_t i = 0; i < m; i += MR) {
             tile.row = turned + i * size;
             tile.w = mat_at(e->y, i0 + i, j * nr);
+            tile.next = n == nr && e->direct && i + MR <= m ? mat_at(e->y, i0 + i, (j + 1) * nr) : NULL;
             tile.mr = (int)min64(MR, m - i);
             if (e->direct && n == nr && tile.mr == MR) {
                 e->isa->dtype[e->y->dtype].fused[0](e->op, &tile);
@@ -167,8 +155,7 @@ static int product_few(product_job *e, const pk_mat *x, work_area *area, pk_para
         rc = dots_run(x, &e->parts[i].down, area->base ? e->t + p * size : NULL, e->rank, e->wide, area, par);
     if (!area->base || rc != PK_OK) return rc;
     turn(e, e->t, m, e->turned);
-    return run_parallel(par, (e->y->cols + nr - 1) / nr, (e->rank + (e->base ? x->cols : 0)) * nr * (8 + m) / 12,
-                        expand_columns, e);
+    return run_parallel(par, (e->y->cols + nr - 1) / nr, e->rank * nr * (8 + m) / 12, expand_columns, e);
 }
 
 int product_run(const pk_mat *y, const pk_mat *x, const pk_lowrank *parts, int nparts, int wide, row_op op, char *t,
@@ -239,75 +226,4 @@ int pk_lowrank_apply(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int 
 int pk_lowrank_set(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int nf, const pk_mat *t, void *work,
                    pk_parallel_fn par) {
     return forward_start(y, x, f, nf, OP_SET, t, work, par);
-}
-
-/* --------------------------------------------------------------------------------------------------- linear layers */
-
-/* Where pk_linear, with terms of r = 16, takes at most what F.linear of torch 2.13 does alone (MKL for f32, oneDNN for
- * bf16): microseconds out of the cache, 2 threads of Zen 4, pk_linear / F.linear. Only measured with AVX-512. For a
- * small weight the calls are most of the time, and torch's bits are worth more than the rest.
- *                rows      1          4          8         16         32         48          64
- *   f32  2816 x 1024  292/658   441/1214   535/1271   761/1515  1239/2201  1687/2829  2192/3350
- *         256 x 256     6/6        9/17      15/19      23/28      43/48      59/75       74/72
- *   bf16 2816 x 1024  155/369    259/410    339/486    461/593    740/814   1006/1025  1271/1250
- *         256 x 256     6/28       7/30      11/33      18/33      30/42      41/48       52/51
- *   f16  2816 x 1024  207/154    299/553    428/1182  15 rows: 668/2177, and so on for more
- *         256 x 256     6/9         9/23      14/41
- */
-int pk_linear_suits(pk_dtype dtype, int64_t m, int64_t n, int64_t k) {
-    const pk_isa *const isa = pk_isa_now();
-    if (isa->nr[0] < NR_MAX || n * k < SMALL_WEIGHT) return 0;
-    if (dtype == PK_F16) return m > 1;
-    return m <= LINEAR_ROWS && (dtype == PK_F32 || (dtype == PK_BF16 && isa->pairs));
-}
-
-static int linear(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_mat *bias, const pk_lowrank *f, int nf,
-                  const pk_mat *t, work_area *area, pk_parallel_fn par) {
-    const int64_t rank = rank_of(f, nf), m = y->rows;
-    char *const acc = work_take(area, m * rank * acc_size(0));
-    dots_job base;
-    product_job e = {.isa = pk_isa_now(), .y = y, .parts = f, .nparts = nf, .op = OP_SET, .t = acc, .rank = rank};
-    int rc = dots_prepare(&base, x, w, 0, area, par);
-    e.base = &base;
-    e.bias = bias && bias->data ? bias : NULL;
-    e.direct = y->cs == 1 || y->cols <= 1;
-    e.turned = work_take(area, m * rank * acc_size(0));
-    if (rc == PK_OK) rc = product_few(&e, x, area, par);
-    if (rc == PK_OK && area->base && t && t->data) mat_unpack(pk_isa_now(), t, 0, 0, m, rank, acc, rank, 1.0, 0);
-    return rc;
-}
-
-static int linear_valid(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_lowrank *f, int nf) {
-    return forward_valid(y, x, f, nf) && mat_valid(w) && w->rows == y->cols && w->cols == x->cols &&
-           y->dtype != PK_F64 && x->dtype != PK_F64 && w->dtype != PK_F64;
-}
-
-/* Rows at once: so few that dots_prepare makes no copy of the weight. */
-static int64_t linear_step(const pk_mat *w) {
-    return w->dtype == PK_F32 || (w->dtype == PK_BF16 && pk_isa_now()->pairs) ? LINEAR_ROWS : DOTS_AS_IS;
-}
-
-size_t pk_linear_work(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_lowrank *f, int nf) {
-    work_area area = {NULL, 0, 0};
-    if (!linear_valid(y, x, w, f, nf)) return 0;
-    const int64_t m = min64(y->rows, linear_step(w));
-    const pk_mat ym = mat_rows(*y, 0, m), xm = mat_rows(*x, 0, m);
-    linear(&ym, &xm, w, NULL, f, nf, NULL, &area, NULL);
-    return work_total(&area);
-}
-
-int pk_linear(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_mat *bias, const pk_lowrank *f, int nf,
-              const pk_mat *t, void *work, pk_parallel_fn par) {
-    const int64_t step = linear_step(w);
-    int rc = PK_OK;
-    if (!linear_valid(y, x, w, f, nf)) return PK_EINVAL;
-    if (bias && bias->data && (!mat_valid(bias) || bias->rows != 1 || bias->cols != y->cols)) return PK_EINVAL;
-    if (t && t->data && (!mat_valid(t) || t->rows != y->rows || t->cols != rank_of(f, nf))) return PK_EINVAL;
-    for (int64_t i = 0; i < y->rows && rc == PK_OK; i += step) {
-        const int64_t m = min64(step, y->rows - i);
-        const pk_mat none = {0}, ym = mat_rows(*y, i, m), xm = mat_rows(*x, i, m), tm = mat_rows(t ? *t : none, i, m);
-        work_area area = work_start(work);
-        rc = linear(&ym, &xm, w, bias, f, nf, &tm, &area, par);
-    }
-    return rc;
 }

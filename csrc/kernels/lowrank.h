@@ -5,7 +5,7 @@
 #include "internal.h"
 
 enum {
-    LINEAR_ROWS = 64,       /* at most that many rows go through a linear layer at once */
+    LINEAR_ROWS = 192,      /* at most that many rows go through a linear layer at once */
     SMALL_WEIGHT = 1 << 15, /* elements: up to there a layer's time is that of the calls around it */
     LARGE_WEIGHT = 1 << 18  /* larger than a core's own cache */
 };
@@ -14,6 +14,10 @@ enum {
  * t (m, R) acc, contiguous, receives x down^T. With area->base NULL it only counts its workspace. */
 int product_run(const pk_mat *y, const pk_mat *x, const pk_lowrank *parts, int nparts, int wide, row_op op, char *t,
                 work_area *area, pk_parallel_fn par);
+
+/* to (rank, m) = transposed t (m, rank), times each part's scale */
+void turn_terms(const pk_isa *isa, const pk_lowrank *parts, int nparts, int64_t rank, int wide, const char *t,
+                int64_t m, char *to);
 
 /* all ranks together; are the factors valid for y (m, n), x (m, k)? */
 int64_t rank_of(const pk_lowrank *f, int nf);

@@ -60,6 +60,15 @@ void mat_unpack(const pk_isa *isa, const pk_mat *a, int64_t p0, int64_t j0, int6
     }
 }
 
+void mat_fetch(const pk_mat *a, int64_t p0, int64_t np, int64_t j0, int64_t nj, int64_t g, int64_t n) {
+    const int64_t rows = min64(np, a->rows - p0), cols = min64(nj, a->cols - j0), along = a->rs == 1 && a->cs != 1;
+    const int64_t runs = along ? cols : rows, bytes = (along ? rows : cols) * pk_dtype_size(a->dtype);
+    for (int64_t r = g * runs / n; r < (g + 1) * runs / n; r++) {
+        const char *const at = along ? mat_at(a, p0, j0 + r) : mat_at(a, p0 + r, j0);
+        for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b, 0, 2);
+    }
+}
+
 void bits_gather(const pk_mat *a, int64_t i, int64_t j, int64_t n, void *dst) {
     const size_t size = (size_t)pk_dtype_size(a->dtype);
     for (int64_t q = 0; q < n; q++) memcpy((char *)dst + (size_t)q * size, mat_at(a, i, j + q), size);

@@ -24,6 +24,15 @@ static int has_avx512bf16(void) {
 }
 #endif
 
+int pk_cpu_is_measured(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd");
+#else
+    return 0;
+#endif
+}
+
 /* the i-th available ISA, best first */
 static const pk_isa *available(int i) {
     const pk_isa *list[4];

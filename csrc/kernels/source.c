@@ -22,15 +22,9 @@ static double scale_of(const delta_source *s, const pk_lowrank *f) {
     return f->scale * s->d->alpha;
 }
 
-/* to[p * ld + j] = a(2 p, j0 + j) | a(2 p + 1, j0 + j) << 16, a bf16 */
-static void pack_pairs(const pk_mat *a, int64_t j0, int64_t nj, char *to, int64_t ld) {
-    uint32_t *const out = (uint32_t *)(void *)to;
-    for (int64_t p = 0; p < a->rows; p += 2) {
-        const uint16_t *const low = (const uint16_t *)(const void *)mat_at(a, p, j0);
-        const uint16_t *const high = p + 1 < a->rows ? low + a->rs : NULL;
-        uint32_t *const row = out + p / 2 * ld;
-        for (int64_t j = 0; j < nj; j++) row[j] = low[j * a->cs] | (high ? (uint32_t)high[j * a->cs] << 16 : 0u);
-    }
+static void pack_pairs(const pk_isa *isa, const pk_mat *a, int64_t j, int64_t nj, char *to, int64_t ld) {
+    isa->pack_pairs((const uint16_t *)(const void *)mat_at(a, 0, j), a->rs, a->cs, a->rows, nj, (uint32_t *)(void *)to,
+                    ld);
 }
 
 static int64_t depth_of(const delta_source *s, const pk_mat *a) {
@@ -50,7 +44,7 @@ static void pack_panels(int64_t begin, int64_t end, void *ctx) {
             const pk_mat a = along(job, f);
             const double scale = job->transposed ? scale_of(p->s, f) : 1.0;
             if (p->s->pairs)
-                pack_pairs(&a, j * nr, n, to, nr);
+                pack_pairs(job->isa, &a, j * nr, n, to, nr);
             else
                 mat_pack(job->isa, &a, 0, j * nr, a.rows, n, to, nr, scale, job->wide);
             to += depth_of(p->s, &a) * nr * size;
@@ -70,7 +64,7 @@ static void pack_groups(int64_t begin, int64_t end, void *ctx) {
             const pk_mat b = across(job, f);
             const double scale = job->transposed ? 1.0 : scale_of(p->s, f);
             if (p->s->pairs)
-                pack_pairs(&b, g * ROW_GROUP, n, to, ROW_GROUP);
+                pack_pairs(job->isa, &b, g * ROW_GROUP, n, to, ROW_GROUP);
             else
                 mat_pack(job->isa, &b, 0, g * ROW_GROUP, b.rows, n, to, ROW_GROUP, scale, job->wide);
             to += depth_of(p->s, &b) * ROW_GROUP * size;

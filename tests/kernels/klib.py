@@ -43,7 +43,7 @@ class Record(C.Structure):
 
 
 class Backward(C.Structure):
-    _fields_ = [(n, Mat) for n in "gxt"] + [("factor", LowRank)] + [(n, Mat) for n in ("dx", "da", "db")]
+    _fields_ = [(n, Mat) for n in "gxtu"] + [("factor", LowRank)] + [(n, Mat) for n in ("dx", "da", "db")]
     _fields_ += [("dx_add", C.c_int)]
 
 
@@ -80,8 +80,6 @@ def load(path=None):
         "pk_linear_grad_suits": (C.c_int, [C.c_int, C.c_int64, C.c_int64, C.c_int64]),
         "pk_linear_work": (C.c_size_t, [mat, mat, mat, P(LowRank), C.c_int]),
         "pk_linear": (C.c_int, [mat, mat, mat, mat, P(LowRank), C.c_int, mat, ptr, ptr]),
-        "pk_linear_grad_work": (C.c_size_t, [mat, mat, mat]),
-        "pk_linear_grad": (C.c_int, [mat, mat, mat, ptr, ptr]),
         "pk_record_bound": (C.c_size_t, [mat]),
         "pk_merge_work": (C.c_size_t, [mat, delta, delta]),
         "pk_merge": (C.c_int, [mat, delta, C.c_uint, rec, ptr, ptr]),

@@ -51,6 +51,11 @@ static pk_mat copy(const pk_mat *m) {
     return c;
 }
 
+static pk_mat turned(const pk_mat *m) {
+    const pk_mat t = {m->data, m->cols, m->rows, m->cs, m->rs, m->dtype};
+    return t;
+}
+
 static double distance(const pk_mat *a, const pk_mat *b) {
     double worst = 0;
     for (size_t i = 0; i < bytes(a); i += (size_t)pk_dtype_size(a->dtype)) {
@@ -108,7 +113,7 @@ static void test_forward_backward(const char *isa, pk_dtype dtype) {
         void *work = malloc(pk_lowrank_apply_work(&y[i], &x, &f, 1));
         expect(pk_lowrank_apply(&y[i], &x, &f, 1, NULL, work, shim_parallel) == PK_OK, "forward", (int)dtype);
         free(work);
-        const pk_backward q = {g, x, {0}, f, dx[i], da[i], db[i], 1};
+        const pk_backward q = {g, x, {0}, {0}, f, dx[i], da[i], db[i], 1};
         work = malloc(pk_lowrank_backward_work(&q));
         expect(pk_lowrank_backward(&q, work, shim_parallel) == PK_OK, "backward", (int)dtype);
         free(work);
@@ -130,10 +135,12 @@ static void test_forward_backward(const char *isa, pk_dtype dtype) {
 
 static void test_linear(const char *isa, pk_dtype dtype) {
     const double eps[] = {1e-4, 0, 1.0 / 32, 1.0 / 256};
-    const int64_t m = 1 + below(100), n = 1 + below(150), k = 1 + below(150), r = 1 + below(20);
+    const int64_t m = 1 + below(240), n = 1 + below(300), k = 1 + below(300), r = 1 + below(20);
     pk_lowrank f = {make(r, k, dtype, 0.1), make(n, r, dtype, 0.1), 0.7};
     pk_mat x = make(m, k, dtype, 1), g = make(m, n, dtype, 1), w = make(n, k, dtype, 0.1), bias = make(1, n, dtype, 1);
     pk_mat t = make(m, r, PK_F32, 1), y[2] = {make(m, n, dtype, 1)}, set[2], dx[2] = {make(m, k, dtype, 1)};
+    const pk_mat wt = turned(&w);
+    const pk_lowrank ft = {turned(&f.up), turned(&f.down), 0.7};
     y[1] = copy(&y[0]);
     dx[1] = copy(&dx[0]);
     for (int i = 0; i < 2; i++) {
@@ -145,13 +152,13 @@ static void test_linear(const char *isa, pk_dtype dtype) {
         work = malloc(pk_linear_work(&y[i], &x, &w, &f, 1));
         expect(pk_linear(&y[i], &x, &w, &bias, &f, 1, &t, work, shim_parallel) == PK_OK, "linear", (int)dtype);
         free(work);
-        work = malloc(pk_linear_grad_work(&dx[i], &g, &w));
-        expect(pk_linear_grad(&dx[i], &g, &w, work, shim_parallel) == PK_OK, "linear_grad", (int)dtype);
+        work = malloc(pk_linear_work(&dx[i], &g, &wt, &ft, 1));
+        expect(pk_linear(&dx[i], &g, &wt, NULL, &ft, 1, NULL, work, shim_parallel) == PK_OK, "turned", (int)dtype);
         free(work);
     }
     expect(distance(&y[0], &y[1]) < eps[dtype], "linear equals generic", (int)dtype);
     expect(distance(&set[0], &set[1]) < eps[dtype], "set equals generic", (int)dtype);
-    expect(distance(&dx[0], &dx[1]) < eps[dtype], "linear_grad equals generic", (int)dtype);
+    expect(distance(&dx[0], &dx[1]) < eps[dtype], "turned equals generic", (int)dtype);
     void *const all[] = {f.down.data, f.up.data, x.data,      g.data,      w.data,     bias.data, t.data,
                          y[0].data,   y[1].data, set[0].data, set[1].data, dx[0].data, dx[1].data};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);

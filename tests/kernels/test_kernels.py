@@ -449,7 +449,13 @@ def test_forward_sizes_and_threads(isa, dtype, m, n, k, r):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(0, 140), shapes, st.sampled_from([F32, BF16, F16]), seeds, st.sampled_from(ISAS))
+@given(
+    st.integers(0, 220),
+    st.tuples(st.integers(1, 300), st.integers(1, 600), st.integers(0, 20)),
+    st.sampled_from([F32, BF16, F16]),
+    seeds,
+    st.sampled_from(ISAS),
+)
 def test_linear_layers(m, shape, dtype, seed, name):
     """Base layer and terms at once, and the gradient of its input; any strides, row by row, whatever the threads."""
     n, k, r = shape
@@ -484,17 +490,28 @@ def test_linear_layers(m, shape, dtype, seed, name):
     if rank:
         assert np.allclose(t, np.hstack([xf @ klib.widen(p[0], p[1]).T for p in parts]), rtol=1e-5, atol=1e-4)
     if m:
-        assert np.array_equal(bits(run(x[:1].copy(), None)), bits(seen[0][:1])), "a row depends on the others"
+        x[1:] = klib.narrow(np.full((1, k), 3.0), dtype)
+        assert np.array_equal(bits(run(x, None)[:1]), bits(seen[0][:1])), "a row depends on the others"
 
-    g, dx = random(rng, (m, n), dtype, kind=rng.integers(4)), random(rng, (m, k), dtype, kind=rng.integers(2))
-    gf = klib.widen(g, dtype)
-    args = klib.mat(dx, dtype), klib.mat(g, dtype), klib.mat(w, dtype)
-    keep, p = klib.buffer(LIB.pk_linear_grad_work(*args))
-    assert LIB.pk_linear_grad(*args, p, PAR) == OK
+    turned = [(b.T, db, a.T, da, s) for a, da, b, db, s in parts]
+    f, g, u = klib.factors(turned), random(rng, (m, n), dtype, kind=rng.integers(4)), np.zeros((m, rank), np.float32)
+    gf, seen = klib.widen(g, dtype), []
     want, total = gf @ wf, np.abs(gf) @ np.abs(wf)
-    assert (
-        np.abs(klib.widen(dx, dtype) - want) <= 1.01 * EPS[dtype] * np.abs(want) + (n + 9) * EPS[F32] * total + tiny
-    ).all()
+    for down, db, up, da, s in turned:
+        df, uf = klib.widen(down, db), klib.widen(up, da)
+        want, total = want + s * (gf @ df.T) @ uf.T, total + s * (np.abs(gf) @ np.abs(df).T) @ np.abs(uf).T
+    for threads in (1, 3):
+        LIB.shim_threads(threads)
+        dx = random(rng, (m, k), dtype, kind=rng.integers(2))
+        args = klib.mat(dx, dtype), klib.mat(g, dtype), klib.mat(w.T, dtype)
+        keep, p = klib.buffer(LIB.pk_linear_work(*args, f, len(parts)))
+        assert LIB.pk_linear(*args, None, f, len(parts), klib.mat(u, F32), p, PAR) == OK
+        bound = 1.01 * EPS[dtype] * np.abs(want) + (n + 3 * rank + 9) * EPS[F32] * total + tiny
+        assert (np.abs(klib.widen(dx, dtype) - want) <= bound).all()
+        seen.append(bits(dx).copy())
+    assert np.array_equal(*seen)
+    if rank:
+        assert np.allclose(u, np.hstack([gf @ klib.widen(p[0], p[1]).T for p in turned]), rtol=1e-5, atol=1e-4)
     select(ISAS[0])
 
 
@@ -503,7 +520,6 @@ def test_linear_layers_refuse(isa):
     mats = klib.mat(y, F32), klib.mat(x, F32), klib.mat(w, F32)
     work = np.zeros(10**5, np.uint8).ctypes.data
     assert LIB.pk_linear(mats[0], mats[0], mats[2], None, None, 0, None, work, None) == EINVAL
-    assert LIB.pk_linear_grad(mats[0], mats[0], mats[2], work, None) == EINVAL
     bias = np.zeros((1, 4), np.float32)
     assert LIB.pk_linear(*mats, klib.mat(bias, F32), None, 0, None, work, None) == EINVAL
     assert LIB.pk_linear(*mats, None, None, 0, None, work, None) == OK
@@ -526,15 +542,25 @@ def test_backward(m, shape, dtype, seed, name):
     dx0, add = klib.widen(dx, dtype), int(rng.integers(2))
     t = (xf @ af.T).astype(np.float64 if dtype == F64 else np.float32) if rng.integers(2) else None
     tm = klib.mat(t, F64 if dtype == F64 else F32) if t is not None and t.size else klib.Mat()
-    mats = klib.mat(g, dtype), klib.mat(x, dtype), tm, klib.factors([(a, da, b, da, s)])[0]
-    q = klib.Backward(*mats, klib.mat(dx, dtype), klib.mat(dA, da), klib.mat(dB, da), add)
+    given = (gf @ bf).astype(np.float64 if dtype == F64 else np.float32) if rng.integers(2) else None
+    um = klib.mat(given, F64 if dtype == F64 else F32) if given is not None and given.size else klib.Mat()
+    mats = klib.mat(g, dtype), klib.mat(x, dtype), tm, um, klib.factors([(a, da, b, da, s)])[0]
+    asked = klib.mat(dx, dtype) if given is None else klib.Mat()
+    q = klib.Backward(*mats, asked, klib.mat(dA, da), klib.mat(dB, da), add)
     keep, p = klib.buffer(LIB.pk_lowrank_backward_work(C.byref(q)))
     assert LIB.pk_lowrank_backward(C.byref(q), p, PAR) == OK
     for got, dt, want, size in [
-        (dx, dtype, add * dx0 + s * gf @ bf @ af, np.abs(gf) @ np.abs(bf) @ np.abs(af) * s + np.abs(add * dx0)),
+        (
+            dx if given is None else None,
+            dtype,
+            add * dx0 + s * gf @ bf @ af,
+            np.abs(gf) @ np.abs(bf) @ np.abs(af) * s + np.abs(add * dx0),
+        ),
         (dA, da, s * (gf @ bf).T @ xf, (np.abs(gf) @ np.abs(bf)).T @ np.abs(xf) * s),
         (dB, da, s * gf.T @ (xf @ af.T), np.abs(gf).T @ (np.abs(xf) @ np.abs(af).T) * s),
     ]:
+        if got is None:
+            continue
         acc = EPS[F64 if dtype == F64 and dt == F64 else F32]
         bound = 1.01 * EPS[dt] * np.abs(want) + (n + k + m + 3 * r + 9) * acc * size + (2.0**-24 if dt == F16 else 0)
         assert (np.abs(klib.widen(got, dt) - want) <= bound).all()

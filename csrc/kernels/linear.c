@@ -1,0 +1,250 @@
+/* linear.c: whole linear layers, y = x w^T + bias + terms; the gradient of a layer's input is one of the transposed weight.
+ *
+ * Few rows go through the dot products of dots.h, which take w as it lies. For more, w is packed panel by panel and
+ * multiplied by groups of MR rows of x, and what is needed next is fetched meanwhile. The terms go on in the same sums. */
+#include "dots.h"
+#include "dtype.h"
+#include "lowrank.h"
+
+enum {
+    PANEL_DEPTH = 256, /* words of a panel: sums of so many products are added to what came before */
+    WIDE_DEPTH = 64, /* of one of WIDE_PANELS panels side by side, for a w whose rows would be read in short pieces */
+    WIDE_PANELS = 4,
+    WIDE_ROWS = LINEAR_ROWS / WIDE_PANELS,
+    FEW_UNMEASURED = 16 /* rows */
+};
+
+typedef struct {
+    const pk_isa *isa;
+    const pk_mat *y, *x, *bias; /* bias may be NULL */
+    pk_mat w;                   /* (k, n) */
+    const pk_lowrank *parts;
+    int nparts, pairs; /* pairs: a word is two bf16, else a float */
+    int64_t panels, depth, words, rank;
+    char *rows;           /* x in groups of MR rows, (words, MR) each */
+    const dots_job *dots; /* few rows, instead of the five above */
+    char *turned;         /* (rank, m): x A^T times the scales */
+} linear_job;
+
+/* words p .. p + np of the nj columns from j on, at to[p * ld + j] */
+static void pack_words(const linear_job *e, const pk_mat *a, int64_t p, int64_t np, int64_t j, int64_t nj, char *to,
+                       int64_t ld) {
+    if (e->pairs)
+        e->isa->pack_pairs((const uint16_t *)(const void *)mat_at(a, 2 * p, j), a->rs, a->cs,
+                           min64(2 * np, a->rows - 2 * p), nj, (uint32_t *)(void *)to, ld);
+    else
+        mat_pack(e->isa, a, p, j, np, nj, to, ld, 1.0, 0);
+}
+
+static void pack_rows(int64_t begin, int64_t end, void *ctx) {
+    const linear_job *const e = ctx;
+    const pk_mat x = mat_transposed(*e->x);
+    for (int64_t g = begin; g < end; g++) {
+        const int64_t i = g * MR, n = min64(MR, x.cols - i);
+        char *const to = e->rows + i * e->words * 4;
+        if (e->pairs || x.dtype != PK_F32 || x.rs != 1) {
+            pack_words(e, &x, 0, e->words, i, n, to, MR);
+            continue;
+        }
+        for (int64_t q = 0; q < n; q++) {
+            const float *const from = (const float *)(const void *)mat_at(&x, 0, i + q);
+            for (int64_t p = 0; p < e->words; p++) ((float *)(void *)to)[p * MR + q] = from[p];
+        }
+    }
+}
+
+/* d (m, n), rows ld apart = x w for n columns from j0 on, zeros up to a whole panel */
+static void base_panels(const linear_job *e, int64_t j0, int64_t n, float *d, int64_t ld) {
+    const int64_t nr = e->isa->nr[0], m = e->y->rows, groups = (m + MR - 1) / MR, each = e->pairs ? 2 : 1;
+    _Alignas(64) char panel[PANEL_DEPTH * NR_MAX * 4];
+    for (int64_t p = 0; p == 0 || p < e->words; p += e->depth) { /* once even for no words: sums of nothing */
+        const int64_t np = min64(e->depth, e->words - p);
+        for (int64_t j = 0; j < n; j += nr) {
+            const int last = j + nr >= n, end = last && p + np >= e->words;
+            const int64_t next_p = end ? 0 : last ? p + np : p, next_j = end ? j0 + n : last ? j0 : j0 + j + nr;
+            if (n - j < nr) memset(panel, 0, sizeof panel);
+            pack_words(e, &e->w, p, np, j0 + j, min64(nr, n - j), panel, nr);
+            for (int64_t g = 0; g < groups; g++) {
+                const char *const row = e->rows + (g * e->words + p) * MR * 4;
+                float *const to = d + g * MR * ld + j;
+                const int mr = (int)min64(MR, m - g * MR), add = p > 0 ? 2 : 0;
+                if (next_j < e->w.cols) mat_fetch(&e->w, next_p * each, e->depth * each, next_j, nr, g, groups);
+                if (e->pairs)
+                    e->isa->pairs(np, (const uint32_t *)(const void *)row, MR, (const uint32_t *)(const void *)panel,
+                                  to, ld, 1.0f, mr, add);
+                else
+                    e->isa->tile[0](np, row, MR, panel, to, ld, mr, add);
+            }
+        }
+    }
+}
+
+static void base_dots(const linear_job *e, int64_t j0, int64_t n, float *d, int64_t ld) {
+    const int64_t m = e->y->rows, groups = (m + MR - 1) / MR;
+    for (int64_t i = 0; n < ld && i < m; i++) memset(d + i * ld, 0, (size_t)ld * 4);
+    for (int64_t g = 0; g < groups; g++) {
+        if (groups > 1 && j0 + ld < e->w.cols) mat_fetch(&e->w, 0, e->w.rows, j0 + ld, ld, g, groups);
+        dots_block(e->dots, g * MR, min64(MR, m - g * MR), j0, n, d + g * MR * ld, ld);
+    }
+}
+
+/* one panel of d += the terms */
+static void add_terms(const linear_job *e, int64_t j, int64_t n, float *d, int64_t ld) {
+    const int64_t nr = e->isa->nr[0], m = e->y->rows;
+    _Alignas(64) char panel[DEPTH * NR_MAX * 4];
+    const char *row = e->turned;
+    if (n < nr) memset(panel, 0, sizeof panel);
+    for (int f = 0; f < e->nparts; f++) {
+        const pk_mat up = mat_transposed(e->parts[f].up);
+        for (int64_t p = 0; p < up.rows; p += DEPTH) {
+            const int64_t np = min64(DEPTH, up.rows - p);
+            mat_pack(e->isa, &up, p, j, np, n, panel, nr, 1.0, 0);
+            for (int64_t i = 0; i < m; i += MR)
+                e->isa->tile[0](np, row + i * 4, m, panel, d + i * ld, ld, (int)min64(MR, m - i), 1);
+            row += np * m * 4;
+        }
+    }
+}
+
+static void linear_columns(int64_t begin, int64_t end, void *ctx) {
+    const linear_job *const e = ctx;
+    const int64_t nr = e->isa->nr[0], block = e->panels * nr, ld = block, m = e->y->rows;
+    _Alignas(64) float d[LINEAR_ROWS * NR_MAX];
+    _Alignas(64) float bias[WIDE_PANELS * NR_MAX];
+    for (int64_t b = begin; b < end; b++) {
+        const int64_t j0 = b * block, n = min64(block, e->y->cols - j0);
+        (e->dots ? base_dots : base_panels)(e, j0, n, d, ld);
+        for (int64_t j = 0; j < n; j += nr) add_terms(e, j0 + j, min64(nr, n - j), d + j, ld);
+        if (e->bias) mat_pack(e->isa, e->bias, 0, j0, 1, n, bias, ld, 1.0, 0);
+        for (int64_t i = 0; e->bias && i < m; i++)
+            e->isa->dtype[PK_F32].apply(OP_ADD, d + i * ld, bias, d + i * ld, n);
+        mat_unpack(e->isa, e->y, 0, j0, m, n, d, ld, 1.0, 0);
+    }
+}
+
+/* t (m, rank) = x A^T, and the same in `turned` */
+static int shrink_terms(linear_job *e, char *t, work_area *area, pk_parallel_fn par) {
+    const int64_t m = e->y->rows;
+    int rc = PK_OK;
+    for (int64_t f = 0, p = 0; f < e->nparts && rc == PK_OK; p += e->parts[f++].up.cols)
+        rc = dots_run(e->x, &e->parts[f].down, area->base ? t + p * 4 : NULL, e->rank, 0, area, par);
+    if (area->base && rc == PK_OK) turn_terms(e->isa, e->parts, e->nparts, e->rank, 0, t, m, e->turned);
+    return rc;
+}
+
+static int linear(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_mat *bias, const pk_lowrank *f, int nf,
+                  const pk_mat *t, int few, work_area *area, pk_parallel_fn par) {
+    const int64_t m = y->rows, nr = pk_isa_now()->nr[0], groups = (m + MR - 1) / MR;
+    linear_job e = {
+        .isa = pk_isa_now(), .y = y, .x = x, .w = mat_transposed(*w), .parts = f, .nparts = nf, .panels = 1};
+    dots_job dots;
+    int rc = PK_OK;
+    e.bias = bias && bias->data ? bias : NULL;
+    e.rank = rank_of(f, nf);
+    e.turned = work_take(area, m * e.rank * 4);
+    char *const acc = work_take(area, m * e.rank * 4);
+    if (few) {
+        rc = dots_prepare(&dots, x, w, 0, area, par);
+        e.dots = &dots;
+    } else {
+        e.pairs = e.isa->pairs && x->dtype == PK_BF16 && w->dtype == PK_BF16;
+        e.words = e.pairs ? (x->cols + 1) / 2 : x->cols;
+        e.panels = m <= WIDE_ROWS && w->rs == 1 ? WIDE_PANELS : 1;
+        e.depth = e.panels > 1 ? WIDE_DEPTH : PANEL_DEPTH;
+        e.rows = work_take(area, groups * MR * e.words * 4);
+        if (area->base) rc = run_parallel(par, groups, MR * e.words, pack_rows, &e);
+    }
+    if (rc == PK_OK) rc = shrink_terms(&e, acc, area, par);
+    if (rc != PK_OK || !area->base) return rc;
+    if (t && t->data) mat_unpack(e.isa, t, 0, 0, m, e.rank, acc, e.rank, 1.0, 0);
+    const int64_t block = e.panels * nr;
+    return run_parallel(par, (y->cols + block - 1) / block, (e.rank + x->cols) * block * (8 + m) / 12, linear_columns,
+                        &e);
+}
+
+static int linear_valid(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_lowrank *f, int nf) {
+    return mat_valid(y) && mat_valid(x) && y->rows == x->rows && factors_fit(f, nf, y->cols, x->cols) &&
+           mat_valid(w) && w->rows == y->cols && w->cols == x->cols && y->dtype != PK_F64 && x->dtype != PK_F64 &&
+           w->dtype != PK_F64;
+}
+
+/* Do m rows go through the dot products? Only if these take w as it is. */
+static int are_few(const pk_mat *w, int64_t m) {
+    return m <= DOTS_AS_IS && (w->cs == 1 || w->cols <= 1);
+}
+
+/* Rows at once: even shares. */
+static int64_t linear_step(const pk_mat *w, int64_t m) {
+    const int64_t most = w->rs == 1 && m <= WIDE_ROWS ? WIDE_ROWS : LINEAR_ROWS, parts = (m + most - 1) / most;
+    return max64(1, round_up((m + parts - 1) / max64(parts, 1), MR));
+}
+
+size_t pk_linear_work(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_lowrank *f, int nf) {
+    work_area area = {NULL, 0, 0};
+    if (!linear_valid(y, x, w, f, nf)) return 0;
+    const int64_t m = min64(y->rows, linear_step(w, y->rows));
+    const pk_mat ym = mat_rows(*y, 0, m), xm = mat_rows(*x, 0, m);
+    linear(&ym, &xm, w, NULL, f, nf, NULL, are_few(w, y->rows), &area, NULL);
+    return work_total(&area);
+}
+
+int pk_linear(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_mat *bias, const pk_lowrank *f, int nf,
+              const pk_mat *t, void *work, pk_parallel_fn par) {
+    int rc = PK_OK;
+    if (!linear_valid(y, x, w, f, nf)) return PK_EINVAL;
+    if (bias && bias->data && (!mat_valid(bias) || bias->rows != 1 || bias->cols != y->cols)) return PK_EINVAL;
+    if (t && t->data && (!mat_valid(t) || t->rows != y->rows || t->cols != rank_of(f, nf))) return PK_EINVAL;
+    const int64_t step = linear_step(w, y->rows);
+    for (int64_t i = 0; i < y->rows && rc == PK_OK; i += step) {
+        const int64_t m = min64(step, y->rows - i);
+        const pk_mat none = {0}, ym = mat_rows(*y, i, m), xm = mat_rows(*x, i, m), tm = mat_rows(t ? *t : none, i, m);
+        work_area area = work_start(work);
+        rc = linear(&ym, &xm, w, bias, f, nf, &tm, are_few(w, y->rows), &area, par);
+    }
+    return rc;
+}
+
+/* Where pk_linear takes less time than torch 2.13, whose F.linear is MKL's for f32 and oneDNN's for bf16, with the terms of
+ * r = 16 added afterwards (pk_lowrank_apply). Microseconds out of the cache on 2 threads of Zen 4, pk_linear / torch:
+ *
+ *   rows               1        8         16         32         64         128        192        256          512
+ *   f32  2816 x 1024  327/837  699/1706  907/1611  1393/2080  2150/2979  3923/4876  5655/6714  7926/9024  15510/17657
+ *        1024 x 2816  227/666  530/1144  821/1289  1267/1792  2192/2791  3973/4756  5814/6660  8014/8522  15405/16707
+ *        1024 x 1024  120/295  224/456   304/509    487/871    813/1078                        2904/3186   5750/6125
+ *         256 x 256     9/10    16/24     25/34      54/58      91/108    158/144    217/237                610/432
+ *   bf16 2816 x 1024  216/437  356/557   474/674    735/939   1088/1257  2015/2141  2906/2977  4031/3944   7845/7569
+ *        1024 x 2816  150/405  299/432   394/492    635/712   1056/1117  1962/2002  2875/2838  3941/3735   7630/7269
+ *        1024 x 1024   79/182  137/226   180/273    275/364    420/460                         1534/1485   3000/2861
+ *         256 x 256     8/30    13/36     24/42      36/59      54/70      93/111    130/135                361/267
+ *   f16  2816 x 1024 F
+ *
+ * and for the gradient, g w (for no terms) / torch's g @ w:
+ *
+ *   f32  2816 x 1024  497/770  646/1937  792/1487  1210/1948  2066/2860  3803/4677  5526/6522  7700/8478  15181/15771
+ *        1024 x 2816  402/572  489/1314  754/1678  1237/2141  2038/3131  3721/5023  5490/6818  7507/8606  15194/16838
+ *         256 x 256    10/6     20/20     39/29      64/49      72/84     128/113    169/197                515/397
+ *   bf16 2816 x 1024  360/459  339/530   507/783    672/858   1155/1289  2061/2124  2876/2907  4013/3823   7600/7212
+ *        1024 x 2816  302/385  309/504   421/566    661/772   1103/1153  2002/2012  2791/2857  3841/3721   7491/7181
+ *         256 x 256    10/22    16/25     23/30      34/40      39/47      65/79      98/97                 272/184
+ *   f16: torch takes 20 to 200 times as long.
+ *
+ * Measured on AMD's processors only; on others it is taken where reading the weight once is what counts. For a small
+ * weight the calls are most of the time, and torch's bits are worth more than the rest. */
+static int linear_limit(pk_dtype dtype, int large) {
+    const pk_isa *const isa = pk_isa_now();
+    if (isa->nr[0] < NR_MAX || (dtype == PK_BF16 && !isa->pairs)) return 0;
+    if (dtype == PK_BF16) return pk_cpu_is_measured() ? 128 : FEW_UNMEASURED;
+    if (dtype == PK_F32) return !pk_cpu_is_measured() ? FEW_UNMEASURED : large ? 512 : 64;
+    return 0;
+}
+
+int pk_linear_suits(pk_dtype dtype, int64_t m, int64_t n, int64_t k) {
+    if (n * k < SMALL_WEIGHT) return 0;
+    if (dtype == PK_F16) return m > 1 && pk_isa_now()->nr[0] == NR_MAX;
+    return m <= linear_limit(dtype, n * k >= LARGE_WEIGHT);
+}
+
+int pk_linear_grad_suits(pk_dtype dtype, int64_t m, int64_t n, int64_t k) {
+    if (dtype == PK_F16) return pk_isa_now()->nr[0] == NR_MAX;
+    return n * k >= LARGE_WEIGHT && m <= linear_limit(dtype, 1);
+}
