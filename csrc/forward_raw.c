@@ -302,13 +302,13 @@ static bool grad_find(const module_state *state, PyObject *g, PyObject *weight, 
 
 static PyObject *forward_linear_grad(PyObject *module, PyObject *args) {
     const module_state *state = state_of(module);
-    PyObject *g, *weight, *u, *scales, *factors, *dx = NULL, *copy = NULL;
-    forward_product p;
-    int rc;
-    if (!PyArg_ParseTuple(args, "OOOO!O!:linear_grad", &g, &weight, &u, &PyTuple_Type, &scales, &PyTuple_Type,
+    PyObject *g, *weight, *u = Py_None, *scales = NULL, *factors = NULL, *dx = NULL, *copy = NULL;
+    forward_product p = {.count = 0};
+    int rc = 1;
+    if (!PyArg_ParseTuple(args, "OO|OO!O!:linear_grad", &g, &weight, &u, &PyTuple_Type, &scales, &PyTuple_Type,
                           &factors))
         return NULL;
-    if ((rc = parse_factors(state, scales, factors, p.factors, &p.count)) < 0) return NULL;
+    if (factors != NULL && (rc = parse_factors(state, scales, factors, p.factors, &p.count)) < 0) return NULL;
     if (rc == 0 || !grad_find(state, g, weight, u, &p, &copy)) {
         dx = Py_NewRef(Py_None);
     } else if ((dx = empty_like(state, g, p.weight.rows)) != NULL &&
@@ -399,7 +399,7 @@ PyMethodDef forward_raw_methods[] = {
      "lowrank_linear(x, weight, bias, t, scales, factors)\n--\n\n"
      "F.linear(x, weight, bias) plus these terms (see lowrank_apply) as a new tensor. Autograd does not see it."},
     {"linear_grad", forward_linear_grad, METH_VARARGS,
-     "linear_grad(g, weight, u, scales, factors)\n--\n\n"
+     "linear_grad(g, weight, u=None, scales=(), factors=())\n--\n\n"
      "g @ weight + sum_i scales[i] (g B_i) A_i where that is faster here than in torch, else None. u: None, or (m, "
      "sum "
      "r_i)\nthat receives g B. Autograd does not see it."},

@@ -5,7 +5,7 @@
  *       (m, sum r_i) float32 (float64) that receives x A^T.
  *   lowrank_linear(x, weight, bias, t, scales, factors) -> Tensor
  *       F.linear(x, weight, bias) plus these terms, as a new tensor; for use where autograd does not look.
- *   linear_grad(g, weight, u, scales, factors) -> Tensor or None
+ *   linear_grad(g, weight, u=None, scales=(), factors=()) -> Tensor or None
  *       g @ weight + sum_i s_i (g B_i) A_i, the gradient of such a layer's input; None: torch's product is the one to
  *       take. u: None, or (m, sum r_i) float32 that receives g B.
  *   lowrank_backward(g, x, t, scales, factors, dx, grads, add=False, u=None) -> bool

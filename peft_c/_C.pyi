@@ -68,7 +68,13 @@ def lowrank_linear(
     scales: tuple[float, ...],
     factors: tuple[Tensor, ...],
 ) -> Tensor: ...
-def linear_grad(g: Tensor, weight: Tensor) -> Tensor | None: ...
+def linear_grad(
+    g: Tensor,
+    weight: Tensor,
+    u: Tensor | None = None,
+    scales: tuple[float, ...] = (),
+    factors: tuple[Tensor, ...] = (),
+) -> Tensor | None: ...
 def lowrank_backward(
     g: Tensor,
     x: Tensor | None,
@@ -78,6 +84,7 @@ def lowrank_backward(
     dx: Tensor | None,
     grads: tuple[Tensor | None, ...],
     add: bool = False,
+    u: Tensor | None = None,
 ) -> bool: ...
 
 # merge: operands is [(A, B, scale), ...] for B @ A * scale, or one tensor like the weight; None where C may not act
