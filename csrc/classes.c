@@ -1,7 +1,7 @@
 /* classes.c: see classes.h. */
 #include "classes.h"
 
-enum { LONGEST_SEARCH = 64, MOST_SEARCHES = 4 };
+enum { LONGEST_SEARCH = 1 << 14, MOST_SEARCHES = 4 };
 
 PyObject *dict_search(PyObject *dict, PyObject *key, hint *where) {
     PyObject *value = PyDict_GetItemWithError(dict, key), *found;
@@ -128,11 +128,12 @@ void class_table_free(class_table *table) {
     PyMem_Free(table->items);
 }
 
-PyObject *layer_attribute(const module_state *state, const class_facts *facts, PyObject *layer, PyObject *dict,
+PyObject *layer_attribute(const module_state *state, class_facts *facts, PyObject *layer, PyObject *dict,
                           int attribute) {
     PyObject *name = attribute_name(state, attribute), *value = facts->attributes[attribute];
     if (value == NULL) return PyObject_GetAttr(layer, name);
-    PyObject *own = PyDict_GetItemWithError(dict, name);
+    PyObject *own = attribute == MERGED_NAMES ? dict_get(dict, name, &facts->hints[MERGED]) /* layers have their own */
+                                              : PyDict_GetItemWithError(dict, name);
     if (own == NULL && PyErr_Occurred()) return NULL;
     return Py_NewRef(own ? own : value);
 }

@@ -25,7 +25,7 @@ enum { SET_ADAPTER, ENABLE_ADAPTERS, SET_REQUIRES_GRAD, FREEZE, METHODS };
 enum { LAYER_NAMES, PARAM_NAMES, FROZEN_NAMES, MERGED_NAMES, ATTRIBUTES };
 enum { CHILDREN = 16 };
 /* what is read from the __dict__ of an object */
-enum { MODULES, PARAMETERS, KEYS, LEDGER, ACTIVE, DISABLED, MEMORY, PLACES };
+enum { MODULES, PARAMETERS, KEYS, LEDGER, ACTIVE, DISABLED, MEMORY, MERGED, PLACES };
 
 typedef struct {
     PyTypeObject *type;               /* owned */
@@ -52,7 +52,7 @@ class_facts *class_of(const module_state *state, class_table *table, PyTypeObjec
 int classes_same(const module_state *state, const class_table *table);
 void class_table_free(class_table *table);
 /* An attribute of `layer`, whose __dict__ is `dict`: new reference. */
-PyObject *layer_attribute(const module_state *state, const class_facts *facts, PyObject *layer, PyObject *dict,
+PyObject *layer_attribute(const module_state *state, class_facts *facts, PyObject *layer, PyObject *dict,
                           int attribute);
 
 #endif

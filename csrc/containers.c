@@ -137,12 +137,40 @@ int containers_open(const module_state *state, tuned_layer *const *layers, size_
     return 0;
 }
 
-void containers_measure(container_pool *pool) {
-    for (size_t i = 0; i < pool->count; i++) pool->items[i].size = (int32_t)PyDict_Size(pool->items[i].order);
+void layer_trace(const tuned_layer *self, const container_pool *pool, footprint *lines) {
+    const hint *const hints = self->facts->hints;
+    const char *const keys = keys_of(self->dict);
+    trace_add(lines, keys); /* for the names that it does not have */
+    trace_add(lines, keys + 64);
+    for (int k = LEDGER; k <= MERGED; k++) trace_add(lines, item_of(self->dict, hints[k].at));
+    for (int k = 0; k < 2; k++) { /* the lists of active and of merged adapters */
+        Py_ssize_t place = hints[k ? MERGED : ACTIVE].at;
+        PyObject *list;
+        if (!PyDict_Next(self->dict, &place, NULL, &list) || !PyList_Check(list)) continue;
+        trace_add(lines, list);
+        if (PyList_Size(list)) trace_add(lines, word_of(list, 3));
+    }
+    for (size_t k = 0; k < self->count; k++) {
+        PyObject *const order = pool->items[self->first + k].order;
+        trace_add(lines, order);
+        if (PyDict_Size(order) == 0) continue;
+        trace_add(lines, keys_of(order));
+        trace_add(lines, item_of(order, 0));
+    }
 }
 
-PyObject *container_get(const container *self, PyObject *adapter) {
-    PyObject *entry = PyDict_GetItemWithError(self->entries, adapter);
+int containers_measure(container_pool *pool) {
+    int changed = 0;
+    for (size_t i = 0; i < pool->count; i++) {
+        const int32_t size = (int32_t)PyDict_Size(pool->items[i].order);
+        changed |= size != pool->items[i].size;
+        pool->items[i].size = size;
+    }
+    return changed;
+}
+
+PyObject *container_get(const container *self, PyObject *adapter, hint *where) {
+    PyObject *entry = dict_get(self->entries, adapter, where);
     Py_XINCREF(entry);
     if (entry != NULL || PyErr_Occurred() || self->entries == self->order) return entry;
     const int known = PyDict_Contains(self->order, adapter);

@@ -3,6 +3,7 @@
 #define PEFT_C_CONTAINERS_H
 
 #include "classes.h"
+#include "prefetch.h"
 
 typedef struct {
     PyObject *name;    /* borrowed: the attribute's name */
@@ -37,10 +38,12 @@ int layer_open(const module_state *state, class_table *classes, PyObject *object
 void layer_close(tuned_layer *self);
 /* Opens the containers of layers, which the pool then has room for. 0, or -1 with an exception. */
 int containers_open(const module_state *state, tuned_layer *const *layers, size_t count, container_pool *pool);
-/* Reads the sizes again. */
-void containers_measure(container_pool *pool);
+/* Reads the sizes again. 1 if one is another. */
+int containers_measure(container_pool *pool);
+/* Notes what switching a layer reads, down to the dicts that have its adapters. */
+void layer_trace(const tuned_layer *self, const container_pool *pool, footprint *lines);
 void containers_free(container_pool *pool);
 /* The entry of `adapter`: new reference, or NULL (exception set only on failure). */
-PyObject *container_get(const container *self, PyObject *adapter);
+PyObject *container_get(const container *self, PyObject *adapter, hint *where);
 
 #endif

@@ -1,6 +1,7 @@
 /* grads.c: see grads.h. */
 #include "grads.h"
 
+#include <limits.h>
 #include <string.h>
 
 /* Puts a new reference to `value` in the place of an owned one. */
@@ -32,6 +33,7 @@ int switch_names(switch_call *call, PyObject *names) {
         replace(&call->ledger, NULL);
         replace(&call->written, NULL);
         replace(&call->names, tuple);
+        memset(call->places[1], 0, sizeof call->places[1]);
     }
     Py_DECREF(tuple);
     return same < 0 ? -1 : 0;
@@ -64,13 +66,15 @@ static container *containers_of(const stage *self, const target *layer) {
 }
 
 /* Queues the entries of the adapters in `names` (a tuple). `notes`, if given, has a byte for each name and container. */
-static int queue(stage *self, const target *layer, PyObject *names, int act, char *notes) {
+static int queue(switch_call *call, stage *self, const target *layer, PyObject *names, int act, char *notes) {
     const container *all = containers_of(self, layer);
     const size_t count = layer->of->count;
+    hint other = {.searched = INT_MAX}, *const places = call->places[names == call->names];
     for (Py_ssize_t i = 0; i < PyTuple_Size(names); i++) {
         PyObject *const name = PyTuple_GetItem(names, i);
+        hint *const place = i < PLACED ? &places[i] : &other;
         for (size_t k = 0; k < count; k++) {
-            PyObject *entry = all[k].size ? container_get(&all[k], name) : NULL;
+            PyObject *entry = all[k].size ? container_get(&all[k], name, place) : NULL;
             if (entry == NULL && PyErr_Occurred()) return -1;
             if (entry != NULL && work_add(&self->work, entry, act, notes ? notes + (size_t)i * count + k : NULL) < 0) {
                 return -1;
@@ -78,6 +82,16 @@ static int queue(stage *self, const target *layer, PyObject *names, int act, cha
         }
     }
     return 0;
+}
+
+void grads_prefetch(const switch_call *call, const stage *self, const target *layer) {
+    const container *all = containers_of(self, layer);
+    for (int i = 0; i < 2 * PLACED; i++) {
+        const hint *const place = &call->places[i / PLACED][i % PLACED];
+        for (size_t k = 0; place->searched && k < layer->of->count; k++) {
+            if (all[k].size) __builtin_prefetch(item_of(all[k].entries, place->at));
+        }
+    }
 }
 
 /* --- the ledger --- */
@@ -179,6 +193,7 @@ static int find_suspects(switch_call *call, const stage *self, target *layer) {
         if (names == NULL) return -1;
         replace(&call->ledger, current ? ledger : NULL);
         replace(&call->suspects, names);
+        memset(call->places[0], 0, sizeof call->places[0]);
         Py_DECREF(names);
     }
     replace(&layer->suspects, call->suspects);
@@ -259,8 +274,8 @@ static int ledger_add(switch_call *call, const target *layer) {
 /* --- the operations --- */
 
 int grads_plan_set_adapter(switch_call *call, stage *self, target *layer, int frozen) {
-    if (find_suspects(call, self, layer) < 0 || queue(self, layer, layer->suspects, OFF, NULL) < 0) return -1;
-    return queue(self, layer, call->names, frozen ? OFF : ON, NULL);
+    if (find_suspects(call, self, layer) < 0 || queue(call, self, layer, layer->suspects, OFF, NULL) < 0) return -1;
+    return queue(call, self, layer, call->names, frozen ? OFF : ON, NULL);
 }
 
 int grads_note_set_adapter(switch_call *call, stage *self, target *layer, int frozen) {
@@ -272,7 +287,7 @@ int grads_note_set_adapter(switch_call *call, stage *self, target *layer, int fr
 
 int grads_plan_set(switch_call *call, stage *self, target *layer, int flag) {
     if (flag && ledger_add(call, layer) < 0) return -1;
-    return queue(self, layer, call->names, flag ? ON : OFF, NULL);
+    return queue(call, self, layer, call->names, flag ? ON : OFF, NULL);
 }
 
 int grads_plan_disable(switch_call *call, stage *self, target *layer) {
@@ -281,7 +296,7 @@ int grads_plan_disable(switch_call *call, stage *self, target *layer) {
     if ((layer->trainable = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)size)) == NULL) return -1;
     char *const notes = PyBytes_AsString(layer->trainable);
     memset(notes, 0, size);
-    return queue(self, layer, layer->suspects, OFF, notes);
+    return queue(call, self, layer, layer->suspects, OFF, notes);
 }
 
 /* The pairs (container, adapter) that were trainable: new tuple. Layers that are alike share it. */
@@ -331,17 +346,21 @@ static int restore_pair(switch_call *call, stage *self, const target *layer, PyO
     PyObject *more = ledger ? ledger_with(ledger, name) : NULL;
     int rc = more ? ledger_set(call, layer, more) : 0;
     Py_XDECREF(more);
-    for (size_t k = 0; rc == 0 && !PyErr_Occurred() && k < layer->of->count; k++) {
-        if (all[k].name != list && PyUnicode_Compare(all[k].name, list) != 0) continue;
-        PyObject *entry = container_get(&all[k], name);
-        if (entry != NULL) rc = work_add(&self->work, entry, ON, NULL);
+    if (rc < 0 || PyErr_Occurred()) return -1;
+    const size_t count = layer->of->count;
+    size_t k = 0;
+    while (k < count && all[k].name != list) k++;
+    if (k == count) { /* an equal string, after pickling for one */
+        for (k = 0; k < count && PyUnicode_Compare(all[k].name, list) != 0;) k++;
     }
+    PyObject *entry = k < count && all[k].size ? container_get(&all[k], name, &call->places[0][0]) : NULL;
+    if (entry != NULL) rc = work_add(&self->work, entry, ON, NULL);
     return rc < 0 || PyErr_Occurred() ? -1 : 0;
 }
 
 int grads_plan_restore(switch_call *call, stage *self, target *layer, PyObject *memory, PyObject *strict) {
     PyObject *active = strict ? PySequence_Tuple(strict) : NULL;
-    int rc = strict != NULL ? (active ? queue(self, layer, active, OFF, NULL) : -1) : 0;
+    int rc = strict != NULL ? (active ? queue(call, self, layer, active, OFF, NULL) : -1) : 0;
     for (Py_ssize_t i = 0; rc == 0 && i < PyTuple_Size(memory); i++) {
         rc = restore_pair(call, self, layer, PyTuple_GetItem(memory, i));
     }
@@ -357,7 +376,8 @@ int grads_plan_freeze(stage *self, const target *layer, PyObject *declared, PyOb
         PyObject *frozen = PyDict_GetItemWithError(declared, name); /* the containers' names */
         for (size_t k = 0; frozen != NULL && rc == 0 && k < layer->of->count; k++) {
             const int listed = PySequence_Contains(frozen, all[k].name);
-            PyObject *entry = listed > 0 ? container_get(&all[k], name) : NULL;
+            hint place = {.searched = INT_MAX};
+            PyObject *entry = listed > 0 ? container_get(&all[k], name, &place) : NULL;
             rc = entry ? work_add(&self->work, entry, OFF, NULL) : PyErr_Occurred() ? -1 : 0;
         }
         Py_DECREF(name);
@@ -371,7 +391,7 @@ int grads_plan_list(switch_call *call, stage *self, target *layer, PyObject *ski
     if (find_suspects(call, self, layer) < 0) return -1;
     PyObject *all = PySequence_Concat(layer->suspects, call->names), *set = all ? PySet_New(all) : NULL;
     PyObject *others = set ? PyNumber_Subtract(set, skip) : NULL, *names = others ? PySequence_Tuple(others) : NULL;
-    const int rc = names ? queue(self, layer, names, LIST, NULL) : -1;
+    const int rc = names ? queue(call, self, layer, names, LIST, NULL) : -1;
     Py_XDECREF(all);
     Py_XDECREF(set);
     Py_XDECREF(others);

@@ -17,6 +17,8 @@
 #include "containers.h"
 #include "work.h"
 
+enum { PLACED = 4 };
+
 /* One call: its undo log, and what it found out for one layer that mostly holds for the next. All owned. */
 typedef struct {
     const module_state *state;
@@ -24,8 +26,9 @@ typedef struct {
     PyObject *names;  /* tuple: the adapters asked for; NULL if none were */
     PyObject *ledger; /* a layer's ledger, and the names to look at for it, without those asked for */
     PyObject *suspects;
-    PyObject *written; /* the ledger written last */
-    struct {           /* the last value of _disabled_trainable, and what it was made of */
+    PyObject *written;      /* the ledger written last */
+    hint places[2][PLACED]; /* where in the containers the first few of `suspects` and of `names` are */
+    struct {                /* the last value of _disabled_trainable, and what it was made of */
         PyObject *names, *containers, *trainable, *pairs;
     } paused;
 } switch_call;
@@ -50,6 +53,8 @@ typedef struct {
 } stage;
 
 void target_free(target *layer);
+/* Asks for the memory that planning for a layer reads, by where the layers before have it. */
+void grads_prefetch(const switch_call *call, const stage *self, const target *layer);
 
 /* Trainable: the entries of the adapters in call->names unless frozen; every other entry is frozen. */
 int grads_plan_set_adapter(switch_call *call, stage *self, target *layer, int frozen);

@@ -13,6 +13,8 @@
  */
 #include "layer.h"
 
+enum { AHEAD = 8 }; /* layers for which memory is asked for in advance */
+
 /* A switch: what it queues for a layer, and what it notes on the layer when the flags are turned. */
 typedef struct {
     int (*plan)(switch_call *call, stage *work, target *self, int flag);
@@ -24,7 +26,10 @@ static int perform(switch_call *call, const layer_switch *what, target *layers, 
                    const container_pool *pool, int flag) {
     stage work = {.pool = pool};
     int rc = 0;
-    for (size_t i = 0; rc == 0 && i < count; i++) rc = what->plan(call, &work, &layers[i], flag);
+    for (size_t i = 0; rc == 0 && i < count; i++) {
+        if (i + AHEAD < count) grads_prefetch(call, &work, &layers[i + AHEAD]);
+        rc = what->plan(call, &work, &layers[i], flag);
+    }
     if (rc == 0) rc = work_run(call->state, &call->log, &work.work, NULL);
     for (size_t i = 0; rc == 0 && i < count; i++) rc = what->note(call, &work, &layers[i], flag);
     work_free(&work.work);

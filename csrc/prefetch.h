@@ -1,7 +1,7 @@
 /* prefetch.h: asking for memory ahead of its use, for many objects in a loop, so that the processor waits for all at once.
  *
  * Where to ask is guessed from how CPython and torch lay out their objects. A wrong guess costs time and nothing else: it
- * is never read through. */
+ * is never read through, but for a tensor's in work.c, which is compared with what torch says. */
 #ifndef PEFT_C_PREFETCH_H
 #define PEFT_C_PREFETCH_H
 
@@ -20,18 +20,42 @@ static inline const char *word_of(const PyObject *object, size_t word) {
     return value;
 }
 
-/* What a dict (whose object should be there) keeps about its keys, and item number `at`. */
-static inline void prefetch_item(PyObject *dict, Py_ssize_t at) {
-    const char *const keys = word_of(dict, 4);
-    Py_ssize_t slots = 8;
-    while (3 * PyDict_Size(dict) > 2 * slots) slots *= 2;
-    __builtin_prefetch(keys);
-    __builtin_prefetch(keys + 32 + slots + 16 * at);
+/* Where a dict (whose object should be there) keeps what it has about its keys; NULL: unknown. */
+static inline const char *keys_of(const PyObject *dict) {
+    return word_of(dict, 4);
 }
 
-/* Torch's side of a tensor (whose object should be there). */
-static inline void prefetch_tensor(const PyObject *tensor) {
-    __builtin_prefetch(word_of(tensor, 2));
+/* Where item number `at` of a dict is. */
+static inline const char *item_of(PyObject *dict, Py_ssize_t at) {
+    const Py_ssize_t size = PyDict_Size(dict);
+    Py_ssize_t slots = 8;
+    while (3 * size > 2 * slots) slots *= 2;
+    const char *const values = word_of(dict, 5); /* of a dict that shares its keys */
+    return values ? values + 8 * at : keys_of(dict) + 32 + (slots > 128 ? 2 : 1) * slots + 16 * at;
+}
+
+/* What a dict keeps about its keys, and item number `at`. */
+static inline void prefetch_item(PyObject *dict, Py_ssize_t at) {
+    __builtin_prefetch(keys_of(dict));
+    __builtin_prefetch(item_of(dict, at));
+}
+
+/* Addresses that a call has read, to be asked for all at once by the next one; they may be stale by then. */
+typedef struct {
+    const char **items;
+    size_t count, capacity;
+} footprint; /* starts as zeros */
+
+/* Adds one. Without memory for it, it is left out. */
+static inline void trace_add(footprint *self, const void *address) {
+    if (self->count == self->capacity) {
+        const size_t capacity = 2 * self->capacity + 1024;
+        const char **items = PyMem_Realloc(self->items, capacity * sizeof *items);
+        if (items == NULL) return;
+        self->items = items;
+        self->capacity = capacity;
+    }
+    self->items[self->count++] = address;
 }
 
 #endif

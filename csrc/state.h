@@ -20,7 +20,7 @@
     X(_current_level) X(adapter_layer_names) X(other_param_names) X(frozen_peft_weight_names) X(_keys)           \
     X(is_leaf) X(set_adapter) X(enable_adapters) X(set_requires_grad) X(_freeze_non_trainable_peft_weights)      \
     X(active_adapters) X(inference_mode) X(named_modules) X(_adapter_ledger) X(_disabled_trainable)  \
-    X(disable_adapters)
+    X(disable_adapters) X(_cdata)
 /* clang-format on */
 
 /* X(field, "module", "attribute.path"): an object fetched once at import, as state->objects.field */

@@ -14,8 +14,10 @@ typedef struct {
     tuned_layer *layers; /* the tuner layers, in order */
     size_t layer_count;
     container_pool pool; /* the containers of those that a switch has opened */
+    footprint lines;     /* what the checks and the switches read */
     const PyObject *root;
-    bool whole; /* it was read without an error, and all of it can be checked */
+    size_t traced; /* 1 + the number of containers that are in `lines`, as large as they are now */
+    bool whole;    /* it was read without an error, and all of it can be checked */
 } tree;
 
 static void tree_clear(tree *self) {
@@ -25,6 +27,7 @@ static void tree_clear(tree *self) {
     for (size_t i = 0; i < old.layer_count; i++) layer_close(&old.layers[i]);
     PyMem_Free(old.items);
     PyMem_Free(old.layers);
+    PyMem_Free(old.lines.items);
     containers_free(&old.pool);
     walk_free(&old.walk);
 }
@@ -115,7 +118,7 @@ static int same_modules(const tree *self, PyObject *root) {
 
 /* 1 if `layer` declares the containers that were opened, or hidden from the walk. */
 static int same_containers(const module_state *state, const tuned_layer *layer) {
-    const class_facts *const facts = layer->facts;
+    class_facts *const facts = layer->facts;
     PyObject *names = layer_attribute(state, facts, layer->object, layer->dict, LAYER_NAMES);
     PyObject *others = names ? layer_attribute(state, facts, layer->object, layer->dict, PARAM_NAMES) : NULL;
     int same = others ? 1 : -1;
@@ -129,36 +132,21 @@ static int same_containers(const module_state *state, const tuned_layer *layer) 
     return same;
 }
 
-/* Asks for the memory that the check and what follows it read. */
-static void prefetch_all(const tree *self) {
-    const walk *const found = &self->walk;
-    for (size_t i = 1; i < found->queue_count; i++) {
-        const node *at = &found->nodes[found->queue[i]];
-        PREFETCH(at->module);
-        __builtin_prefetch(at->dict);
-        __builtin_prefetch(at->children);
-    }
-    for (size_t i = 0; i < self->pool.count; i++) __builtin_prefetch(self->pool.items[i].order);
-    for (size_t i = 1; i < found->queue_count; i++) {
-        const node *at = &found->nodes[found->queue[i]];
-        prefetch_item(at->dict, at->facts->hints[MODULES].at);
-        if (PyDict_Size(at->children)) prefetch_item(at->children, 3);
-    }
-    for (size_t i = 0; i < self->pool.count; i++) prefetch_item(self->pool.items[i].order, 0);
-    for (size_t i = 0; i < self->layer_count; i++) {
-        const tuned_layer *at = &self->layers[i];
-        for (int k = LEDGER; k <= DISABLED; k++) prefetch_item(at->dict, at->facts->hints[k].at);
-    }
+static void trace_all(tree *self) {
+    self->lines.count = 0;
+    walk_trace(&self->walk, &self->lines);
+    for (size_t i = 0; i < self->layer_count; i++) layer_trace(&self->layers[i], &self->pool, &self->lines);
+    self->traced = self->pool.count + 1;
 }
 
 /* 1 if what was kept holds, 0 if not, -1 with an exception. */
 static int tree_holds(tree *self, const module_state *state, PyObject *root) {
     if (!self->whole || self->root != root) return 0;
-    prefetch_all(self);
+    for (size_t i = 0; i < self->lines.count; i++) __builtin_prefetch(self->lines.items[i]);
     int same = classes_same(state, &self->walk.classes);
     if (same > 0) same = same_modules(self, root);
     for (size_t i = 0; same > 0 && i < self->layer_count; i++) same = same_containers(state, &self->layers[i]);
-    if (same > 0) containers_measure(&self->pool);
+    if (same > 0 && containers_measure(&self->pool)) self->traced = 0;
     return same;
 }
 
@@ -264,6 +252,7 @@ static PyObject *act(PyObject *object, PyTypeObject *cls, PyObject *const *args,
     const int rc = holds == 0 ? tree_read(used, state, args[0]) : holds;
     PyObject *result = rc < 0 ? NULL : what(used, args + 1, count - 1);
     if (busy || rc < 0 || !used->whole) tree_clear(used);
+    if (used->whole && used->traced != used->pool.count + 1) trace_all(used);
     if (!busy) self->busy = false;
     return result;
 }

@@ -70,7 +70,7 @@ static int add_edge(walk *self, PyObject *module, int expand) {
 }
 
 /* The names of a tuner layer's adapter containers: a new reference to a set. */
-static PyObject *container_names(const walk *self, const class_facts *facts, PyObject *layer, PyObject *dict) {
+static PyObject *container_names(const walk *self, class_facts *facts, PyObject *layer, PyObject *dict) {
     PyObject *own = layer_attribute(self->state, facts, layer, dict, LAYER_NAMES), *result = NULL;
     PyObject *others = own ? layer_attribute(self->state, facts, layer, dict, PARAM_NAMES) : NULL;
     if (others != NULL && own == facts->attributes[LAYER_NAMES] && others == facts->attributes[PARAM_NAMES]) {
@@ -244,6 +244,20 @@ void walk_free(walk *self) {
     PyMem_Free(self->order);
     PyMem_Free(self->row);
     class_table_free(&self->classes);
+}
+
+void walk_trace(const walk *self, footprint *lines) {
+    for (size_t i = 1; i < self->queue_count; i++) {
+        const node *at = &self->nodes[self->queue[i]];
+        trace_add(lines, (const char *)at->module - 32); /* where its __dict__ is */
+        trace_add(lines, at->module);
+        trace_add(lines, at->dict);
+        trace_add(lines, item_of(at->dict, at->facts->hints[MODULES].at));
+        trace_add(lines, at->children);
+        const Py_ssize_t size = PyDict_Size(at->children);
+        if (size) trace_add(lines, keys_of(at->children));
+        for (Py_ssize_t k = 0; k < size; k += 4) trace_add(lines, item_of(at->children, k)); /* 4 items a line */
+    }
 }
 
 /* --- finding --- */

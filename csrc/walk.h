@@ -6,6 +6,7 @@
 #define PEFT_C_WALK_H
 
 #include "classes.h"
+#include "prefetch.h"
 
 /* A module. Its children are `count` indices in `edges` from `first` on. */
 typedef struct {
@@ -38,6 +39,9 @@ void walk_free(walk *self);
 PyObject *walk_list(walk *self, PyObject *const *kinds, Py_ssize_t count);
 /* Sets the `match` of the facts of all classes met: 1 if it is one of `kind`, a class or a tuple of classes. */
 int walk_match(const walk *self, PyObject *kind);
+
+/* Notes what comparing a walk with the live dicts reads; its root is left out. */
+void walk_trace(const walk *self, footprint *lines);
 
 extern PyMethodDef walk_methods[]; /* find, set_adapter, enable_adapters, set_requires_grad, flags */
 

@@ -3,7 +3,7 @@
 
 int work_add(worklist *work, PyObject *entry, int act, char *note) {
     if (work->count == work->capacity) {
-        const size_t capacity = work->capacity ? 2 * work->capacity : 64;
+        const size_t capacity = work->capacity ? 4 * work->capacity : 64;
         work_item *items = PyMem_Realloc(work->items, capacity * sizeof *items);
         if (items == NULL) {
             PyErr_NoMemory();
@@ -139,8 +139,8 @@ static int turn(const module_state *state, journal *log, PyObject *tensor, int a
     return journal_add(log, tensor, NULL, old ? Py_True : Py_False);
 }
 
-/* Does one tensor, whose flag was read before those above it in the list were turned. */
-static int do_item(const module_state *state, journal *log, work_item *item, PyObject *list) {
+/* Does one tensor, whose flag was read before those above it in the list were turned, if any was. */
+static int do_item(const module_state *state, journal *log, work_item *item, int turned, PyObject *list) {
     if (item->old && item->note != NULL) *item->note = 1;
     if (item->act == LIST) {
         PyObject *pair = PyTuple_Pack(2, item->object, item->old ? Py_True : Py_False);
@@ -148,19 +148,42 @@ static int do_item(const module_state *state, journal *log, work_item *item, PyO
         Py_XDECREF(pair);
         return rc;
     }
-    if (item->old == item->act) item->old = flag_of(state, item->object); /* it may be in the list twice */
+    if (turned && item->old == item->act) item->old = flag_of(state, item->object); /* it may be in the list twice */
     if (item->old < 0 || item->old == item->act) return item->old < 0 ? -1 : 0;
     return turn(state, log, item->object, item->act, item->old);
+}
+
+/* Asks for what torch has about many tensors, and in that for their flags, if it is where it is thought to be. */
+static void prefetch_flags(const module_state *state, const worklist *tensors) {
+    enum { TORCH = 2, AUTOGRAD = 3, FLAG = 128, FEW = 8 };
+    if (tensors->count < FEW || !is_direct(state, tensors->items[0].object)) return;
+    PyObject *const first = tensors->items[0].object, *address = PyObject_GetAttr(first, state->names._cdata);
+    const void *known = address ? PyLong_AsVoidPtr(address) : NULL;
+    Py_XDECREF(address);
+    PyErr_Clear();
+    if (known != word_of(first, TORCH)) return;
+    for (size_t i = 0; i < tensors->count; i++) __builtin_prefetch(word_of(tensors->items[i].object, TORCH));
+    for (size_t i = 0; i < tensors->count; i++) {
+        PyObject *const tensor = tensors->items[i].object;
+        const char *const own = Py_TYPE(tensor) == Py_TYPE(first) ? word_of(tensor, TORCH) : NULL;
+        const char *const flags = own ? word_of((const void *)own, AUTOGRAD) : NULL;
+        if (flags == NULL) continue;
+        __builtin_prefetch(flags);
+        __builtin_prefetch(flags + FLAG);
+    }
 }
 
 int work_run(const module_state *state, journal *log, worklist *work, PyObject *list) {
     worklist tensors = {0};
     int rc = find_tensors(state, work, &tensors);
-    for (size_t i = 0; i < tensors.count; i++) prefetch_tensor(tensors.items[i].object);
+    prefetch_flags(state, &tensors);
+    const size_t turned = log->count;
     for (size_t i = 0; rc == 0 && i < tensors.count; i++) {
         if ((tensors.items[i].old = flag_of(state, tensors.items[i].object)) < 0) rc = -1;
     }
-    for (size_t i = 0; rc == 0 && i < tensors.count; i++) rc = do_item(state, log, &tensors.items[i], list);
+    for (size_t i = 0; rc == 0 && i < tensors.count; i++) {
+        rc = do_item(state, log, &tensors.items[i], log->count > turned, list);
+    }
     work_free(&tensors);
     return rc;
 }
