@@ -2,17 +2,7 @@
  *
  * A weight comes as a matrix (n, k), or a stack (e, n, k) of matrices that are worked on one after the other; so do
  * the operands: factors A (r, k), B (n, r), or one full delta (n, k). First everything is checked, then written. */
-#define _DEFAULT_SOURCE /* madvise */
 #include "merge.h"
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
-enum {
-    LARGE_RECORD = 16 << 20
-}; /* bytes of the bound, of which some thirtieth is used: one this large stays where it
-                                     was written, a smaller one is written in scratch memory and copied */
 
 /* What is added to the weight, as views. */
 typedef struct {
@@ -30,8 +20,9 @@ typedef struct {
     int64_t depth;    /* matrices in the stack; 1 for a plain matrix */
     pk_parallel_fn parallel;
     scratch memory;
-    void *work, *room; /* in it: the kernels' work; where a small record is written */
-    size_t bound;      /* of the record of one matrix */
+    void *work, *room;      /* in it: the kernels' work; where a record is written, to be copied from there */
+    size_t bound;           /* of the record of one matrix, of which some thirtieth is used */
+    size_t work_size, used; /* bytes of work, and of the largest record */
 } merge_job;
 
 static void change_release(change *what) {
@@ -43,7 +34,7 @@ static void change_release(change *what) {
 static void job_release(module_state *state, merge_job *job) {
     change_release(&job->old);
     change_release(&job->new_);
-    scratch_give(state, job->memory);
+    scratch_give(state, job->memory, job->work_size + job->used);
 }
 
 /* Matrix `at` of a view of two or three dimensions. */
@@ -163,23 +154,23 @@ static pk_delta delta_at(const change *what, int64_t at) {
     return delta;
 }
 
-/* Takes the memory that the kernels need for any matrix of the stack, and room for a small record if one is to be
- * made. 0, or -1: exception. */
+/* Takes the memory that the kernels need for any matrix of the stack, and room for a record if one is to be made. 0, or
+ * -1: exception. */
 static int memory_take(module_state *state, merge_job *job, const change *old, const change *new_, int record) {
     const pk_mat w = matrix_at(&job->weight, 0);
     const pk_delta empty = {.law = PK_LOWRANK}, take = old ? delta_at(old, 0) : empty,
                    add = new_ ? delta_at(new_, 0) : empty;
     job->bound = pk_record_bound(&w);
-    const size_t room = !record || job->bound >= LARGE_RECORD ? 0 : (job->bound + 63) / 64 * 64;
     const size_t there = pk_merge_work(&w, old ? &take : NULL, new_ ? &add : NULL),
                  back = pk_merge_work(&w, new_ ? &add : NULL, old ? &take : NULL);
-    job->memory = scratch_take(state, room + (there > back ? there : back));
+    job->work_size = ((there > back ? there : back) + 63) / 64 * 64;
+    job->memory = scratch_take(state, job->work_size + (record ? job->bound : 0));
     if (job->memory.data == NULL) {
         PyErr_NoMemory();
         return -1;
     }
-    job->room = room ? job->memory.data : NULL;
-    job->work = (char *)job->memory.data + room;
+    job->work = job->memory.data;
+    job->room = (char *)job->memory.data + job->work_size;
     return 0;
 }
 
@@ -221,22 +212,6 @@ static bool record_at(PyObject *records, int64_t at, pk_record *out) {
     return records != NULL && record_read(PyTuple_GetItem(records, (Py_ssize_t)at), out) == 0;
 }
 
-/* A new bytearray for a large record, which is cut to what is used. Most of it is never touched;
- * the system is asked for large pages, which saves hundreds of page faults. */
-static PyObject *record_new(const merge_job *job) {
-    PyObject *record = PyByteArray_FromStringAndSize(NULL, 0); /* a large one, if it fails, Python 3.11 frees badly */
-    if (record == NULL || PyByteArray_Resize(record, (Py_ssize_t)job->bound) < 0) {
-        Py_XDECREF(record);
-        return NULL;
-    }
-#ifdef MADV_HUGEPAGE
-    const uintptr_t page = 4096, data = (uintptr_t)PyByteArray_AsString(record),
-                    begin = (data + page - 1) & ~(page - 1);
-    (void)madvise((void *)begin, (job->bound - page) & ~(page - 1), MADV_HUGEPAGE);
-#endif
-    return record;
-}
-
 /* Takes back what add_one did to matrices [0, end), given the records it made (or NULL: subtraction): the old change,
  * if there was one, is merged again. */
 static void take_back(const merge_job *job, const change *old, PyObject *made, int64_t end) {
@@ -250,32 +225,26 @@ static void take_back(const merge_job *job, const change *old, PyObject *made, i
 /* Merges the new change into matrix `at`, in place of `old` unless that is NULL (`read`: its records, or NULL). The
  * new record goes into the tuple `made` unless that is NULL. 1: done; 2: done, but what was taken out was not what
  * `read` says; 0: not finite, the matrix is as before; -1: exception, as before. */
-static int add_one(const merge_job *job, int64_t at, const change *old, PyObject *read, unsigned flags,
-                   PyObject *made) {
+static int add_one(merge_job *job, int64_t at, const change *old, PyObject *read, unsigned flags, PyObject *made) {
     pk_record record = {job->room, job->bound, 0}, before;
-    const bool recorded = record_at(read, at, &before), stays = made != NULL && job->room == NULL;
-    PyObject *bytes = stays ? record_new(job) : NULL;
-    if (stays && bytes == NULL) return -1;
-    if (stays) record.data = PyByteArray_AsString(bytes);
+    const bool recorded = record_at(read, at, &before);
     const int status = run(job, at, old, recorded ? &before : NULL, &job->new_, flags, made ? &record : NULL);
-    int got = status == PK_OK ? 1 : status == PK_CHANGED ? 2 : status == PK_NONFINITE ? 0 : status_error(status);
-    if (got > 0 && made != NULL) {
-        const Py_ssize_t size = (Py_ssize_t)record.size;
-        const bool kept = stays ? PyByteArray_Resize(bytes, size) == 0
-                                : (bytes = PyByteArray_FromStringAndSize(record.data, size)) != NULL;
-        if (kept) {
-            (void)PyTuple_SetItem(made, (Py_ssize_t)at, bytes); /* takes the reference; cannot fail for ours */
-            return got;
-        }
+    const int got = status == PK_OK ? 1 : status == PK_CHANGED ? 2 : status == PK_NONFINITE ? 0 : status_error(status);
+    const size_t used = got > 0 ? record.size : job->bound;
+    if (made == NULL) return got;
+    if (used > job->used) job->used = used;
+    if (got <= 0) return got;
+    PyObject *const bytes = PyByteArray_FromStringAndSize(record.data, (Py_ssize_t)record.size);
+    if (bytes == NULL) {
         (void)run(job, at, &job->new_, &record, old, 0, NULL);
-        got = -1;
+        return -1;
     }
-    Py_XDECREF(bytes);
+    (void)PyTuple_SetItem(made, (Py_ssize_t)at, bytes); /* takes the reference; cannot fail for ours */
     return got;
 }
 
 /* add_one for the whole stack; all of it, or none. */
-static int add_all(const merge_job *job, const change *old, PyObject *read, unsigned flags, PyObject *made) {
+static int add_all(merge_job *job, const change *old, PyObject *read, unsigned flags, PyObject *made) {
     int worst = 1;
     for (int64_t at = 0; at < job->depth; at++) {
         const int got = add_one(job, at, old, read, flags, made);

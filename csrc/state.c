@@ -4,7 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { SPARE_MOST = 16 << 20 }; /* bytes that are kept from one call to the next; most pages are never touched */
+/* what is kept from one call to the next: bytes that were used, and bytes of addresses, most of them never touched */
+enum { SPARE_MOST = 16 << 20, SPARE_ADDRESSES = 512 << 20 };
 
 /* module.path (dots follow attributes). New reference, or NULL with an exception. */
 static PyObject *object_fetch(const char *module, const char *path) {
@@ -113,8 +114,9 @@ scratch scratch_take(module_state *state, size_t size) {
     return block;
 }
 
-void scratch_give(module_state *state, scratch block) {
-    if (block.data != NULL && block.size <= SPARE_MOST && block.size >= state->spare.size) {
+void scratch_give(module_state *state, scratch block, size_t used) {
+    const bool small = used <= SPARE_MOST && block.size <= SPARE_ADDRESSES;
+    if (block.data != NULL && small && block.size >= state->spare.size) {
         const scratch other = state->spare;
         state->spare = block;
         block = other;

@@ -93,8 +93,9 @@ void state_clear(module_state *state);
 
 /* With the GIL. scratch_take: at least `size` bytes, from the call before where that is enough: its pages are there
  * already, and asking the system for new ones costs more than a small merge. data NULL: there is no memory (no
- * exception is set). scratch_give takes it back, keeps it for the next call or frees it. */
+ * exception is set). scratch_give takes it back, keeps it for the next call or, if more than a few megabytes of it
+ * have been `used`, frees it. */
 scratch scratch_take(module_state *state, size_t size);
-void scratch_give(module_state *state, scratch block);
+void scratch_give(module_state *state, scratch block, size_t used);
 
 #endif
