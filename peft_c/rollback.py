@@ -51,10 +51,15 @@ def _refill(container: dict | list | set, content: dict | list | set | tuple | i
 
 
 class _Snapshot:
-    """The attributes of every module, containers among them copied one level deep, and which storage each parameter
-    has. No weight is copied; weights overwritten in place are not undone. Many adapters cost no more than a few."""
+    """The attributes of every module, containers among them copied one level deep, which storage each parameter has,
+    and what is merged. No weight is copied; of weights overwritten in place, unmerging is undone, nothing else. Many
+    adapters cost no more than a few."""
 
     def __init__(self, model: nn.Module) -> None:
+        from .tuners.merging import merge_states
+        from .tuners.tuners_utils import BaseTunerLayer
+
+        self.merged = merge_states([layer for layer in _C.find(model, BaseTunerLayer)[0] if layer.merged_adapters])
         self.modules = []
         self.parameters = []
         for module, per_adapter in _affected(model):
@@ -67,6 +72,13 @@ class _Snapshot:
                     self.parameters.append((param, param.requires_grad, data))
 
     def restore(self) -> None:
+        from .tuners.merging import roll_back
+
+        for _, attributes, full in self.modules if self.merged else ():  # weights that unmerging has tied again
+            for container, content in full:
+                if container is attributes["_parameters"]:
+                    _refill(container, content)
+        roll_back(self.merged)
         for module, attributes, full in self.modules:
             _refill(module.__dict__, attributes)
             contents = {id(container): content for container, content in full}

@@ -42,9 +42,12 @@ def check_adapters_to_merge(module: BaseTunerLayer, adapter_names: list[str] | N
 
 
 def _shared_base_weights(layers: Iterable[BaseTunerLayer], names: list[str] | None) -> list[list[nn.Module]]:
-    """Groups of distinct base modules whose `weight` is the same memory, of layers that will merge an adapter."""
+    """Groups of distinct base modules whose `weight` is the same memory, of layers that will merge an adapter; without
+    layers of trainable tokens that write there what the layer they are tied to writes."""
     groups: dict[int, dict[int, tuple[nn.Module, BaseTunerLayer]]] = {}
     for layer in layers:
+        if getattr(layer, "tied_adapter", None) is not None:
+            continue
         base = layer.get_base_layer()
         weight = base._parameters.get("weight") if isinstance(base, nn.Module) else None
         if type(weight) is nn.Parameter and weight.device.type != "meta" and weight.data_ptr():
@@ -108,12 +111,12 @@ class _Merged:
             self.layer.merge(adapter_names=self.names)
 
 
-def _merged(layers: Iterable[BaseTunerLayer]) -> list[Any]:
+def merge_states(layers: Iterable[BaseTunerLayer]) -> list[Any]:
     """For each layer what knows how to `go_back` to what is merged into it now."""
     return [layer._merging() if hasattr(layer, "_merging") else _Merged(layer) for layer in layers]
 
 
-def _roll_back(states: list[Any]) -> None:
+def roll_back(states: list[Any]) -> None:
     """Brings every layer back; goes on when one of them fails."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -127,14 +130,14 @@ def _roll_back(states: list[Any]) -> None:
 
 def _apply(layers: list[BaseTunerLayer], act: Callable[[BaseTunerLayer], None], interrupts: undivided) -> None:
     """act(layer) for every layer; if one fails, what the others have merged or unmerged is taken back."""
-    before = _merged(layers)
+    before = merge_states(layers)
     try:
         for layer in layers:
             with onload_layer(layer):
                 act(layer)
             interrupts.let_through()
     except BaseException:
-        _roll_back(before)
+        roll_back(before)
         raise
 
 
@@ -227,7 +230,7 @@ class Unloading:
                     module._modules.update(children)
                     module._parameters.clear()
                     module._parameters.update(parameters)
-                _roll_back(self.touched)
+                roll_back(self.touched)
                 _tie(untied)
                 raise
             # equal after all: the adapters were tied as well
@@ -240,7 +243,7 @@ class Unloading:
             return  # it was inside a module that has been replaced
         for module in (*_C.find(target, nn.Module)[0], parent):
             self.saved.append((module, dict(module._modules), dict(module._parameters)))
-        self.touched += _merged(_C.find(target, BaseTunerLayer)[0])
+        self.touched += merge_states(_C.find(target, BaseTunerLayer)[0])
         with onload_layer(target):
             if hasattr(target, "unload_and_optionally_merge_module"):
                 new_module = target.unload_and_optionally_merge_module(merge=self.merge, **self.how)

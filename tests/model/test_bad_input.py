@@ -5,6 +5,7 @@ import pickle
 import re
 import shutil
 import sys
+import warnings
 
 import pytest
 import torch
@@ -270,3 +271,54 @@ def test_what_is_no_configuration(saved):
     with pytest.raises(TypeError, match="such as a LoraConfig, got None"):
         get_peft_model(tiny.mlp(), None)
     same(before, photo(model))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_that_is_refused_leaves_others_merged(tied):
+    """Adding an adapter unmerges; one that is refused after that leaves what was merged, and its record."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9, bias=False))
+    if tied:
+        base[2].weight = base[0].weight
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0", "1", "2"], init_lora_weights=False)).eval()
+    layers = model.base_model.model
+    old = {key: value.clone() for key, value in model.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.merge_adapter()
+        before = photo(model, torch.arange(4)), {key: value.clone() for key, value in model.state_dict().items()}
+        with pytest.raises(TypeError, match="trainable_token_indices"):
+            model.add_adapter("second", LoraConfig(target_modules=["1"], trainable_token_indices={"0": [1]}))
+    state = model.state_dict()
+    assert state.keys() == before[1].keys() and all(torch.equal(state[key], before[1][key]) for key in state)
+    assert [layer.merged_adapters for layer in layers] == [["default"]] * 3
+    assert torch.equal(model(torch.arange(4)), before[0]["out"])
+    model.unmerge_adapter()
+    state = model.state_dict()
+    assert all(torch.equal(state[key], old[key]) for key in state)
+    assert (layers[2].get_base_layer().weight is layers[0].get_base_layer().weight) == tied
+
+
+def test_a_combination_that_fails_leaves_the_layers_alone():
+    model = get_peft_model(tiny.mlp(), LoraConfig(r=2, target_modules=["lin0"]))
+    other = LoraConfig(r=2, target_modules=["lin0", "lin1"], exclude_modules=["lin1"])
+    model.add_adapter("other", other)
+    before = photo(model)
+    with pytest.raises(ValueError, match="No matching LoRAs"):
+        model.add_weighted_adapter(["default", "other"], [1, 1], "sum", "cat")
+    same(before, photo(model))
+    assert sorted(model.peft_config) == ["default", "other"]
+
+
+def test_a_mixed_model_with_trained_tokens_unloads():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 6))
+    config = LoraConfig(r=2, target_modules=["1"], trainable_token_indices={"0": [1, 3]}, init_lora_weights=False)
+    model = get_peft_model(base, config, mixed=True).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter += 1
+    expected = model(torch.arange(9))
+    torch.testing.assert_close(model.merge_and_unload()(torch.arange(9)), expected)
+    assert type(base[0]) is nn.Embedding

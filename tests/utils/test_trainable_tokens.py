@@ -1,5 +1,7 @@
 """Trainable tokens: same numbers as PEFT, exact merging, ties, and errors that change nothing."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -140,7 +142,10 @@ def test_tied_layers_follow_the_embedding(targets):
 
     before = Tied().embed.weight
     for _ in range(2):
-        model.merge_adapter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # nothing is untied
+            model.merge_adapter()
+        assert inner.head.base_layer.weight is inner.embed.base_layer.weight
         torch.testing.assert_close(model(IDS), outputs[1])
         model.unmerge_adapter()
         assert torch.equal(inner.embed.base_layer.weight, before)

@@ -18,6 +18,7 @@ from torch import nn
 
 from ... import import_utils
 from ...reexports import elsewhere
+from ...rollback import undo_on_error
 from ...utils.aux_wrappers import ModulesToSaveWrapper
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from ...utils.matching import get_pattern_key
@@ -381,23 +382,20 @@ class LoraModel(BaseTuner):
         combine = Combination(
             kind, adapters, weights, rank, density, majority_sign_method, svd_clamp, svd_full_matrices, svd_driver
         )
-        self.peft_config[adapter_name] = replace(
-            self.peft_config[adapters[0]],
-            r=rank,
-            lora_alpha=rank,
-            target_modules=target_modules,
-            alpha_pattern={},
-            rank_pattern={},
-        )
-        try:
+        with undo_on_error(self):
+            self.peft_config[adapter_name] = replace(
+                self.peft_config[adapters[0]],
+                r=rank,
+                lora_alpha=rank,
+                target_modules=target_modules,
+                alpha_pattern={},
+                rank_pattern={},
+            )
             self.inject_adapter(self.model, adapter_name)
             self.set_requires_grad(adapter_name, False)
             for layer in self._lora_layers():
                 if adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A:
                     write_factors(layer, adapter_name, combine(layer), keep_dtype=kind == "cat")
-        except BaseException:
-            self.delete_adapter(adapter_name)
-            raise
 
     def _lora_layers(self) -> Iterator[LoraLayer]:
         return (module for module in self.model.modules() if isinstance(module, LoraLayer))

@@ -9,6 +9,7 @@ from torch import nn
 from ... import _C
 from ...config import PeftConfig
 from ...mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from ...utils.aux_wrappers import AuxiliaryTrainingWrapper
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from ...utils.peft_types import PeftType
 from ..merging import Unloading
@@ -64,6 +65,8 @@ class MixedModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            return  # what takes its place has its own weights
         base = getattr(child, "quant_linear_module", child)
         child = child.get_base_layer() if hasattr(child, "base_layer") else base
         _hand_over(child, new_module)
