@@ -16,7 +16,7 @@ Run a program that says `import peft` with peft_c in its place:
 
   python -m peft_c SCRIPT.py [ARGUMENTS]     run a script
   python -m peft_c -m MODULE [ARGUMENTS]     run a module, such as trl.scripts.sft
-  python -m peft_c -c CODE [ARGUMENTS]       run a piece of code
+  python -m peft_c -c CODE [ARGUMENTS]       run a piece of code; with - in place of -c CODE, what comes from stdin
 
 Within the program, `import peft` and `import peft.x.y` give peft_c's modules, the same objects under both names, and
 the version of "peft" reads {version}; the real peft need not be installed. Processes that the program starts afresh
@@ -27,7 +27,8 @@ the version of "peft" reads {version}; the real peft need not be installed. Proc
   python -m peft_c --help                    show this
 
 In a notebook: `import peft_c; peft_c.install_as_peft()` in the first cell.
-Environment: PEFT_C_FAST=0 switches the C paths off, PEFT_C_ISA=avx2 (generic, ...) chooses kernels.
+Environment: PEFT_C_FAST=0 switches the C paths off, PEFT_C_ISA=avx2 (generic, ...) chooses kernels,
+PEFT_C_EXACT=0 merges without records for exact unmerging.
 """
 
 _LIBRARIES = (
@@ -64,7 +65,9 @@ def environment() -> dict[str, str]:
         "torch symbols": symbols if isinstance(symbols, str) else ", ".join(symbols),
         "python": f"{platform.python_version()} ({platform.python_implementation()}), {platform.platform()}",
     }
-    facts.update({name: os.environ[name] for name in ("PEFT_C_FAST", "PEFT_C_ISA") if name in os.environ})
+    facts.update(
+        {name: os.environ[name] for name in ("PEFT_C_FAST", "PEFT_C_ISA", "PEFT_C_EXACT") if name in os.environ}
+    )
     facts.update({name: _installed(name) for name in _LIBRARIES})
     facts["torch"] = f"{torch.__version__} (CUDA {torch.version.cuda or 'not built in'})"
     return facts
@@ -92,10 +95,10 @@ def main(arguments: list[str]) -> int:
     if first in ("-m", "-c") and not rest:
         print(f"{first} needs an argument; see python -m peft_c --help", file=sys.stderr)
         return 2
-    if first.startswith("-") and first not in ("-m", "-c"):
+    if first.startswith("-") and first not in ("-m", "-c", "-"):
         print(f"unknown option {first}; see python -m peft_c --help", file=sys.stderr)
         return 2
-    if first not in ("-m", "-c") and not os.path.exists(first):
+    if first not in ("-m", "-c", "-") and not os.path.exists(first):
         print(f"no such file: {first}; see python -m peft_c --help", file=sys.stderr)
         return 2
 
@@ -105,10 +108,11 @@ def main(arguments: list[str]) -> int:
     if first == "-m":
         sys.argv = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
-    elif first == "-c":
-        sys.argv, sys.path[0] = ["-c", *rest[1:]], ""
+    elif first in ("-c", "-"):
+        name, code, *rest = ("<stdin>", sys.stdin.read(), *rest) if first == "-" else ("<string>", *rest)
+        sys.argv, sys.path[0] = [first, *rest], ""
         program = sys.modules["__main__"] = ModuleType("__main__")
-        exec(compile(rest[0], "<string>", "exec"), program.__dict__)
+        exec(compile(code, name, "exec"), program.__dict__)
     else:
         sys.argv = arguments
         sys.path[0] = os.path.dirname(os.path.abspath(first))

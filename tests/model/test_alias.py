@@ -8,13 +8,13 @@ import textwrap
 import pytest
 
 
-def run(*arguments, code=None, check=True):
+def run(*arguments, code=None, check=True, stdin=None):
     """Runs `python -m peft_c arguments`, or plain Python with `code`, and returns what it printed."""
     command = [sys.executable, *(("-c", textwrap.dedent(code)) if code else ("-m", "peft_c", *arguments))]
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, input=stdin)
     if check:
         assert done.returncode == 0, done.stderr
     return done
@@ -59,6 +59,7 @@ def test_module_code_and_exit_status(tmp_path, monkeypatch):
     (tmp_path / "as_module.py").write_text("import peft, sys; print(peft.__name__, sys.argv[1:])")
     assert run("-m", "as_module", "a").stdout == "peft_c ['a']\n"
     assert run("-c", "import peft, sys; print(peft.__name__, sys.argv)", "b").stdout == "peft_c ['-c', 'b']\n"
+    assert run("-", "b", stdin="import peft, sys; print(peft.__name__, sys.argv)").stdout == "peft_c ['-', 'b']\n"
     assert run("-c", "import sys; sys.exit(7)", check=False).returncode == 7
     failed = run("-c", "raise ValueError('mine')", check=False)
     assert failed.returncode == 1 and "ValueError: mine" in failed.stderr

@@ -322,3 +322,14 @@ def test_a_mixed_model_with_trained_tokens_unloads():
     expected = model(torch.arange(9))
     torch.testing.assert_close(model.merge_and_unload()(torch.arange(9)), expected)
     assert type(base[0]) is nn.Embedding
+
+
+def test_a_mixed_model_adds_lora_to_an_adapted_convolution():
+    torch.manual_seed(0)
+    config = peft_c.LoKrConfig(r=2, target_modules=["0"], init_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), config, mixed=True).eval()
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    model.set_adapter(["default", "second"])
+    x = torch.randn(2, 3, 5, 5)
+    expected = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=1e-4, atol=1e-4)

@@ -674,7 +674,7 @@ class _ConvNd(_LoraModule):
             raise ValueError("aLoRA does not support adapting conv layers.")
         if config.velora_config is not None:
             raise ValueError("VeLoRA does not support adapting conv layers.")
-        if base_layer.groups > 1:
+        if self.get_base_layer().groups > 1:
             warnings.warn("LoRA adapter added to ConvNd layer with groups > 1. Merging is not supported.")
         self._active_adapter = adapter_name
         self._kernel_dim = base_layer.weight.dim()
