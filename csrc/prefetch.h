@@ -20,9 +20,10 @@ static inline const char *word_of(const PyObject *object, size_t word) {
     return value;
 }
 
-/* Where a dict (whose object should be there) keeps what it has about its keys; NULL: unknown. */
+/* Where a dict (whose object should be there) keeps what it has about its keys, or their order where they are shared. */
 static inline const char *keys_of(const PyObject *dict) {
-    return word_of(dict, 4);
+    const char *const values = word_of(dict, 5);
+    return values ? values - 24 : word_of(dict, 4);
 }
 
 /* Where item number `at` of a dict is. */
@@ -30,7 +31,7 @@ static inline const char *item_of(PyObject *dict, Py_ssize_t at) {
     const Py_ssize_t size = PyDict_Size(dict);
     Py_ssize_t slots = 8;
     while (3 * size > 2 * slots) slots *= 2;
-    const char *const values = word_of(dict, 5); /* of a dict that shares its keys */
+    const char *const values = word_of(dict, 5);
     return values ? values + 8 * at : keys_of(dict) + 32 + (slots > 128 ? 2 : 1) * slots + 16 * at;
 }
 

@@ -92,11 +92,16 @@ static int tree_read(tree *self, const module_state *state, PyObject *root) {
     return 0;
 }
 
+enum { AHEAD = 16 }; /* modules for which memory is asked for in advance */
+
 /* 1 if the modules and what they have in `_modules` are the same. The root is the caller's and may have been moved. */
 static int same_modules(const tree *self, PyObject *root) {
     const walk *const found = &self->walk;
     PyObject *const *item = self->items, *name, *child;
+    size_t asked = 0;
     for (size_t i = 0; i < found->queue_count; i++) {
+        const size_t due = self->lines.count * (i + AHEAD) / found->queue_count; /* at once, they would be dropped */
+        for (; asked < due && asked < self->lines.count; asked++) __builtin_prefetch(self->lines.items[asked]);
         const node *at = &found->nodes[found->queue[i]];
         PyObject *const module = i ? at->module : root;
         if (Py_TYPE(module) != at->facts->type) return 0;
@@ -142,7 +147,6 @@ static void trace_all(tree *self) {
 /* 1 if what was kept holds, 0 if not, -1 with an exception. */
 static int tree_holds(tree *self, const module_state *state, PyObject *root) {
     if (!self->whole || self->root != root) return 0;
-    for (size_t i = 0; i < self->lines.count; i++) __builtin_prefetch(self->lines.items[i]);
     int same = classes_same(state, &self->walk.classes);
     if (same > 0) same = same_modules(self, root);
     for (size_t i = 0; same > 0 && i < self->layer_count; i++) same = same_containers(state, &self->layers[i]);

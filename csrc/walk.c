@@ -252,11 +252,13 @@ void walk_trace(const walk *self, footprint *lines) {
         trace_add(lines, (const char *)at->module - 32); /* where its __dict__ is */
         trace_add(lines, at->module);
         trace_add(lines, at->dict);
+        trace_add(lines, keys_of(at->dict));
         trace_add(lines, item_of(at->dict, at->facts->hints[MODULES].at));
         trace_add(lines, at->children);
         const Py_ssize_t size = PyDict_Size(at->children);
-        if (size) trace_add(lines, keys_of(at->children));
-        for (Py_ssize_t k = 0; k < size; k += 4) trace_add(lines, item_of(at->children, k)); /* 4 items a line */
+        if (size == 0) continue;
+        trace_add(lines, keys_of(at->children));
+        for (Py_ssize_t k = 0; k < size + 3; k += 4) trace_add(lines, item_of(at->children, k)); /* 4 items a line */
     }
 }
 

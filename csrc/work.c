@@ -14,7 +14,7 @@ int work_add(worklist *work, PyObject *entry, int act, char *note) {
         work->capacity = capacity;
     }
     PREFETCH(entry);
-    work->items[work->count++] = (work_item){entry, NULL, note, act, 0};
+    work->items[work->count++] = (work_item){.object = entry, .note = note, .act = act};
     return 0;
 }
 
@@ -22,6 +22,7 @@ void work_free(worklist *work) {
     for (size_t i = 0; i < work->count; i++) {
         Py_DECREF(work->items[i].object);
         Py_XDECREF(work->items[i].dict);
+        Py_XDECREF(work->items[i].modules);
     }
     PyMem_Free(work->items);
 }
@@ -35,13 +36,17 @@ static int is_tensor(const module_state *state, PyObject *entry) {
     return type == state->objects.Linear ? 0 : PyObject_IsInstance(entry, state->objects.Tensor);
 }
 
-/* Replaces the __dict__ of a module without children, such as nn.Linear, by its parameters, of others by NULL. */
+/* Replaces the __dict__ of a module by its parameters, or by NULL where they are no dict; finds its modules as well. */
 static int find_parameters(const module_state *state, worklist *work, work_item *item) {
     PyObject *dict = item->dict, *parameters = dict_get(dict, state->names._parameters, &work->hints[PARAMETERS]);
     PyObject *modules = parameters ? dict_get(dict, state->names._modules, &work->hints[MODULES]) : NULL;
     const int plain = modules != NULL && PyDict_CheckExact(modules) && PyDict_CheckExact(parameters);
-    item->dict = plain && PyDict_Size(modules) == 0 ? Py_NewRef(parameters) : NULL;
-    if (item->dict != NULL) PREFETCH(item->dict);
+    item->dict = plain ? Py_NewRef(parameters) : NULL;
+    item->modules = plain ? Py_NewRef(modules) : NULL;
+    if (plain) {
+        __builtin_prefetch(parameters);
+        __builtin_prefetch(modules);
+    }
     Py_DECREF(dict);
     return PyErr_Occurred() ? -1 : 0;
 }
@@ -51,9 +56,9 @@ static int add_tensors(const work_item *item, int tensor, worklist *tensors) {
     if (tensor) return work_add(tensors, Py_NewRef(item->object), item->act, item->note);
     PyObject *key, *value;
     int rc = 0;
-    if (item->dict != NULL) {
-        Py_ssize_t position = 0;
-        while (rc == 0 && PyDict_Next(item->dict, &position, &key, &value)) {
+    if (item->dict != NULL && PyDict_Size(item->modules) == 0) { /* such as nn.Linear */
+        Py_ssize_t position = 0, left = PyDict_Size(item->dict);
+        while (rc == 0 && left-- > 0 && PyDict_Next(item->dict, &position, &key, &value)) {
             if (value != Py_None) rc = work_add(tensors, Py_NewRef(value), item->act, item->note);
         }
         return rc;

@@ -13,9 +13,10 @@
 enum { OFF, ON, LIST };
 
 typedef struct {
-    PyObject *object; /* owned: an entry of a container, a tensor or a module */
-    PyObject *dict;   /* owned or NULL: a module's __dict__, then its parameters */
-    char *note;       /* if not NULL, becomes 1 where a flag was set */
+    PyObject *object;  /* owned: an entry of a container, a tensor or a module */
+    PyObject *dict;    /* owned or NULL: a module's __dict__, then its parameters */
+    PyObject *modules; /* owned or NULL: its `_modules` */
+    char *note;        /* if not NULL, becomes 1 where a flag was set */
     int act, old;
 } work_item;
 
