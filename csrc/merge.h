@@ -9,6 +9,6 @@
 bool merge_is_possible(const module_state *state, bool undo);
 
 extern PyMethodDef merge_methods[];    /* merge_add, merge_subtract, merge_switch */
-extern PyMethodDef exchange_methods[]; /* exchange, combine, uncombine, restore, digest */
+extern PyMethodDef exchange_methods[]; /* exchange, combine, uncombine, restore, digest, fingerprint */
 
 #endif

@@ -230,11 +230,74 @@ static PyObject *digest(PyObject *module, PyObject *tensor) {
     return PyLong_FromUnsignedLongLong(result);
 }
 
+/* The elements' bits of any dtype as an array, for a digest. */
+static bool bits_view(const module_state *state, PyObject *tensor, TensorView *out) {
+    static const struct {
+        int64_t size;
+        pk_dtype dtype;
+    } kinds[] = {{8, PK_F64}, {4, PK_F32}, {2, PK_BF16}};
+    dl_tensor raw;
+    if (!view_is_plain(state, tensor) || state->torch.dlpack->tensor_from_object(tensor, &raw) != 0) {
+        PyErr_Clear();
+        return false;
+    }
+    if (raw.device.type != DL_CPU || raw.ndim > VIEW_MAX_DIMS || raw.dtype.bits % 8 != 0) return false;
+    out->ndim = raw.ndim;
+    out->numel = 1;
+    for (int i = raw.ndim - 1; i >= 0; i--) {
+        out->shape[i] = raw.shape[i];
+        out->strides[i] = raw.strides != NULL ? raw.strides[i] : out->numel;
+        out->numel *= raw.shape[i];
+    }
+    out->data = (char *)raw.data + raw.byte_offset;
+    if (!is_dense(out) || (raw.data == NULL && out->numel)) return false;
+    const int64_t bytes = out->numel * raw.dtype.bits / 8 * raw.dtype.lanes;
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+        out->dtype = kinds[i].dtype;
+        out->numel = bytes / kinds[i].size;
+        if (bytes % kinds[i].size == 0) return true;
+    }
+    return false;
+}
+
+static uint64_t stirred(uint64_t all, uint64_t one) {
+    all = (all ^ one) * 0x9e3779b97f4a7c15u;
+    return all ^ all >> 29;
+}
+
+PyDoc_STRVAR(
+    fingerprint_doc,
+    "fingerprint(tensors, /)\n--\n\n"
+    "A number that tells the bits, shapes and strides of a list of tensors, of any dtypes, from others; None if\n"
+    "one of them is no dense CPU tensor.");
+
+static PyObject *fingerprint(PyObject *module, PyObject *tensors) {
+    const module_state *state = state_of(module);
+    const Py_ssize_t count = PyList_Check(tensors) ? PyList_Size(tensors) : -1;
+    uint64_t all = 0, one = 0;
+    if (count < 0) {
+        PyErr_SetString(PyExc_TypeError, "fingerprint(tensors): a list");
+        return NULL;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        TensorView view;
+        int status;
+        if (!bits_view(state, PyList_GetItem(tensors, i), &view)) Py_RETURN_NONE;
+        status = pk_digest(view.dtype, view.data, view.numel, &one, state->torch.torch_parallel_for);
+        if (is_error(status)) return NULL;
+        all = stirred(all, one);
+        for (int j = 0; j < view.ndim; j++)
+            all = stirred(stirred(all, (uint64_t)view.shape[j]), (uint64_t)view.strides[j]);
+    }
+    return PyLong_FromUnsignedLongLong(all);
+}
+
 PyMethodDef exchange_methods[] = {
     {"exchange", (PyCFunction)(void (*)(void))exchange, METH_FASTCALL, exchange_doc},
     {"combine", (PyCFunction)(void (*)(void))combine, METH_FASTCALL, combine_doc},
     {"uncombine", (PyCFunction)(void (*)(void))uncombine, METH_FASTCALL, uncombine_doc},
     {"restore", (PyCFunction)(void (*)(void))restore, METH_FASTCALL, restore_doc},
     {"digest", digest, METH_O, digest_doc},
+    {"fingerprint", fingerprint, METH_O, fingerprint_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -42,6 +42,7 @@ _NAMES: dict[str, str] = {
         PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification
         """,
     "status": "get_layer_status get_model_status",
+    "tuners.kept": "kept_weights",
     "tuners.law": "exact_unmerge",
     **{f"tuners.{package}": names for package, names in _TUNERS.items()},
     "utils": """

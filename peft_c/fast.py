@@ -99,6 +99,7 @@ def explain(model: torch.nn.Module, x: torch.Tensor | None = None) -> Explanatio
     alone). A reason that depends on the input (its device, dtype, type) is seen only at the call, or with an example
     input `x` for a single layer. Nothing is run or changed.
     """
+    from .tuners.kept import kept_bytes
     from .tuners.tuners_utils import BaseTunerLayer
 
     lines = Explanation()
@@ -106,6 +107,8 @@ def explain(model: torch.nn.Module, x: torch.Tensor | None = None) -> Explanatio
         if not (isinstance(module, BaseTunerLayer) or hasattr(type(module), "_lowrank_names")):
             continue
         path, _, reason = _C.gate(module) if x is None else _C.gate(module, x)
+        if kept := kept_bytes(module):
+            reason += f"; {kept / 2**20:.1f} MiB of adapted weights are kept between forwards"
         active = getattr(module, "_active_adapter", ())
         active = (active,) if isinstance(active, str) else tuple(active)
         lines.append(LayerPath(name, type(module).__name__, active, path, reason))

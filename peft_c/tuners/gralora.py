@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,7 @@ class Linear(AddRoom):
 
     adapter_layer_names = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")
     other_param_names = ("r", "hybrid_r", "alpha", "scaling", "gralora_dropout", "gralora_k")
-    factored = FEW
+    factored = math.inf
     containers = dict.fromkeys(("gralora_A_general", "gralora_B_general", "gralora_dropout"), nn.ModuleDict)
 
     def create(self, name: str, config: GraloraConfig) -> None:

@@ -567,9 +567,10 @@ def _merge_group(layer: Any, step: Merge, targets: dict, plans: dict, safe_merge
         if not changes:
             continue
         tensor = _weight(view, layer)
-        large = tensor.numel() > LARGE and not all(isinstance(change, LowRank) for change in changes)
+        full = not all(isinstance(change, LowRank) for change in changes)
+        large = full and tensor.numel() > LARGE
         few = len(changes) == 1 and isinstance(changes[0], Elements) and tensor.is_contiguous()
-        if record and (few or large):
+        if record and (few or large or (full and tensor.ndim == 1)):
             one = changes[0]
             undo = (
                 one.add_to(view, tensor, safe_merge) if few else _add_large(view, tensor, changes, safe_merge, layer)

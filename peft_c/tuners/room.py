@@ -46,7 +46,7 @@ from ..utils import constants
 from ..utils.matching import get_pattern_key
 from ..utils.peft_types import PeftType, add_peft_type, register_peft_method
 from ..utils.quantization_utils import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
-from . import law
+from . import kept, law
 from .base_view import BaseView
 from .tuner_layer import BaseTunerLayer, _get_in_out_features, is_transformers_conv1d
 from .tuners_utils import BaseTuner, check_adapters_to_merge
@@ -321,6 +321,10 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         everywhere = (shared_hooks._global_forward_hooks, shared_hooks._global_forward_pre_hooks)
         return not any((*hooks, *everywhere)) and "forward" not in base.__dict__
 
+    def owns_output(self, x: torch.Tensor) -> bool:
+        """Whether nobody else can hold what `base_output` gives for x, so that it may be written to."""
+        return c_is_worth_asking(x) and type(self.base_layer) is nn.Linear and self.is_bare()
+
     def _mixed_forward(self, x: torch.Tensor, rows: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         if len(x) != len(rows):
             raise ValueError(
@@ -337,6 +341,22 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
                 part = [i for i, row in enumerate(rows) if row == name]
                 result[part] = self.adapt([name], x[part], *args, **kwargs).to(result.dtype)
         return result
+
+    # --- weights that are kept: see kept ---
+
+    def train(self, mode: bool = True) -> Room:
+        """As nn.Module's; nothing is kept in training."""
+        kept.forget(self)
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Room:
+        kept.forget(self)
+        return super()._apply(*args, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes the adapter; the first of those that are left becomes active if it was the only active one."""
+        kept.forget(self)
+        super().delete_adapter(adapter_name)
 
     # --- merging: see law ---
 
@@ -365,6 +385,7 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """See `law.Merging.merge`; an `exclusive` room merges one adapter, in place of the one that is merged."""
+        kept.forget(self)
         if self.exclusive:
             adapter_names = check_adapters_to_merge(self, adapter_names)
             if len(adapter_names) > 1:
@@ -522,14 +543,15 @@ class AddRoom(Room):
             and self.quantization_backend is None
             and all(self.dense(name, x) and not self.drops(name) for name in names)
         ):
-            return self.run_with(x, *self.transformed(names))
+            build = partial(self.transformed, names)
+            return self.run_with(x, *(kept.adapted(self, names, build) if "weight" in self.adds else build()))
         if self.may_act_in_c(base, x) and not any(self.drops(name) for name in names):
             terms = [term for name in names for term in self.terms(name, x)]
             result = NotImplemented if None in terms else _C.lowrank_terms(self, x, terms, args, kwargs)
             if result is not NotImplemented:
                 return result
         output = result = self.base_output(x, *args, **kwargs)
-        in_place = len(names) == 1 and c_is_worth_asking(x) and type(self.base_layer) is nn.Linear and self.is_bare()
+        in_place = len(names) == 1 and self.owns_output(x)
         for name in names:
             wanted = self.adapter_dtype(name)
             part = x if wanted is None else self._cast_input_dtype(x, wanted)
@@ -556,7 +578,8 @@ class AddRoom(Room):
         for name in names:
             if "weight" in self.adds:
                 delta = self.get_delta_weight(name)
-                in_place = not torch.is_grad_enabled() and torch.result_type(delta, weight) == delta.dtype
+                free = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+                in_place = free and torch.result_type(delta, weight) == delta.dtype
                 weight = delta.add_(weight) if in_place else weight + delta
             if bias is not None and "bias" in self.adds:
                 bias = bias + self.bias_delta(name)
@@ -624,11 +647,13 @@ class MapRoom(Room):
             for name in reversed(names) if self.before is not None else ():
                 x = self.before(name, x)
             result = self.base_output(x.to(dtype), *args, **kwargs)
-            dtype = result.dtype
+            dtype, in_place = result.dtype, self.owns_output(x)
             for name in names if self.after is not None else ():
-                result = self.after(name, result)
+                scaling = self.scaling(name) if in_place else None
+                fits = scaling is not None and scaling[0].dtype == dtype
+                result = result.mul_(scaling[0]) if fits else self.after(name, result)
             return result.to(dtype)
-        return self.run_with(x, *self.transformed(names, forward=True))
+        return self.run_with(x, *kept.adapted(self, names, partial(self.transformed, names, forward=True)))
 
     def _merge_changes(self, name: str) -> dict[str, law.Change]:
         def merged(targets: dict[str, BaseView]) -> dict[str, torch.Tensor | law.Times]:

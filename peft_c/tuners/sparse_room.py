@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import law
+from . import kept, law
 from .room import AddRoom, apply_weight
 
 
@@ -79,8 +79,10 @@ class SparseRoom(AddRoom):
         readable = base is self.get_base_layer() and (backend is None or backend.supports_merge)
         if hooked or not readable or all(self.is_cheap(name, x) for name in names):
             return super().adapt(names, x, *args, **kwargs)
-        weight = functools.reduce(self.add_to, names, self.get_base_weight())
-        result = apply_weight(base, x, weight, base.bias)
+        weight, bias = kept.adapted(
+            self, names, lambda: (functools.reduce(self.add_to, names, self.get_base_weight()), base.bias)
+        )
+        result = apply_weight(base, x, weight, bias)
         for name in names:
             rest = self.rest(name, self._cast_input_dtype(x, self.adapter_dtype(name)))
             result = result if rest is None else result + rest.to(result.dtype)

@@ -60,6 +60,9 @@ class Linear(SharedRoom):
         A, d, B, b = map(multipliable, self.parts(name))
         return LowRank(d[:, None] * A, b[:, None] * B, 1.0)
 
+    def dense(self, name: str, x: torch.Tensor) -> bool:
+        return x.dtype == torch.float32 and self.is_long(x)
+
     def halves(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         A, d, B, b = self.parts(name)
         many = x.shape[:-1].numel() > self.r[name]  # then B is less to scale than the output
