@@ -143,7 +143,7 @@ def _finish(y, x, how, terms):
 
 def _apply(y, x, terms, how):
     factors = tuple(tensor for term in terms for tensor in term[:2])
-    return _LowRank.apply(y, x, None, None, tuple(term[2] for term in terms), how == _IN_PLACE, *factors)
+    return _linear(y, x, None, None, tuple(term[2] for term in terms), how == _IN_PLACE, *factors)
 
 
 def _drop(x, down, scale, dropout, keep):
@@ -177,21 +177,18 @@ class _LowRank(torch.autograd.Function):
     def forward(ctx, y, x, weight, bias, scales, in_place, *factors):
         # With in_place nobody else holds y, and its memory becomes the output's. detach(), because y may be a view in
         # autograd's eyes (F.linear reshapes), and the output must not be one.
-        needs = ctx.needs_input_grad
-        need_x = any(needs[6:])
-        t = None
-        if any(needs[7::2]):
-            wide = torch.float64 if torch.float64 in (x.dtype, (x if y is None else y).dtype) else torch.float32
-            ranks = sum(down.shape[0] for down in factors[::2])
-            t = torch.empty(x.shape[:-1].numel(), ranks, dtype=wide)
+        needs, shape, dtype, t = ctx.needs_input_grad, x.shape, x.dtype, None
+        if True in needs[7::2]:
+            wide = torch.float64 if torch.float64 in (dtype, dtype if y is None else y.dtype) else torch.float32
+            ranks = factors[0].shape[0] if len(factors) == 2 else sum(down.shape[0] for down in factors[::2])
+            t = torch.empty(shape[:-1].numel(), ranks, dtype=wide)
         if y is None:
             out = _C.lowrank_linear(x, weight, bias, t, scales, factors).detach()
         else:
             out = y.detach() if in_place else y.detach().clone(memory_format=torch.contiguous_format)
             _C.lowrank_apply(out, x, t, scales, factors)
-        ctx.scales = scales
-        ctx.x_like = (x.shape, x.dtype)
-        ctx.save_for_backward(x if need_x else None, t, weight if needs[1] else None, *factors)
+        ctx.like = (scales, shape, dtype)
+        ctx.save_for_backward(x if True in needs[6:] else None, t, weight if needs[1] else None, *factors)
         ctx.set_materialize_grads(False)
         return out
 
@@ -201,26 +198,27 @@ class _LowRank(torch.autograd.Function):
         if g is None:
             return (None,) * len(needs)
         x, t, weight, *factors = ctx.saved_tensors
-        grads, asked = None, (needs[1], needs[6:], *ctx.x_like)
+        scales, shape, dtype = ctx.like
+        grads, asked = None, (needs[1], needs[6:], shape, dtype)
         if not torch.is_grad_enabled():  # which it is with create_graph
-            grads = _backward_in_c(g, x, t, weight, ctx.scales, factors, *asked)
+            grads = _backward_in_c(g, x, t, weight, scales, tuple(factors), *asked)
         if grads is None:
-            grads = _backward_composed(g, x, weight, ctx.scales, factors, *asked)
+            grads = _backward_composed(g, x, weight, scales, factors, *asked)
         return (g if needs[0] else None, grads[0], None, None, None, None, *grads[1:])
 
 
-_linear = _LowRank.apply  # as `_C.lowrank_forward` calls it for a frozen nn.Linear and terms without dropout
+# Function.apply without its care for functorch, where the gate lets nothing pass; `_C.lowrank_forward` calls it for a
+# frozen nn.Linear and terms without dropout.
+_linear = super(torch.autograd.Function, _LowRank).apply
 
 
 def _backward_in_c(g, x, t, weight, scales, factors, needs_x, needs, shape, dtype):
     """(dx, dA_0, dB_0, ...), None where not needed; None altogether when g is no plain tensor."""
     g = g.contiguous()  # every product below walks its rows; that of sum() repeats one element
-    factors, dx, u = tuple(factors), None, None
+    grads, dx = tuple([torch.empty_like(f) if need else None for f, need in zip(factors, needs, strict=True)]), None
     if weight is not None:
-        if any(needs[::2]):
-            u = torch.empty(shape[:-1].numel(), sum(down.shape[0] for down in factors[::2]))
+        u = torch.empty_like(t) if t is not None else None
         dx = _C.linear_grad(g, weight, u, scales, factors)
-    grads = tuple(torch.empty_like(f) if need else None for f, need in zip(factors, needs, strict=True))
     if dx is not None:
         return (dx, *grads) if _C.lowrank_backward(g, x, t, scales, factors, None, grads, False, u) else None
     wide = factors[0].dtype if len(scales) > 1 and factors[0].dtype.itemsize > dtype.itemsize else dtype
