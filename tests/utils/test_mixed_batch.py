@@ -29,6 +29,48 @@ def test_each_sample_gets_its_adapter():
     assert hooks(model) == 0
 
 
+LAYERS = {
+    "linear": (lambda: torch.nn.Linear(6, 5), lambda: torch.randn(6, 2, 6)),
+    "embedding": (lambda: torch.nn.Embedding(9, 5), lambda: torch.randint(0, 9, (6, 4))),
+    "conv": (lambda: torch.nn.Conv2d(3, 5, 3, padding=1), lambda: torch.randn(6, 3, 4, 4)),
+}
+ORDERS = (["a", "a", "b", "b", "b", "__base__"], ["b", "a", "__base__", "b", "a", "b"])
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=["runs", "mixed"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_rows_in_any_order_with_and_without_gradients(kind, order):
+    """Each layer type against its own rows one by one, and the gradients of these."""
+    import peft_c
+
+    torch.manual_seed(0)
+    base, batch = LAYERS[kind]
+    model = peft_c.get_peft_model(
+        torch.nn.Sequential(base()), peft_c.LoraConfig(r=2, target_modules=["0"]), adapter_name="a"
+    )
+    model.add_adapter("b", peft_c.LoraConfig(r=3, target_modules=["0"]))
+    layer, x = model.eval().base_model.model[0], batch()
+    factors = {key: p for key, p in layer.named_parameters() if "lora_" in key}
+    for p in factors.values():
+        torch.nn.init.normal_(p, std=0.3)
+        p.requires_grad_()
+
+    def one_by_one():
+        for row, name in zip(x.split(1), order, strict=True):
+            layer.set_adapter("a" if name == "__base__" else name)
+            for p in factors.values():
+                p.requires_grad_()
+            yield layer.base_layer(row) if name == "__base__" else layer(row)
+
+    expected, found = torch.cat(list(one_by_one())), layer(x, adapter_names=order)
+    torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, adapter_names=order), expected)
+    for key in factors:
+        want, got = (torch.autograd.grad(y.sin().sum(), factors[key], retain_graph=True)[0] for y in (expected, found))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_same_as_peft():
     pytest.importorskip("peft")
     names = ["a1", "__base__", "a0"]

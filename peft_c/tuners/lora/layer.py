@@ -380,10 +380,11 @@ class LoraLayer(BaseTunerLayer):
         if in_c and _C.lowrank_mixed(self, x, result, list(adapter_names)) is not None:
             return result
         for name, rows in rows_of.items():
-            dtype = self._input_dtype(name)
-            part = x[rows] if dtype is None else x[rows].to(dtype)
+            part, add = _rows(x, result, rows)
+            if (dtype := self._input_dtype(name)) is not None:
+                part = part.to(dtype)
             if name not in self.lora_variant:
-                result[rows] += self._lora_term(name, part, mixed=True).to(result.dtype)
+                add(self._lora_term(name, part, mixed=True).to(result.dtype))
                 continue
             if offsets is not None:
                 variant_kwargs["alora_offsets"] = [offsets[row] for row in rows]
@@ -393,6 +394,17 @@ class LoraLayer(BaseTunerLayer):
                 .to(result.dtype)
             )
         return result
+
+
+def _rows(
+    x: torch.Tensor, result: torch.Tensor, rows: list[int]
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """These ascending rows of x, and what adds a term to them in `result`; autograd copies nothing for it."""
+    if rows[-1] - rows[0] == len(rows) - 1 and not torch.is_grad_enabled():
+        run = slice(rows[0], rows[-1] + 1)
+        return x[run], result[run].add_
+    index = torch.tensor(rows, device=x.device)
+    return x.index_select(0, index), lambda term: result.index_add_(0, index.to(result.device), term)
 
 
 class _LoraModule(law.Merging, nn.Module, LoraLayer):
