@@ -20,6 +20,7 @@ merged weight that was itself written, cast or moved since is restored by subtra
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -36,6 +37,21 @@ from ..utils.warning import PeftWarning
 from .base_view import BaseView
 from .merging import check_adapters_to_merge
 from .offloaded import onload_layer
+
+
+def _without_grad(function: Callable) -> Callable:
+    """torch.no_grad() as a decorator, without the objects it makes at each call."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        enabled = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch._C._set_grad_enabled(enabled)
+
+    return call
 
 
 def multiplies_slowly(tensor: torch.Tensor) -> bool:
@@ -465,7 +481,7 @@ def _weight(view: BaseView, layer: Any) -> torch.Tensor:
     return tensor.data
 
 
-@torch.no_grad()
+@_without_grad
 def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
     """Merge the adapters (default: the active ones) into the base weights of `layer`.
 
@@ -524,7 +540,7 @@ class transaction:
         if kind is not None:
             self.go_back()
 
-    @torch.no_grad()
+    @_without_grad
     def go_back(self) -> None:
         """Take the steps back that were made since, and make those again that were taken back: the same bits."""
         layer, now = self.layer, records(self.layer)
@@ -730,7 +746,7 @@ def _restore(layer: Any, step: Merge, view: BaseView, tensor: torch.Tensor, save
     return reason
 
 
-@torch.no_grad()
+@_without_grad
 def unmerge(layer: Any) -> None:
     """Take all merged adapters out of the base weights of `layer`, in the reverse order of merging."""
     if not layer.merged:
@@ -773,7 +789,7 @@ def _unrecorded(layer: Any, name: str) -> Merge:
 # -------------------------------------------------------------------------------------------------------- switching
 
 
-@torch.no_grad()
+@_without_grad
 def switch(layer: Any, adapter_names: list[str], safe_merge: bool = False) -> None:
     """Merge `adapter_names` in place of all that are merged: the bits and records that unmerging and merging give, in
     one pass over each weight where one merge of plain adapters follows another.
@@ -868,7 +884,7 @@ def _switch_one(
     return None, None
 
 
-@torch.no_grad()
+@_without_grad
 def bare_weight(layer: Any, label: str = "weight") -> torch.Tensor | None:
     """A copy of the layer's weight (or of its target `label`) without its merged adapters; None if that cannot be told
     without unmerging."""

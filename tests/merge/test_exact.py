@@ -489,3 +489,16 @@ def test_replacing_a_weight():
     with pytest.raises(ValueError, match="NaNs detected"):
         layer.merge(safe_merge=True)
     assert_restored(layer, before)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_merging_leaves_the_grad_mode_as_it_was(enabled):
+    layer = layer_of(build(peft_c, (lambda: One(nn.Linear(6, 5)), lambda: torch.randn(2, 6), MODULE))[0])
+    with torch.set_grad_enabled(enabled):
+        layer.merge()
+        assert torch.is_grad_enabled() is enabled
+        layer.unmerge()
+        layer.lora_A["default"].weight.data.fill_(float("nan"))
+        with pytest.raises(ValueError, match="NaN"):
+            layer.merge(safe_merge=True)
+        assert torch.is_grad_enabled() is enabled
