@@ -84,8 +84,8 @@ def layers_of(model):
 class Program:
     """A model of one of the packages, and what can be called on it."""
 
-    def __init__(self, package, folder, config, dtype):
-        self.package, self.folder = package, folder
+    def __init__(self, package, folder, config, dtype, with_merged=False):
+        self.package, self.folder, self.with_merged = package, folder, with_merged
         torch.manual_seed(0)
         base = Net().to(dtype)
         torch.manual_seed(1)
@@ -96,7 +96,8 @@ class Program:
 
     @property
     def merged(self):
-        return any(layer.merged for layer in layers_of(self.model))
+        """Whether to skip what PEFT does otherwise while adapters are merged."""
+        return not self.with_merged and any(layer.merged for layer in layers_of(self.model))
 
     def call(self, step, what, *args):
         torch.manual_seed(step)
@@ -159,6 +160,12 @@ class Program:
         for layer in layers_of(self.model):
             if hasattr(layer, "scale_layer") and not layer.merged and isinstance(layer.get_base_layer(), nn.Linear):
                 layer.scale_layer(factor)
+
+    def delete(self, name):
+        self.model.delete_adapter(name)
+
+    def copied(self):
+        self.model = copy.deepcopy(self.model)
 
     def requires_grad(self, name, flag):
         self.model.set_requires_grad(name, flag)
@@ -242,3 +249,42 @@ def test_the_same_program_gives_the_same(program, tmp_path_factory):
             if call[0] in ("add", "load", "weighted", "set several"):  # PEFT may have done half of it
                 return
         assert_same(*(side.photo() for side in pair))
+
+
+more_calls = st.one_of(
+    calls,
+    st.tuples(st.just("delete"), unknown),
+    st.tuples(st.just("copied")),
+    st.tuples(st.just("merge"), st.booleans(), st.none()),
+)
+
+
+@settings(
+    max_examples=60,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+@given(config=configs, dtype=st.sampled_from([torch.float32, torch.bfloat16]), steps=st.lists(more_calls, min_size=6))
+def test_refused_calls_change_nothing_and_unmerging_brings_the_weights_back(config, dtype, steps, tmp_path_factory):
+    side = attempt(Program, peft_c, tmp_path_factory.mktemp("saved"), config, dtype, True)
+    if isinstance(side, Raised):
+        return
+    for step, call in enumerate(steps):
+        before = copy.deepcopy(side.photo())
+        if isinstance(attempt(side.call, step, *call), Raised) and call[0] != "train":
+            flags, layers, adapters, active, state = side.photo()
+            assert (flags, layers, adapters, active) == before[:4], call
+            assert state.keys() == before[4].keys()
+            assert all(torch.equal(state[key], before[4][key]) for key in state), call
+    if any(layer.merged_adapters for layer in layers_of(side.model)):
+        side.model.unmerge_adapter()
+    torch.manual_seed(0)
+    weights = {key: value.to(dtype) for key, value in Net().state_dict().items()}
+    wrapped = (".base_layer", ".original_module", ".token_adapter", "base_model.model.")
+    for key, value in side.model.state_dict().items():
+        for part in wrapped:
+            key = key.replace(part, "")
+        assert key not in weights or torch.equal(value, weights[key]), key
