@@ -54,9 +54,10 @@ LINEAR: dict[str, dict] = {
 }
 """Methods that plug into nn.Linear, with the options in which the run differs from PEFT's defaults."""
 
+# without OFT on nn.Conv2d, of which PEFT's forward fails for images narrower than the kernel
 OTHERS: dict[str, dict[str, dict]] = {
     "conv2d": {"boft": {"boft_block_size": 4}, "hira": R, "hra": R, "ia3": {"feedforward_modules": []}, "loha": R}
-    | {"lokr": R, "lora": R, "oft": {}},
+    | {"lokr": R, "lora": R},
     "embedding": {"hira": R, "lora": R, "oft": {}, "tinylora": {"r": 2, "u": 16}}
     | {"trainable_tokens": {"token_indices": list(range(0, 800, 8))}},
     "norm": {"ln_tuning": {}},
