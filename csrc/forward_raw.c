@@ -400,14 +400,12 @@ PyMethodDef forward_raw_methods[] = {
      "F.linear(x, weight, bias) plus these terms (see lowrank_apply) as a new tensor. Autograd does not see it."},
     {"linear_grad", forward_linear_grad, METH_VARARGS,
      "linear_grad(g, weight, u=None, scales=(), factors=())\n--\n\n"
-     "g @ weight + sum_i scales[i] (g B_i) A_i where that is faster here than in torch, else None. u: None, or (m, "
-     "sum "
-     "r_i)\nthat receives g B. Autograd does not see it."},
+     "g @ weight + sum_i scales[i] (g B_i) A_i where that is faster here than in torch, else None.\n"
+     "u: None, or (m, sum r_i) that receives g B. Autograd does not see it."},
     {"lowrank_backward", forward_backward, METH_VARARGS,
      "lowrank_backward(g, x, t, scales, factors, dx, grads, add=False, u=None)\n--\n\n"
-     "Fills dx (..., k), or adds to it, and grads = (dA_0, dB_0, ...), tensors or None, from g (..., n). x is needed "
-     "for dA, t for "
-     "dB;\nu, if it is known, spares g B where dx is None.\n"
+     "Fills dx (..., k), or adds to it, and grads = (dA_0, dB_0, ...), tensors or None, from g (..., n).\n"
+     "x is needed for dA, t for dB; u, if it is known, spares g B where dx is None.\n"
      "False when a tensor has no plain view; then nothing was written."},
     {NULL, NULL, 0, NULL},
 };

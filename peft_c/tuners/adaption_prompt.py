@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..config import PeftConfig
@@ -24,6 +23,7 @@ from .adaption_prompt_layer import (  # noqa: F401
 )
 from .prompt_learning import register
 from .room import option
+from .tuners_utils import UnnamedKeys
 
 
 @dataclass
@@ -66,7 +66,7 @@ def prepare_config(peft_config: AdaptionPromptConfig, model: nn.Module) -> Adapt
     return peft_config
 
 
-class AdaptionPromptModel(nn.Module):
+class AdaptionPromptModel(UnnamedKeys, nn.Module):
     """A model whose top attention modules have prompts.
 
     The modules of the active adapter stand in the model; those of the others wait outside, and all of them do while
@@ -214,8 +214,6 @@ class AdaptionPromptModel(nn.Module):
             if not enabled:
                 self.disable_adapter_layers()
 
-    # -------------------------------------------------------------------- the state-dict hooks that BaseTuner has
-
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         """The prompts and gates of the adapter, also when its modules wait outside the model."""
@@ -224,19 +222,6 @@ class AdaptionPromptModel(nn.Module):
             with tuner._temporarily_active(adapter_name):
                 state_dict = model.state_dict()
         return {key: value for key, value in state_dict.items() if is_adaption_prompt_trainable(key)}
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        from .tuners_utils import _remove_adapter_name_from_state_dict_key
-
-        return _remove_adapter_name_from_state_dict_key(key, adapter_name)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """The checkpoint as it is: its keys have no adapter name."""
-        return state_dict
 
 
 register("adaption_prompt", AdaptionPromptConfig, AdaptionPromptModel, parts=("layer", "utils"))

@@ -659,7 +659,22 @@ def _freeze_base(model: nn.Module) -> None:
     visit(model)
 
 
-class BasePromptEncoder(nn.Module):
+class UnnamedKeys:
+    """State-dict hooks of methods that are no BaseTuner: the keys of their checkpoints have no adapter name."""
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return _remove_adapter_name_from_state_dict_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The checkpoint as it is: its keys have no adapter name."""
+        return state_dict
+
+
+class BasePromptEncoder(UnnamedKeys, nn.Module):
     """Base of the encoders of prompt learning methods, with the state-dict hooks that BaseTuner has for the others.
 
     Their weights live here and not on layers of the model, which is why they are loaded by `_load_adapter_state_dict`.
@@ -687,17 +702,6 @@ class BasePromptEncoder(nn.Module):
         if config.inference_mode:
             return {"prompt_embeddings": model.prompt_encoder[adapter_name].embedding.weight}
         return {"prompt_embeddings": model.get_prompt_embedding_to_save(adapter_name)}
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return _remove_adapter_name_from_state_dict_key(key, adapter_name)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """The checkpoint as it is: its keys have no adapter name."""
-        return state_dict
 
     def _load_adapter_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Loads what `_get_adapter_state_dict` gave."""
