@@ -133,7 +133,7 @@ static int combine_find(const module_state *state, PyObject *const *args, PyObje
     unsigned multiply;
     if ((run == -1 && PyErr_Occurred()) || answer_truth(args[4], &multiply) < 0) return -1;
     if (!pair_find(state, args[0], args[1], places, &weight, &other, pair) || !array_view(state, args[2], &values) ||
-        !is_flat(&weight) || (values.dtype == PK_F64) != (pair->dtype == PK_F64) ||
+        !is_flat(&weight) || !is_flat(&values) || (values.dtype == PK_F64) != (pair->dtype == PK_F64) ||
         view_may_overlap(&weight, &values) || view_may_overlap(&other, &values))
         return 0;
     *by = (pk_operand){values.data, values.dtype, run, values.numel, (int)multiply};

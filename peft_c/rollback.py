@@ -136,16 +136,16 @@ class undivided:
     there is nothing to hold back.
     """
 
-    def __init__(self) -> None:
-        self.held: tuple[int, Any] | None = None
-        self.handler: Any = None
+    outer: undivided | None = None
+    held: tuple[int, Any] | None = None
+    handler: Any = None
 
     def __enter__(self) -> undivided:
         handler = _signal.getsignal(_signal.SIGINT)
         outer = getattr(handler, "__self__", None)
         if isinstance(outer, undivided):
-            return outer
-        if callable(handler):
+            self.outer = outer
+        elif callable(handler):
             try:
                 _signal.signal(_signal.SIGINT, self._hold)
                 self.handler = handler
@@ -158,9 +158,10 @@ class undivided:
 
     def let_through(self) -> None:
         """Handle now what was held back: a KeyboardInterrupt, as a rule."""
-        if self.held is not None:
-            held, self.held = self.held, None
-            self.handler(*held)
+        holder = self if self.outer is None else self.outer
+        if holder.held is not None:
+            held, holder.held = holder.held, None
+            holder.handler(*held)
 
     def __exit__(self, *_: Any) -> None:
         if self.handler is not None:

@@ -77,7 +77,8 @@ def kept_bytes(layer: nn.Module | None = None) -> int:
 
 def forget(layer: nn.Module) -> None:
     """Keep nothing for the layer any longer."""
-    _kept.pop(layer, None)
+    if _kept.data:
+        _kept.pop(layer, None)
 
 
 def _made_of(layer: Any, names: tuple[str, ...]) -> tuple | None:

@@ -3,8 +3,8 @@
 A layer declares, `merge` and `unmerge` act:
 
 - `_merge_targets()` -> {label: BaseView}: the weights that merging may change ("weight", "bias", ...)
-- `_merge_changes(adapter)` -> {label: LowRank, a function that returns the delta in the weight's own shape, or
-  Replace}; raises what PEFT raises when this adapter cannot be merged
+- `_merge_changes(adapter)` -> {label: what the adapter does to that weight, in one of the forms of `changes`}; raises
+  what PEFT raises when this adapter cannot be merged
 - `_merge_adapters()` -> the adapter names this layer has parameters for
 - `lora_variant[adapter]`, where there is one: it merges and unmerges by itself (merge_safe, merge_unsafe, unmerge)
 
@@ -12,7 +12,8 @@ Low-rank changes of all adapters go through the weight in one pass of the C kern
 (fp64 for fp64) and rounded once. Where C may not act (other devices, tensor subclasses, 8-bit weights) the same is
 done with torch operations.
 
-Undo is exact: beside a snapshot of what was added, a merge records the few weights that subtraction would not restore.
+Undo is exact: beside a snapshot of what was added, a merge records the few weights that subtraction would not restore
+(see `undo`).
 The weight gets its old bits back whatever happened to the adapter meanwhile, and after deepcopy or pickling too. A
 merged weight that was itself written, cast or moved since is restored by subtraction, with a warning.
 `exact_unmerge(False)` or PEFT_C_EXACT=0 leaves the records out. Either all adapters are merged or nothing has changed.
@@ -24,10 +25,9 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from itertools import groupby, takewhile
+from itertools import takewhile
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -35,8 +35,13 @@ from .. import _C
 from ..rollback import undivided
 from ..utils.warning import PeftWarning
 from .base_view import BaseView
+from .changes import Change, Elements, LowRank, Replace, Times
 from .merging import check_adapters_to_merge
 from .offloaded import onload_layer
+from .undo import Difference, Merge, Places, Product, Saved, meta_of, records, wider_sum, write
+
+SMALL = 1 << 12  # elements; copying them takes less than asking whose memory they are in
+LARGE = 1 << 16  # elements; a full delta with more is not kept for undoing, a copy of the old weight is
 
 
 def _without_grad(function: Callable) -> Callable:
@@ -52,97 +57,6 @@ def _without_grad(function: Callable) -> Callable:
             torch._C._set_grad_enabled(enabled)
 
     return call
-
-
-def multiplies_slowly(tensor: torch.Tensor) -> bool:
-    """Whether matrices like it are better multiplied in fp32: half precision on CPUs without instructions for it."""
-    if tensor.device.type != "cpu":
-        return False
-    without = tensor.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return tensor.dtype == torch.float16 or without
-
-
-class LowRank(NamedTuple):
-    """The change scale * B @ A of a weight's matrix: A (r, k), B (n, r), or stacks (e, r, k), (e, n, r)."""
-
-    A: torch.Tensor
-    B: torch.Tensor
-    scale: float
-
-    def snapshot(self) -> LowRank:
-        """The values as they are now."""
-        return LowRank(self.A.detach().clone(), self.B.detach().clone(), float(self.scale))
-
-    def is_wide(self) -> bool:
-        """Whether a copy of the weight and one product take less time than the kernels' two and a small record."""
-        return self.A.shape[-2] > WIDE
-
-    def delta(self) -> torch.Tensor:
-        """scale * B @ A in the factors' dtype; half precision on the CPU that has to be scaled, or that it multiplies
-        slowly, is multiplied in fp32."""
-        A, B = self.A, self.B
-        if isinstance(self.scale, float) and self.scale == 1.0 and not multiplies_slowly(B):
-            return B @ A
-        if B.device.type == "cpu" and B.dtype in (torch.float16, torch.bfloat16):
-            return ((B.float() @ A.float()) * self.scale).to(B.dtype)
-        return (B @ A) * self.scale
-
-
-class Replace(NamedTuple):
-    """The change to other values, which depend on the ones there: `merged(targets)` -> {label: new values or `Times`},
-    called once an adapter when its turn has come (the laws ROTATE, SCALE, BLEND, SWAP)."""
-
-    merged: Callable[[dict[str, BaseView]], dict[str, torch.Tensor | Times]]
-
-
-class Elements(NamedTuple):
-    """The change of a few elements: `values` (nnz) are added at `places` (nnz), int32 or int64 and all different, of
-    the flat weight. Called, it gives the full delta."""
-
-    places: torch.Tensor
-    values: torch.Tensor
-    shape: torch.Size
-
-    def __call__(self) -> torch.Tensor:
-        delta = self.values.new_zeros(self.shape.numel())
-        return delta.index_copy_(0, self.places.long(), self.values).view(self.shape)
-
-    def add_to(self, view: BaseView, tensor: torch.Tensor, check: bool) -> Places | None:
-        """Add to `tensor`; the record, or None with `check` if a result is not finite: nothing has changed then."""
-        places, old = self.places.clone(), tensor.new_empty(self.places.shape)  # others may change the adapter's own
-        done = _C.combine(tensor, old, self.values, 1, False, places, check, view.tensor)
-        if done is None:
-            flat, places = tensor.view(-1), places.long()
-            old = flat.index_select(0, places)
-            new = _wider_sum(old, self.values, 1)
-            done = not check or bool(torch.isfinite(new).all()), Difference.digest_of(new)
-            if done[0]:
-                flat.index_copy_(0, places, new)
-                _wrote(view)
-        return Places(done[1], places, old) if done[0] else None
-
-
-class Times(NamedTuple):
-    """The weight times `vector`, whose values belong to the indices of dimension `dim`."""
-
-    vector: torch.Tensor
-    dim: int
-
-    def multiply(self, view: BaseView, tensor: torch.Tensor, check: bool) -> Difference | None:
-        """tensor *= the vector; the record, a copy. None as in `Difference.exchange`."""
-        run = tensor.shape[self.dim + 1 :].numel()
-        vector, run = (self.vector.repeat_interleave(run), 1) if 1 < run < FEW else (self.vector.clone(), run)
-        product = Product(None, None, torch.empty_like(tensor), vector, run)
-        done = _C.combine(tensor, product.old, vector, run, True, None, check, view.tensor)
-        if done is None:
-            return Difference.exchange(view, tensor, product.of(tensor), False, check)
-        return product if done[0] else None
-
-
-Change = LowRank | Callable[[], torch.Tensor] | Replace  # Elements is a function that returns the delta
-WIDE = 128  # rank
-FEW = 64  # elements with one value of a vector, which are better given a value each
-LARGE = 1 << 16  # elements; a full delta with more is not kept for undoing, a copy of the old weight is
 
 
 class exact_unmerge:
@@ -164,197 +78,27 @@ class exact_unmerge:
 # ---------------------------------------------------------------------------------------------------- one weight
 
 
-@dataclass(eq=False)
-class Saved:
-    """What undoing one merge of one weight needs: `undo` is the kernels' record (one bytearray a matrix), a
-    `Difference`, or None (then the change is subtracted)."""
-
-    label: str
-    changes: list[Any]  # LowRank snapshots, or the dense delta
-    undo: Any = None
-    meta: tuple = ()  # dtype, shape of the weight it was made for
-
-    def nbytes(self) -> int:
-        """Bytes held: the snapshot and the record."""
-        parts = [t for c in self.changes for t in (c[:2] if isinstance(c, LowRank) else (c,))]
-        if isinstance(self.undo, Difference):
-            record = self.undo.nbytes()
-        else:
-            record = sum(len(part) for part in self.undo or ())
-        return record + sum(t.numel() * t.element_size() for t in parts)
-
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().view(_BITS[tensor.element_size()]).flatten()
-
-
-@dataclass
-class Difference:
-    """The record of a merge done with torch operations: the old values where subtraction gives others, or all."""
-
-    digest: int | None  # None: not known any more
-    index: torch.Tensor | None
-    old: torch.Tensor
-
-    @staticmethod
-    def digest_of(tensor: torch.Tensor) -> int:
-        digest = _C.digest(tensor)
-        if digest is not None:
-            return digest
-        bits = _bits(tensor)
-        bits = bits.view(tensor.shape[0] if tensor.ndim and bits.numel() else 1, -1)
-        words = 8 // bits.element_size()  # 8 bytes at a time are summed several times faster
-        if bits.numel() and bits.shape[1] % words == 0 and bits.storage_offset() % words == 0:
-            bits = bits.view(torch.int64)
-        rows = bits.sum(-1, dtype=torch.int64)
-        return int((rows * torch.arange(1, 2 * rows.numel(), 2, device=rows.device)).sum())
-
-    @classmethod
-    def between(cls, old: torch.Tensor, new: torch.Tensor, undone: torch.Tensor | None) -> Difference:
-        index = None
-        values = _bits(old)
-        if undone is not None:
-            wrong = (values != _bits(undone)).nonzero().flatten()
-            if wrong.numel() * (8 + old.element_size()) < old.numel() * old.element_size():
-                index, values = wrong, values[wrong]
-        return cls(cls.digest_of(new), index, values.clone())
-
-    @classmethod
-    def exchange(
-        cls, view: BaseView, tensor: torch.Tensor, value: torch.Tensor, add: bool, check: bool
-    ) -> Difference | None:
-        """tensor = value (`add`: tensor + value) and the record of what it was, made in the memory of `value`, which
-        nobody else may hold; None with `check` if a result is not finite: nothing has changed then."""
-        done = _C.exchange(tensor, value, add, check, view.tensor)
-        if done is not None:
-            finite, digest = done
-            return cls(digest, None, value) if finite else None
-        new = _wider_sum(tensor, value, 1) if add else value
-        if check and not torch.isfinite(new).all():
-            return None
-        old = tensor.clone()
-        _write(view, tensor, new)
-        return cls(cls.digest_of(tensor), None, old)
-
-    def mismatch(self, tensor: torch.Tensor, fits: bool) -> str | None:
-        """What has happened to `tensor` since the merge, if anything; `fits`: it has the dtype and shape it had."""
-        if not fits or self.old.device != tensor.device:
-            return "was cast, reshaped or moved"
-        return None if self.digest_of(tensor) == self.digest else "was written to"
-
-    def restore(self, tensor: torch.Tensor, undone: torch.Tensor | None) -> torch.Tensor:
-        """The old values, given the merged `tensor` less its change (`undone`; None: they are all here)."""
-        if self.index is None:
-            return self.old.view(tensor.dtype).view(tensor.shape)
-        bits = _bits(undone).clone()
-        bits[self.index] = self.old
-        return bits.view(tensor.dtype).view(tensor.shape)
-
-    def put_back(self, view: BaseView, tensor: torch.Tensor, fits: bool) -> str | None:
-        """`swap`, or nothing if there is a `mismatch`, which is returned."""
-        done = _C.restore(tensor, self.old, self.digest, view.tensor) if fits and self.digest is not None else None
-        if done is not None:
-            return None if done else "was written to"
-        reason = self.mismatch(tensor, fits)
-        if reason is None:
-            self.swap(view, tensor)
-        return reason
-
-    def swap(self, view: BaseView, tensor: torch.Tensor) -> None:
-        """Write the old values, which are all here, to `tensor` and keep those that were there."""
-        if _C.exchange(tensor, self.old, False, False, view.tensor) is None:
-            before = tensor.clone()
-            _write(view, tensor, self.restore(tensor, None))
-            self.old = before
-
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.index, self.old) if t is not None)
-
-
-class Places(Difference):
-    """The record of changed elements: their places and old values. What others write elsewhere does not matter."""
-
-    def restore(self, tensor: torch.Tensor, undone: torch.Tensor | None) -> torch.Tensor:
-        return tensor.flatten().index_copy(0, self.index.long(), self.old).view(tensor.shape)
-
-    def put_back(self, view: BaseView, tensor: torch.Tensor, fits: bool) -> str | None:
-        known = fits and self.digest is not None
-        done = _C.restore(tensor, self.old, self.digest, view.tensor, self.index) if known else None
-        if done is not None:
-            return None if done else "was written to"
-        merged = tensor.view(-1).index_select(0, self.index) if fits and tensor.device == self.index.device else tensor
-        reason = self.mismatch(merged, fits)
-        if reason is None:
-            self.swap(view, tensor)
-        return reason
-
-    def swap(self, view: BaseView, tensor: torch.Tensor) -> None:
-        flat = tensor.view(-1)
-        before = flat.index_select(0, self.index)
-        flat.index_copy_(0, self.index.long(), self.old)
-        self.old = before
-        _wrote(view)
-
-
-@dataclass
-class Product(Difference):
-    """The record of a weight that C has multiplied: the old values and, instead of a digest, what it was multiplied by
-    (`vector`, each of its values `run` times)."""
-
-    vector: torch.Tensor
-    run: int
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The product with `tensor`."""
-        vector = self.vector.repeat_interleave(self.run).to(tensor.device)
-        return (tensor.reshape(-1, vector.numel()) * vector).view(tensor.shape).to(tensor.dtype)
-
-    def mismatch(self, tensor: torch.Tensor, fits: bool) -> str | None:
-        if not fits or self.old.device != tensor.device:
-            return "was cast, reshaped or moved"
-        return None if torch.equal(_bits(tensor), _bits(self.of(self.old))) else "was written to"
-
-    def put_back(self, view: BaseView, tensor: torch.Tensor, fits: bool) -> str | None:
-        done = _C.uncombine(tensor, self.old, self.vector, self.run, True, view.tensor) if fits else None
-        reason = self.mismatch(tensor, fits) if done is None else None if done else "was written to"
-        if done is None and reason is None:
-            _write(view, tensor, self.old)
-        return reason
-
-    def swap(self, view: BaseView, tensor: torch.Tensor) -> None:
-        if _C.combine(tensor, self.old, self.vector, self.run, True, None, False, view.tensor) is None:
-            _write(view, tensor, self.of(self.old))
-
-    def nbytes(self) -> int:
-        return super().nbytes() + self.vector.nbytes
-
-
 def _delta(view: BaseView, change: Any, shape: torch.Size) -> torch.Tensor:
     if isinstance(change, LowRank):
         return view.restore(change.delta(), shape)
     return change
 
 
+def _are_low_rank(changes: Iterable[Any]) -> bool:
+    for change in changes:  # a generator for `all` costs more than all the rest
+        if not isinstance(change, LowRank):
+            return False
+    return True
+
+
 def _kernel_operands(view: BaseView, tensor: torch.Tensor, changes: list[Any]) -> tuple | None:
     """Matrix and operands as `_C.merge_add` takes them; None where the weight or the changes have no such form."""
     try:
-        matrix = view.matrix(tensor)
-        if all(isinstance(change, LowRank) for change in changes):
-            return matrix, [(c.A, c.B, float(c.scale)) for c in changes]
-        return (matrix, view.matrix(changes[0])) if len(changes) == 1 else None
+        if _are_low_rank(changes):
+            return view.matrix(tensor), changes
+        return (view.matrix(tensor), view.matrix(changes[0])) if len(changes) == 1 else None
     except RuntimeError:  # strides that no matrix has
         return None
-
-
-def _wider_sum(tensor: torch.Tensor, delta: torch.Tensor, alpha: int) -> torch.Tensor:
-    """tensor + alpha * delta, rounded once to the dtype of `tensor` (8-bit floats: clamped to their range)."""
-    if tensor.element_size() > 1:
-        return torch.add(tensor, delta.to(tensor.device), alpha=alpha).to(tensor.dtype)
-    info = torch.finfo(tensor.dtype)
-    return torch.add(tensor.to(delta.dtype), delta, alpha=alpha).clamp(info.min, info.max).to(tensor.dtype)
 
 
 def _add(view: BaseView, tensor: torch.Tensor, changes: list[Any], check: bool, record: bool) -> tuple[bool, Any]:
@@ -366,22 +110,22 @@ def _add(view: BaseView, tensor: torch.Tensor, changes: list[Any], check: bool, 
     deltas = [_delta(view, change, tensor.shape) for change in changes]
     new = tensor
     for delta in deltas:
-        new = _wider_sum(new, delta, 1)
+        new = wider_sum(new, delta, 1)
     if check and not torch.isfinite(new).all():
         return False, None
     undo = None
     if record:
         back = new
         for delta in reversed(deltas):
-            back = _wider_sum(back, delta, -1)
+            back = wider_sum(back, delta, -1)
         undo = Difference.between(tensor, new, back)
-    _write(view, tensor, new)
+    write(view, tensor, new)
     return True, undo
 
 
 def _subtract(view: BaseView, tensor: torch.Tensor, saved: Saved) -> str | None:
     """Undo `saved` on tensor. None when its old bits are back (or were never to be), else what happened to it."""
-    fits = saved.meta == _meta(tensor)
+    fits = saved.meta == meta_of(tensor)
     undo = saved.undo
     if not isinstance(undo, Difference):
         operands = _kernel_operands(view, tensor, saved.changes)
@@ -390,55 +134,18 @@ def _subtract(view: BaseView, tensor: torch.Tensor, saved: Saved) -> str | None:
             return None if undo is None else "was cast or reshaped" if not fits else None if same else "was written to"
     undone = tensor
     for change in reversed(saved.changes):
-        undone = _wider_sum(undone, _delta(view, change, tensor.shape), -1)
+        undone = wider_sum(undone, _delta(view, change, tensor.shape), -1)
     reason = None
     if isinstance(undo, Difference):
         reason = undo.mismatch(tensor, fits)
         undone = undone if reason else undo.restore(tensor, undone)
     elif undo is not None:
         reason = "was moved"
-    _write(view, tensor, undone)
+    write(view, tensor, undone)
     return reason
 
 
-def _write(view: BaseView, tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """Set the values of `tensor`, the data of the view's weight, and let autograd know."""
-    tensor.copy_(value)
-    _wrote(view)
-
-
-def _wrote(view: BaseView) -> None:
-    """Let autograd know that the view's weight has been written to."""
-    weight = view.tensor
-    if not weight.is_inference():
-        torch.autograd.graph.increment_version(weight)
-
-
-def _meta(tensor: torch.Tensor) -> tuple:
-    return tensor.dtype, tuple(tensor.shape)
-
-
 # ----------------------------------------------------------------------------------------------------- one layer
-
-
-@dataclass(eq=False)
-class Merge:
-    """One step of a layer's merging: adapters merged in one pass, or one that is merged by itself (`alone`): by its
-    variant, or by replacing the weight."""
-
-    adapters: list[str]
-    saved: list[Saved] = field(default_factory=list)
-    alone: bool = False
-
-
-def records(layer: Any) -> list[Merge]:
-    """The layer's merges, in order, each with what undoes it (a plain attribute: not part of the state dict)."""
-    return layer.__dict__.setdefault("_merge_records", [])
-
-
-def record_bytes(layer: Any) -> int:
-    """Bytes that the layer holds to be able to unmerge."""
-    return sum(saved.nbytes() for step in records(layer) for saved in step.saved)
 
 
 def describe(layer: Any) -> str:
@@ -465,20 +172,18 @@ def _values_of(change: Callable[[], torch.Tensor]) -> torch.Tensor:
     return delta.detach().clone() if delta.is_leaf or delta._base is not None else delta.detach()
 
 
-def _weight(view: BaseView, layer: Any) -> torch.Tensor:
-    """The weight to write to; ValueError if there is none that a merge could change."""
-    tensor = view.tensor
-    if view.name in view.owner._modules.get("parametrizations", ()):
+def _check_weight(view: BaseView, layer: Any) -> None:
+    """ValueError if there is no weight that a merge could change."""
+    if "parametrizations" in view.owner._modules and view.name in view.owner.parametrizations:
         raise ValueError(
             f"Cannot merge into '{view.name}' of {type(view.owner).__name__} ({describe(layer)}): it is parametrized. "
             "Remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)."
         )
-    if tensor.is_meta:
+    if view.tensor.is_meta:
         raise ValueError(
             f"Cannot merge into '{view.name}' of {type(view.owner).__name__} ({describe(layer)}): it is on the meta "
             "device and has no values. Load the weights first."
         )
-    return tensor.data
 
 
 @_without_grad
@@ -494,27 +199,41 @@ def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None 
     if not names:
         return
     targets = layer._merge_targets()
-    variants = layer.__dict__.get("lora_variant", ())
     plans = {name: layer._merge_changes(name) for name in names}
     for plan in plans.values():
         for label in plan:
-            _weight(targets[label], layer)
+            _check_weight(targets[label], layer)
     if safe_merge:
         broken = [name for name in names if not _finite(plans[name].values())]
         if broken:
             raise _broken(broken)
-
-    def merges_alone(name: str) -> bool:
-        return name in variants or any(isinstance(change, Replace) for change in plans[name].values())
-
     start = len(records(layer))
-    with undivided() as interrupts, transaction(layer):
-        for alone, group in groupby(names, key=merges_alone):
-            for adapters in [[name] for name in group] if alone else [list(group)]:
-                _merge_step(layer, Merge(adapters, alone=alone), targets, plans, safe_merge)
-                interrupts.let_through()
+    with transaction(layer) as way_back:
+        for step in _steps(layer, plans):
+            _merge_step(layer, step, targets, plans, safe_merge)
+            way_back.let_through()
     if not exact_unmerge.enabled:
         _drop_records(layer, plans, start)
+
+
+def _steps(layer: Any, plans: dict) -> list[Merge]:
+    """The adapters in order, as many as can be in each pass over the weights."""
+    variants = layer.__dict__.get("lora_variant", ())
+    steps: list[Merge] = []
+    for name, plan in plans.items():
+        alone = name in variants or _replacement(plan) is not None
+        if alone or not steps or steps[-1].alone:
+            steps.append(Merge([name], [], alone))
+        else:
+            steps[-1].adapters.append(name)
+    return steps
+
+
+def _replacement(plan: dict[str, Change]) -> Replace | None:
+    for change in plan.values():
+        if isinstance(change, Replace):
+            return change
+    return None
 
 
 def _drop_records(layer: Any, plans: dict, start: int) -> None:
@@ -525,20 +244,21 @@ def _drop_records(layer: Any, plans: dict, start: int) -> None:
                 saved.undo = None
 
 
-class transaction:
-    """A block that brings the layer's merging back to where it was if it raises: records, adapters, weights."""
+class transaction(undivided):
+    """A block that brings the layer's merging back to where it was if it raises: records, adapters, weights. Ctrl-C
+    comes only where `let_through` is called, or after it."""
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.names, self.steps = list(layer.merged_adapters), list(records(layer))
         self.suspended = layer.__dict__.get("_merge_suspended", False)
 
-    def __enter__(self) -> transaction:
-        return self
-
     def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is not None:
-            self.go_back()
+        try:
+            if kind is not None:
+                self.go_back()
+        finally:
+            super().__exit__()
 
     @_without_grad
     def go_back(self) -> None:
@@ -577,39 +297,42 @@ def _variant(layer: Any, step: Merge) -> Any:
 
 def _merge_group(layer: Any, step: Merge, targets: dict, plans: dict, safe_merge: bool) -> None:
     """Add the changes of adapters, each weight in one pass."""
-    record = exact_unmerge.enabled or safe_merge
+    own = [plans[name] for name in step.adapters]
     for label, view in targets.items():
-        changes = [plans[name][label] for name in step.adapters if label in plans[name]]
-        if not changes:
-            continue
-        tensor = _weight(view, layer)
-        full = not all(isinstance(change, LowRank) for change in changes)
-        large = full and tensor.numel() > LARGE
-        few = len(changes) == 1 and isinstance(changes[0], Elements) and tensor.is_contiguous()
-        if record and (few or large or (full and tensor.ndim == 1)):
-            one = changes[0]
-            undo = (
-                one.add_to(view, tensor, safe_merge) if few else _add_large(view, tensor, changes, safe_merge, layer)
-            )
-            changes, finite = [], undo is not None
-        else:
-            changes = [change.snapshot() if isinstance(change, LowRank) else _values_of(change) for change in changes]
-            finite, undo = _add(view, tensor, changes, safe_merge, record)
-        if not finite:
-            raise _broken(step.adapters)
-        step.saved.append(Saved(label, [] if large else changes, undo, _meta(tensor)))
+        changes = [plan[label] for plan in own if label in plan]
+        if changes:
+            saved = _merge_one(layer, label, view, changes, safe_merge)
+            if saved is None:
+                raise _broken(step.adapters)
+            step.saved.append(saved)
 
 
-def _add_large(
+def _merge_one(layer: Any, label: str, view: BaseView, changes: list[Change], check: bool) -> Saved | None:
+    """Add the changes of one weight; what undoes it, or None if `check` found a result that is not finite."""
+    tensor = view.tensor.data
+    record, full = exact_unmerge.enabled or check, not _are_low_rank(changes)
+    large = full and tensor.numel() > LARGE
+    few = len(changes) == 1 and isinstance(changes[0], Elements) and tensor.is_contiguous()
+    if record and (few or large or (full and tensor.ndim == 1)):
+        undo = Places.of(view, tensor, changes[0], check) if few else _add_full(view, tensor, changes, check, layer)
+        return None if undo is None else Saved(label, [], undo, meta_of(tensor))
+    kept = [change.snapshot() if isinstance(change, LowRank) else _values_of(change) for change in changes]
+    finite, undo = _add(view, tensor, kept, check, record)
+    return Saved(label, [] if large else kept, undo, meta_of(tensor)) if finite else None
+
+
+def _add_full(
     view: BaseView, tensor: torch.Tensor, changes: list[Change], check: bool, layer: Any
 ) -> Difference | None:
     """tensor += the changes; the record is a copy of the old values. None as in `Difference.exchange`."""
     deltas = [_delta(view, change if isinstance(change, LowRank) else change(), tensor.shape) for change in changes]
+    if len(deltas) == 1 and tensor.ndim == 1:
+        return Difference.adding(view, tensor, deltas[0], check)
     if len(deltas) == 1 and deltas[0].dtype == tensor.dtype:
         return Difference.exchange(view, tensor, _own(deltas[0], tensor, layer), True, check)
     new = tensor
     for delta in deltas:
-        new = _wider_sum(new, delta, 1)
+        new = wider_sum(new, delta, 1)
     return Difference.exchange(view, tensor, new, False, check)
 
 
@@ -618,6 +341,8 @@ def _own(value: torch.Tensor, tensor: torch.Tensor, layer: Any) -> torch.Tensor:
     value = value.detach()
     if value.dtype != tensor.dtype or value.device != tensor.device or value.stride() != tensor.stride():
         return torch.empty_like(tensor).copy_(value)
+    if value.numel() <= SMALL:
+        return value.clone()
     memory, modules = value.untyped_storage().data_ptr(), [layer]
     for module in modules:  # less than parameters() and buffers() cost
         for own in (*module._parameters.values(), *module._buffers.values()):
@@ -633,7 +358,7 @@ def _merge_variant(layer: Any, step: Merge, targets: dict, plans: dict, safe_mer
     view, variant = targets["weight"], layer.lora_variant[name]
     weight = view.tensor
     home, before = weight.data, weight.data.clone()
-    saved = Saved("weight", [], Difference(None, None, before), _meta(home))
+    saved = Saved("weight", [], Difference(None, None, before), meta_of(home))
     try:
         if safe_merge:
             merged = variant.merge_safe(layer, name, before.clone())
@@ -658,18 +383,18 @@ def _merge_variant(layer: Any, step: Merge, targets: dict, plans: dict, safe_mer
 def _merge_replacement(layer: Any, step: Merge, targets: dict, plans: dict, safe_merge: bool) -> None:
     """Give weights the values an adapter computes from the present ones; the record is a copy of these."""
     (name,) = step.adapters
-    replace = next(change for change in plans[name].values() if isinstance(change, Replace))
-    for label, merged in replace.merged(targets).items():
-        view, tensor = targets[label], _weight(targets[label], layer)
+    for label, merged in _replacement(plans[name]).merged(targets).items():
+        view = targets[label]
+        tensor = view.tensor.data
         if isinstance(merged, Times):
-            undo = merged.multiply(view, tensor, safe_merge)
+            undo = Product.of(view, tensor, merged, safe_merge)
         elif (merged.data_ptr(), merged.stride()) == (tensor.data_ptr(), tensor.stride()):  # it does not change
             continue
         else:
             undo = Difference.exchange(view, tensor, _own(merged, tensor, layer), False, safe_merge)
         if undo is None:
             raise _broken(step.adapters, "bias" if label == "bias" else "weights")
-        step.saved.append(Saved(label, [], undo, _meta(tensor)))
+        step.saved.append(Saved(label, [], undo, meta_of(tensor)))
 
 
 def _undo(layer: Any, step: Merge, targets: dict) -> list[str]:
@@ -703,7 +428,7 @@ def _redo(layer: Any, step: Merge, targets: dict) -> None:
             before = tensor.clone()
             variant.merge_unsafe(layer, step.adapters[0], view.tensor)
             if saved.undo is not None:
-                _write(view, tensor, before)
+                write(view, tensor, before)
         if saved.undo is not None and not saved.changes:
             saved.undo.swap(view, tensor)
         elif not saved.changes and variant is None:
@@ -730,17 +455,17 @@ def _restore(layer: Any, step: Merge, view: BaseView, tensor: torch.Tensor, save
         except BaseException:
             layer._caches.update(kept)
             raise
-    reason = "" if undo is None else undo.put_back(view, tensor, saved.meta == _meta(tensor))
+    reason = "" if undo is None else undo.put_back(view, tensor, saved.meta == meta_of(tensor))
     if reason is None:
         return None
     if undo is not None:
         saved.undo = Difference(None, None, tensor.clone())
     if undone is not None:
-        _write(view, tensor, undone)
+        write(view, tensor, undone)
         return reason
     for change in reversed(_changes_now(layer, step, saved.label)):
         if isinstance(change, Replace):  # nothing to subtract: what was written since is lost
-            _write(view, tensor, undo.old.view(saved.meta[0]).view(saved.meta[1]))
+            write(view, tensor, undo.old.view(saved.meta[0]).view(saved.meta[1]))
         else:
             _subtract(view, tensor, Saved(saved.label, [change]))
     return reason
@@ -759,13 +484,13 @@ def unmerge(layer: Any) -> None:
         return
     targets = layer._merge_targets()
     reasons = []
-    with undivided() as interrupts, transaction(layer):
+    with transaction(layer) as way_back:
         while steps:
             step = steps[-1]
-            if any(name in layer.merged_adapters for name in step.adapters):
+            if not set(step.adapters).isdisjoint(layer.merged_adapters):
                 reasons += _undo(layer, step, targets)
             steps.pop()
-            interrupts.let_through()
+            way_back.let_through()
         while layer.merged_adapters:  # merged by others, without a record
             _undo(layer, _unrecorded(layer, layer.merged_adapters[-1]), targets)
     _warn_about(layer, reasons)
@@ -802,7 +527,7 @@ def switch(layer: Any, adapter_names: list[str], safe_merge: bool = False) -> No
     known = layer._merge_adapters()
     names = [name for name in dict.fromkeys(adapter_names) if name in known]
     plans = {name: layer._merge_changes(name) for name in names}
-    with undivided() as interrupts, transaction(layer):
+    with transaction(layer) as way_back:
         if names and _is_one_pass(layer, plans):
             reasons = _switch_in_one(layer, names, plans, safe_merge)
         else:
@@ -811,7 +536,7 @@ def switch(layer: Any, adapter_names: list[str], safe_merge: bool = False) -> No
                 layer.unmerge()
             if names:
                 layer.merge(safe_merge=safe_merge, adapter_names=names)
-        interrupts.let_through()
+        way_back.let_through()
     _warn_about(layer, [reason for reason in reasons if reason])
 
 
@@ -825,7 +550,7 @@ def _switch_in_one(layer: Any, names: list[str], plans: dict, safe_merge: bool) 
             changes = [plans[name][label] for name in names if label in plans[name]]
             changes = [change.snapshot() if isinstance(change, LowRank) else _values_of(change) for change in changes]
             before = next((saved for saved in old.saved if saved.label == label), Saved(label, []))
-            after, reason = _switch_one(view, _weight(view, layer), before, changes, safe_merge)
+            after, reason = _switch_one(view, view.tensor.data, before, changes, safe_merge)
             if after is None:
                 raise _broken(names)
             new.saved.append(after)
@@ -864,7 +589,7 @@ def _switch_one(
     """Undo `old` on a weight and add `changes`. (None, None): not finite, nothing has changed; else what undoes the
     new changes, and the reason why the old bits were not there."""
     record = exact_unmerge.enabled or check
-    label, meta = old.label, _meta(tensor)
+    label, meta = old.label, meta_of(tensor)
     if old.changes and changes and isinstance(old.undo, tuple) and old.meta == meta:
         before, after = (_kernel_operands(view, tensor, part) for part in (old.changes, changes))
         if before is not None and after is not None:

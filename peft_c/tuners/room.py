@@ -374,7 +374,8 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
 
     def _merge_adapters(self) -> Iterable[str]:
         """The adapters this layer has parameters for."""
-        return self._get_available_adapters()
+        containers = self.adapter_layer_names
+        return self._modules[containers[0]].keys() if len(containers) == 1 else self._get_available_adapters()
 
     def has_adapter(self, name: str) -> bool:
         """Whether `_merge_adapters` has the name."""
@@ -397,7 +398,7 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
                 warnings.warn(f"Already merged with {set(self.merged_adapters)}. Unmerging first.")
                 self.unmerge()
         if self.quantization_backend is None:
-            super().merge(safe_merge, adapter_names)
+            law.merge(self, safe_merge, adapter_names)
         else:
             self._merge_requantised(safe_merge, check_adapters_to_merge(self, adapter_names))
 
@@ -425,7 +426,7 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         """See `law.Merging.unmerge`; a quantised layer gets what quantising its old weight gives."""
         before = self.__dict__.pop("_before_requantising", None)
         if before is None:
-            super().unmerge()
+            law.unmerge(self)
             return
         self._requantise(*before)
         self.merged_adapters.clear()
@@ -596,16 +597,13 @@ class AddRoom(Room):
         return (lambda: self.get_delta_weight(name)) if factors is None or factors.is_wide() else factors
 
     def _merge_changes(self, name: str) -> dict[str, law.Change]:
-        def bias() -> law.Change:  # known before the weight is changed, on which it may depend
-            delta = self.bias_delta(name)
-            return lambda: delta
-
-        changes = {"weight": lambda: self.weight_change(name), "bias": bias}
-        has_bias = "bias" in self.adds and getattr(self.get_base_layer(), "bias", None) is not None
-        labels = [label for label in self.adds if label != "bias" or has_bias]
-        if not labels:
+        changes = {"weight": self.weight_change(name)} if "weight" in self.adds else {}
+        if "bias" in self.adds and getattr(self.get_base_layer(), "bias", None) is not None:
+            delta = self.bias_delta(name)  # known before the weight is changed, on which it may depend
+            changes["bias"] = lambda: delta
+        if not changes:
             raise ValueError(f"Base layer has no bias, cannot merge bias adapter {name}")
-        return {label: changes[label]() for label in labels}
+        return changes
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return self.converts_to_lora

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from . import law
 from ._buffer_dict import BufferDict
+from .changes import multiplies_slowly
 from .room import AddRoom, RoomConfig, RoomModel, State
 from .targets import _maybe_include_all_linear_layers, outer_modules
 from .tuner_layer import BaseTunerLayer, _get_in_out_features
@@ -29,7 +29,7 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
 
 def multipliable(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in fp32 if it is a half-precision one on a CPU that multiplies such matrices slowly, else itself."""
-    return tensor.float() if law.multiplies_slowly(tensor) else tensor
+    return tensor.float() if multiplies_slowly(tensor) else tensor
 
 
 class SharedRoom(AddRoom):

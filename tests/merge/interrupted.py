@@ -1,7 +1,7 @@
 """A program that test_all_or_nothing.py runs: merges, unmerges, switches and unloads that are cut off somewhere.
 
     python interrupted.py memory   the n-th allocation fails, for n = 1, 2, ... (with failing_malloc.c preloaded)
-    python interrupted.py signals  Ctrl-C is pressed at the n-th line of law.py that is run, for n = 5, 10, ...
+    python interrupted.py signals  Ctrl-C is pressed at the n-th line that is run in law.py and undo.py, n = 5, 10, ...
 
 After each the model has to be what it was, or, once there is nothing left to cut off, what was asked for.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import peft_c
-from peft_c.tuners import law
+from peft_c.tuners import law, undo
 
 SIZE = 96
 STEP = 5
@@ -106,7 +106,7 @@ def memory_fails(n: int):
 
 @contextmanager
 def interrupted(n: int):
-    """Ctrl-C before the line number n * STEP that is run in law.py."""
+    """Ctrl-C before the line number n * STEP that is run in law.py and undo.py."""
     left = n * STEP
 
     def line(frame, event, _):
@@ -116,7 +116,8 @@ def interrupted(n: int):
             signal.raise_signal(signal.SIGINT)
         return line
 
-    sys.settrace(lambda frame, *_: line if frame.f_code.co_filename == law.__file__ else None)
+    files = {law.__file__, undo.__file__}
+    sys.settrace(lambda frame, *_: line if frame.f_code.co_filename in files else None)
     try:
         yield
     finally:

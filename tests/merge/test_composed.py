@@ -7,7 +7,7 @@ from test_exact import ALL, assert_restored, snapshot
 
 import peft_c
 from peft_c import _C
-from peft_c.tuners import law
+from peft_c.tuners import law, undo
 
 
 @pytest.fixture
@@ -41,7 +41,8 @@ def composed(monkeypatch):
         def digest(_):
             return None
 
-    monkeypatch.setattr(law, "_C", Off)
+    for module in (law, undo):
+        monkeypatch.setattr(module, "_C", Off)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -126,8 +127,8 @@ def test_records_are_small():
     torch.manual_seed(0)
     weight, delta = torch.randn(200, 300), 0.02 * torch.randn(200, 300)
     merged = weight + delta
-    record = law.Difference.between(weight, merged, merged - delta)
+    record = undo.Difference.between(weight, merged, merged - delta)
     assert 0 < record.nbytes() < weight.nbytes / 2
     assert torch.equal(record.restore(merged, merged - delta), weight)
-    full = law.Difference.between(weight, merged, None)
+    full = undo.Difference.between(weight, merged, None)
     assert full.nbytes() == weight.nbytes and torch.equal(full.restore(merged, None), weight)

@@ -11,7 +11,7 @@ from layer_cases import CASES, MODULE, OWN, One, base_weights, build, layer_of
 from torch import nn
 
 import peft_c
-from peft_c.tuners import law
+from peft_c.tuners import law, undo
 from peft_c.utils.warning import PeftWarning
 
 ALL = CASES | OWN
@@ -154,7 +154,7 @@ def test_the_state_dict_has_no_records():
     keys = list(model.state_dict())
     layer_of(model).merge()
     assert list(model.state_dict()) == keys
-    assert law.record_bytes(layer_of(model)) > 0
+    assert undo.record_bytes(layer_of(model)) > 0
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d", "embedding", "parameter_experts", "linear_dora", "mha"])
@@ -291,7 +291,7 @@ def test_without_records(name):
     with law.exact_unmerge(False):
         layer.merge()
         factors = sum(p.nbytes for p in layer.parameters() if p.requires_grad)
-        assert law.record_bytes(layer) <= 2 * factors
+        assert undo.record_bytes(layer) <= 2 * factors
         layer.set_scale("default", 3.0)
         layer.unmerge()
     for key, weight in base_weights(layer).items():

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_c
 from peft_c import _C
-from peft_c.tuners import law
+from peft_c.tuners import law, undo
 
 
 def test_no_large_tensor_is_made(monkeypatch):
@@ -86,7 +86,7 @@ def test_record_size(dtype):
 
 def test_record_bytes_is_zero_when_unmerged():
     layer = layer_of(build(peft_c, CASES["linear"])[0])
-    assert law.record_bytes(layer) == 0
+    assert undo.record_bytes(layer) == 0
     layer.merge()
     layer.unmerge()
-    assert law.record_bytes(layer) == 0
+    assert undo.record_bytes(layer) == 0

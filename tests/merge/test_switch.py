@@ -9,7 +9,7 @@ from test_exact import ALL, PLAIN, assert_restored, snapshot
 
 import peft_c
 from peft_c import _C
-from peft_c.tuners import law
+from peft_c.tuners import law, undo
 from peft_c.utils.warning import PeftWarning
 
 NAMES = ("default", "second", "third")
@@ -34,7 +34,7 @@ def test_same_bits_as_unmerge_and_merge(name, dtype, composed):
             other.merge(adapter_names=names)
             assert layer.merged_adapters == other.merged_adapters == names
             assert_restored(layer, snapshot(other))
-            assert law.record_bytes(layer) == law.record_bytes(other)
+            assert undo.record_bytes(layer) == undo.record_bytes(other)
         for _ in range(20):
             layer.switch(["second"], safe_merge=True)
             layer.set_scale("second", 2.0)

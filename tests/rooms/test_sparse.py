@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from peft_c import ShiraConfig, SupertuningConfig, get_peft_model
-from peft_c.tuners import law
+from peft_c.tuners import law, undo
 
 CONFIGS = {
     "shira": ShiraConfig(target_modules=["0"], r=2, init_weights=False, random_seed=1),
@@ -26,7 +26,7 @@ def test_the_record_has_changed_elements_only_and_restores_them(layer):
     layer.merge()
     torch.testing.assert_close(layer.weight, expected)
     changed = (layer.weight != before).sum().item()
-    assert 0 < law.record_bytes(layer) <= 12 * layer.elements("default")[0].numel() < 0.2 * layer.weight.nbytes
+    assert 0 < undo.record_bytes(layer) <= 12 * layer.elements("default")[0].numel() < 0.2 * layer.weight.nbytes
     assert changed <= layer.elements("default")[0].numel()
     layer.unmerge()
     assert torch.equal(layer.weight, before)
