@@ -6,6 +6,7 @@ import warnings
 
 from torch import nn
 
+from . import _C
 from .auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from .config import PeftConfig, check_is_config
 from .mapping import PEFT_TYPE_TO_PREFIX_MAPPING
@@ -41,7 +42,7 @@ def get_peft_model(
     name = model.__dict__.get("name_or_path") or None
     peft_config.base_model_name_or_path = name
 
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+    if _C.find(model, BaseTunerLayer)[0]:
         warnings.warn(
             "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
             "different config, make sure to call `.unload()` before."

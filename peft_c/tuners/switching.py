@@ -13,7 +13,7 @@ from ..utils.constants import UPCAST_DTYPES
 from ..utils.other import AuxiliaryTrainingWrapper
 from . import law
 from .merging import tie_again
-from .tuner_layer import ADAPTER_CONTAINERS, BaseTunerLayer
+from .tuner_layer import ADAPTER_CONTAINERS, BaseTunerLayer, tensors_of
 
 _SWITCHED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
@@ -152,7 +152,7 @@ def _cast_entry(container: nn.Module, adapter_name: str) -> None:
         if entry.dtype in _LOW_PRECISION:
             container[adapter_name] = _to_float32(entry)
         return
-    if not isinstance(entry, nn.Module):
+    if not isinstance(entry, nn.Module) or all(t.dtype not in _LOW_PRECISION for t in tensors_of(entry)):
         return
     for owner in entry.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):

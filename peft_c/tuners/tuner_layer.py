@@ -6,6 +6,7 @@ import sys
 import warnings
 from abc import ABC
 from array import array
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -280,13 +281,14 @@ class BaseTunerLayer(_C.Layer, ABC):
         if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
             dtype = None
 
+        modules = self.__dict__.get("_modules", {})  # where getattr would look last
         for name in self.adapter_layer_names + self.other_param_names:
-            container = getattr(self, name, None)
+            container = modules[name] if name in modules else getattr(self, name, None)
             if not isinstance(container, ADAPTER_CONTAINERS) or adapter_name not in container:
                 continue
             item = container[adapter_name]
-            tensors = _tensors_of(item)
-            if any(t.device.type == "meta" for t in tensors) or _are_at(tensors, device, dtype):
+            tensors = tensors_of(item)
+            if _are_at(tensors, device, dtype) or any(t.device.type == "meta" for t in tensors):
                 continue
             own = getattr(item, "dtype", None)  # a module has none and keeps its integer buffers by itself
             castable = dtype is not None and (own is None or own.is_floating_point or own.is_complex)
@@ -307,11 +309,27 @@ class BaseTunerLayer(_C.Layer, ABC):
         return x.to(dtype=dtype)
 
 
-def _tensors_of(item: nn.Module | torch.Tensor) -> list[torch.Tensor]:
+def move_parts(layer: nn.Module, marks: tuple[str, ...], weight: Callable[[], torch.Tensor]) -> None:
+    """Moves the modules in a layer whose names contain one of `marks` to where `weight()` is, but for those that have
+    a parameter on the meta device."""
+    parts = [module for name, module in layer.named_modules() if any(mark in name for mark in marks)]
+    device = weight().device if parts else None
+    if all(_are_at(_own_tensors(part), device, None) for part in parts):
+        return
+    for part in parts:
+        if not any(parameter.is_meta for parameter in part.parameters()):
+            part.to(device)
+
+
+def _own_tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+
+
+def tensors_of(item: nn.Module | torch.Tensor) -> list[torch.Tensor]:
     if isinstance(item, torch.Tensor):
         return [item]
-    held = [(*module._parameters.values(), *module._buffers.values()) for module in item.modules()]
-    return [tensor for tensors in held for tensor in tensors if tensor is not None]
+    modules = item.modules() if item._modules else (item,)
+    return [tensor for module in modules for tensor in _own_tensors(module)]
 
 
 def _are_at(tensors: list[torch.Tensor], device: torch.device, dtype: torch.dtype | None) -> bool:

@@ -66,7 +66,7 @@ from .targets import (  # noqa: F401
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
-from .tuner_layer import BaseTunerLayer, _get_in_out_features  # noqa: F401
+from .tuner_layer import BaseTunerLayer, _get_in_out_features, move_parts  # noqa: F401
 
 _TYING = (
     "This can lead to complications, for example when merging the adapter or converting your model to formats other "
@@ -314,11 +314,7 @@ class BaseTuner(nn.Module, ABC):
         setattr(parent, child_name, new_module)
         child = getattr(child, "base_layer", child)
         _hand_over(child, new_module)
-        device = None
-        for name, module in new_module.named_modules():
-            if self.prefix in name and not any(p.device.type == "meta" for p in module.parameters()):
-                device = device or _any_weight(child).device
-                module.to(device)
+        move_parts(new_module, (self.prefix,), lambda: any_weight(child))
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """Freezes every parameter that belongs to no adapter, but for the biases that a config makes trainable.
@@ -624,12 +620,11 @@ def _hand_over(child: nn.Module, new_module: nn.Module) -> None:
         new_module.to(child.weight.device)
 
 
-def _any_weight(module: nn.Module) -> torch.Tensor:
-    """A weight that tells where a module is; quantized layers keep theirs under other names."""
-    for name in ("qweight", "W_q", "weight"):
-        if hasattr(module, name):
-            return getattr(module, name)
-    weight = getattr(module, "in_proj_weight", None)
+def any_weight(module: nn.Module) -> torch.Tensor:
+    """A weight that tells where a module is; quantized layers keep theirs under other names, multi-head attention in
+    one of three."""
+    candidates = (getattr(module, name, None) for name in ("qweight", "W_q", "weight", "in_proj_weight"))
+    weight = next((tensor for tensor in candidates if tensor is not None), None)
     return next(module.parameters()) if weight is None else weight
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 import sys
 import warnings
@@ -73,6 +74,28 @@ class LoraVariant:
         raise NotImplementedError
 
 
+@functools.lru_cache(maxsize=64)
+def _variant_options(
+    config_cls: type[LoraConfig], supported: tuple[tuple[str, ...], ...]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What asks for a variant in a config: values of `init_lora_weights`, and fields.
+
+    ValueError if `supported`, a layer type's keys of `lora_variants`, are not sorted or name others.
+    """
+    if any(tuple(sorted(key)) != key for key in supported):
+        raise ValueError("Keys in lora_variants must be sorted tuples (e.g ('a', 'b'), not ('b', 'a')).")
+    fields = {field.name: field.metadata for field in dataclasses.fields(config_cls)}
+    initial = tuple(fields["init_lora_weights"]["lora_variants"])
+    asking = tuple(name for name, metadata in fields.items() if metadata.get("is_lora_variant"))
+    unknown = {name for key in supported for name in key} - {*initial, *asking}
+    if unknown:
+        raise ValueError(
+            f"variant(s) {sorted(unknown)} found in lora_variants but neither tagged with 'is_lora_variant' in "
+            "LoraConfig, nor declared as a LoRA variant in init_lora_weights."
+        )
+    return initial, asking
+
+
 class LoraLayer(BaseTunerLayer):
     """A base layer and its LoRA adapters: per adapter the factors A and B, their rank, alpha, scale and dropout.
 
@@ -97,27 +120,38 @@ class LoraLayer(BaseTunerLayer):
         "lora_bias",
     )
 
+    r: dict[str, int]
+    lora_alpha: dict[str, float]
+    scaling: dict[str, float]
+    use_dora: dict[str, bool]
+    use_rslora: dict[str, bool]
+    lora_bias: dict[str, bool]
+    lora_variant: dict[str, LoraVariant]
+    _caches: dict[str, Any]  # what a variant keeps between merge and unmerge
+
     def __init__(self, base_layer: nn.Module, ephemeral_gpu_offload: bool = False, **kwargs: Any) -> None:
         self.base_layer = base_layer
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
+        self.__dict__.update(  # no modules or weights, which torch would look for in each
+            r={},
+            lora_alpha={},
+            scaling={},
+            _disable_adapters=False,
+            merged_adapters=[],
+            use_dora={},
+            use_rslora={},
+            lora_bias={},
+            _caches={},
+            ephemeral_gpu_offload=ephemeral_gpu_offload,
+            cast_input_dtype_enabled=True,
+            lora_variant={},
+            kwargs=kwargs,
+        )
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
         self.lora_embedding_A = nn.ParameterDict()
         self.lora_embedding_B = nn.ParameterDict()
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
-        self.use_dora: dict[str, bool] = {}
-        self.use_rslora: dict[str, bool] = {}
-        self.lora_bias: dict[str, bool] = {}
         self.lora_magnitude_vector = nn.ModuleDict()
-        self._caches: dict[str, Any] = {}  # what a variant keeps between merge and unmerge
-        self.ephemeral_gpu_offload = ephemeral_gpu_offload
-        self.cast_input_dtype_enabled = True
-        self.lora_variant: dict[str, LoraVariant] = {}
-        self.kwargs = kwargs
         self.in_features, self.out_features = self._get_in_out_features(self.get_base_layer())
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int] | tuple[None, None]:
@@ -142,23 +176,11 @@ class LoraLayer(BaseTunerLayer):
         ValueError if this layer type has no such (combination of) variants, or lists one the config does not know.
         """
         supported = self.lora_variants
-        for key in supported:
-            if tuple(sorted(key)) != key:
-                raise ValueError("Keys in lora_variants must be sorted tuples (e.g ('a', 'b'), not ('b', 'a')).")
-        requested: dict[str, bool] = {}
-        for field in dataclasses.fields(config):
-            value = getattr(config, field.name)
-            if field.name == "init_lora_weights":
-                requested.update({name: value == name for name in field.metadata["lora_variants"]})
-            elif field.metadata.get("is_lora_variant"):
-                requested[field.name] = bool(value)
-        unknown = {name for key in supported for name in key} - requested.keys()
-        if unknown:
-            raise ValueError(
-                f"variant(s) {sorted(unknown)} found in lora_variants but neither tagged with 'is_lora_variant' in "
-                "LoraConfig, nor declared as a LoRA variant in init_lora_weights."
-            )
-        wanted = tuple(sorted(name for name, is_wanted in requested.items() if is_wanted))
+        initial, asking = _variant_options(type(config), tuple(supported))
+        wanted = [name for name in asking if getattr(config, name)]
+        if config.init_lora_weights in initial:
+            wanted.append(config.init_lora_weights)
+        wanted = tuple(sorted(wanted))
         if wanted not in supported:
             raise ValueError(f"Invalid or unsupported variant combination: {wanted}")
         variant = supported[wanted]

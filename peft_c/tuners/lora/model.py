@@ -24,7 +24,15 @@ from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPIN
 from ...utils.matching import get_pattern_key
 from ...utils.model_prep import get_quantization_config
 from ...utils.quantization_utils import get_quantization_kwargs
-from ..tuners_utils import BaseTuner, BaseTunerLayer, find_parameter_name_by_module, get_device_map, replicate_layers
+from ..tuner_layer import move_parts
+from ..tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    any_weight,
+    find_parameter_name_by_module,
+    get_device_map,
+    replicate_layers,
+)
 from .batch_hooks import per_call_arguments
 from .combine import COMBINATION_TYPES, Combination, write_factors
 from .config import LoraConfig
@@ -105,7 +113,8 @@ def _model_kwargs(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
         "device_map": get_device_map(model),
         **get_quantization_kwargs(model),
     }
-    for method in ("gptq", "aqlm", "awq"):
+    method = getattr(model, "quantization_method", None)
+    if method in ("gptq", "aqlm", "awq"):
         quantization_config = get_quantization_config(model, method=method)
         if quantization_config is not None:
             kwargs[f"{method}_quantization_config"] = quantization_config
@@ -245,13 +254,7 @@ class LoraModel(BaseTuner):
         """Put the LoRA layer in the child's place and its own parameters on the child's device."""
         setattr(parent, child_name, new_module)
         child = getattr(child, "base_layer", child)
-        # quantised layers keep their weight under other names, multi-head attention in one of three
-        candidates = (getattr(child, name, None) for name in ("qweight", "W_q", "weight", "in_proj_weight"))
-        weight = next((tensor for tensor in candidates if tensor is not None), None)
-        device = (next(child.parameters()) if weight is None else weight).device
-        for name, module in new_module.named_modules():
-            if (self.prefix in name or "ranknum" in name) and not any(p.is_meta for p in module.parameters()):
-                module.to(device)
+        move_parts(new_module, (self.prefix, "ranknum"), lambda: any_weight(child))
 
     # forward and merging
 

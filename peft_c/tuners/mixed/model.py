@@ -14,7 +14,8 @@ from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPIN
 from ...utils.peft_types import PeftType
 from ..merging import Unloading
 from ..switching import _check_adapters_not_merged, _delete_auxiliary_adapter, set_adapter
-from ..tuners_utils import BaseTuner, BaseTunerLayer, _any_weight, _freeze_base, _hand_over
+from ..tuner_layer import move_parts
+from ..tuners_utils import BaseTuner, BaseTunerLayer, _freeze_base, _hand_over, any_weight
 
 # methods whose layers may wrap each other
 COMPATIBLE_TUNER_TYPES = (PeftType.LORA, PeftType.LOHA, PeftType.LOKR, PeftType.ADALORA, PeftType.OFT, PeftType.SHIRA)
@@ -70,11 +71,7 @@ class MixedModel(BaseTuner):
         base = getattr(child, "quant_linear_module", child)
         child = child.get_base_layer() if hasattr(child, "base_layer") else base
         _hand_over(child, new_module)
-        prefixes = self.prefixes
-        for name, module in new_module.named_modules():
-            if any(prefix in name for prefix in prefixes):
-                if not any(p.device.type == "meta" for p in module.parameters()):
-                    module.to(_any_weight(child).device)
+        move_parts(new_module, self.prefixes, lambda: any_weight(child))
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         _freeze_base(model)
