@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import itertools
+import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from memory import resident
 from models import PACKAGES, TARGETS, package, stack, with_lora
 from timing import Case, Step, one
@@ -18,11 +21,14 @@ IMPORT += "print(time.perf_counter() - t)"
 
 
 def _import_time(name: str, rounds: int = 3) -> float:
-    """Seconds that importing the package takes in a fresh interpreter that has imported torch; the best of three."""
+    """Seconds that importing the package takes in a fresh interpreter that has imported torch; the best of three.
+
+    Compiled modules are kept from the first to the next, as those of an installed package are.
+    """
     command = [sys.executable, "-c", IMPORT.format(name)]
-    return min(
-        float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(rounds)
-    )
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    runs = (subprocess.run(command, capture_output=True, text=True, check=True, env=env) for _ in range(rounds))
+    return min(float(run.stdout) for run in runs)
 
 
 def _imports() -> dict[str, list[Step]]:
@@ -77,19 +83,29 @@ def _add_and_delete(count: int, names: Sequence[str] = PACKAGES) -> dict[str, li
     return {name: cycle(name) for name in names}
 
 
-def _switch(count: int, names: Sequence[str] = PACKAGES) -> dict[str, list[Step]]:
+@functools.cache
+def _other_work():
+    """Something else than the model to read and write, larger than the caches."""
+    return torch.zeros(64 * 2**18)
+
+
+def _rows(row: str, count: int, in_a_row: int, call: Callable[[], object]) -> list[Step]:
+    """A cycle for calls in a row, or for one call after other work, when the model is in no cache any more."""
+    how = f"{in_a_row} in a row" if in_a_row > 1 else "after other work"
+    before = [] if in_a_row > 1 else [(None, lambda: _other_work().add_(1))]
+    return [*before, (f"{row}, {count} adapters, {how}", call)]
+
+
+def _switch(count: int, in_a_row: int, names: Sequence[str] = PACKAGES) -> dict[str, list[Step]]:
     def cycle(name):
         model = many(name, count)
-        other = f"a{count - 1}" if count > 1 else "default"
-        return [
-            (f"set_adapter, {count} adapters", lambda: model.set_adapter(other)),
-            (None, lambda: model.set_adapter("default")),
-        ]
+        turns = itertools.cycle([f"a{count - 1}" if count > 1 else "default", "default"])
+        return _rows("set_adapter", count, in_a_row, lambda: model.set_adapter(next(turns)))
 
     return {name: cycle(name) for name in names}
 
 
-def _disable(count: int, names: Sequence[str] = PACKAGES) -> dict[str, list[Step]]:
+def _disable(count: int, in_a_row: int, names: Sequence[str] = PACKAGES) -> dict[str, list[Step]]:
     def cycle(name):
         model = many(name, count)
 
@@ -97,9 +113,16 @@ def _disable(count: int, names: Sequence[str] = PACKAGES) -> dict[str, list[Step
             with model.disable_adapter():
                 pass
 
-        return [(f"disable_adapter() and back, {count} adapters", enter_and_leave)]
+        return _rows("disable_adapter() and back", count, in_a_row, enter_and_leave)
 
     return {name: cycle(name) for name in names}
+
+
+def _switches(count: int, names: Sequence[str] = PACKAGES) -> Iterator[Case]:
+    for name, act in (("set_adapter", _switch), ("disable_adapter", _disable)):
+        for in_a_row in (10, 1):
+            build = functools.partial(act, count, in_a_row, names)
+            yield Case(f"{name} {count}", build, note="224 LoRA layers", seconds=1, in_a_row=in_a_row)
 
 
 def _memory(name: str, count: int = 10) -> float:
@@ -134,18 +157,14 @@ def cases(quick: bool) -> Iterator[Case]:
     for count in (2, 10) if quick else (2, 10, 50):
         yield Case(f"add_adapter delete {count}", functools.partial(_add_and_delete, count), note=modules)
     for count in (1, 10) if quick else (1, 10, 50):
-        yield Case(f"set_adapter {count}", functools.partial(_switch, count), note=modules, seconds=1)
-        yield Case(f"disable_adapter {count}", functools.partial(_disable, count), note=modules, seconds=1)
+        yield from _switches(count)
     if quick:
         return
     yield Case("memory of an adapter", _memories, unit="KiB", note=modules)
     # without peft, which would add them for hours
-    for name, act in (
-        ("add_adapter delete", _add_and_delete),
-        ("set_adapter", _switch),
-        ("disable_adapter", _disable),
-    ):
-        yield Case(f"{name} 1000", functools.partial(act, 1000, PACKAGES[:1]), note=modules, seconds=1)
+    added = functools.partial(_add_and_delete, 1000, PACKAGES[:1])
+    yield Case("add_adapter delete 1000", added, note=modules, seconds=1)
+    yield from _switches(1000, PACKAGES[:1])
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ class Case:
     unit: str = "ms"
     note: str = ""
     seconds: float = 2.0  # for all contenders together, after one unmeasured cycle each
+    in_a_row: int | None = None  # calls of each step in one measurement; None: see `_loops`
 
 
 @dataclass
@@ -57,12 +58,14 @@ def _loops(steps: list[Step]) -> int:
     return max(1, min(1000, int(2e-3 / max(1e-7, time.perf_counter() - start))))
 
 
-def interleaved(cycles: dict[str, list[Step]], seconds: float, rounds: int = 3) -> dict[str, dict[str, float]]:
+def interleaved(
+    cycles: dict[str, list[Step]], seconds: float, rounds: int = 3, in_a_row: int | None = None
+) -> dict[str, dict[str, float]]:
     """{row: {contender: seconds}}: minima over rounds in which every contender runs once, in turning order."""
     for steps in cycles.values():
         for _, call in steps:
             call()
-    loops = {name: _loops(steps) for name, steps in cycles.items()}
+    loops = {name: in_a_row or _loops(steps) for name, steps in cycles.items()}
     best: dict[str, dict[str, float]] = {}
     order, done, end = list(cycles), 0, time.perf_counter() + seconds
     gc.collect()
@@ -98,7 +101,8 @@ def measure(theme: str, case: Case, quick: bool) -> list[Row]:
                 values.setdefault(row, {})[name] = float(call())
         scale = 1.0
     else:
-        values = interleaved(cycles, case.seconds / (8 if quick else 1), rounds=2 if quick else 3)
+        budget = case.seconds / (8 if quick else 1)
+        values = interleaved(cycles, budget, rounds=2 if quick else 3, in_a_row=case.in_a_row)
         scale = SCALE[case.unit]
     return [
         Row(theme, row, case.unit, {n: t * scale for n, t in best.items()}, case.note) for row, best in values.items()
