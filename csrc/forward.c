@@ -249,9 +249,10 @@ static PyObject *forward_linear(module_state *state, const gate_plan *plan, PyOb
 PyObject *forward_planned(module_state *state, const gate_plan *plan, PyObject *x, PyObject *args, PyObject *kwargs) {
     const bool bare = (args == NULL || PyTuple_Size(args) == 0) && (kwargs == NULL || PyDict_Size(kwargs) == 0);
     PyObject *y;
-    if (plan->weight != NULL && bare) return forward_linear(state, plan, x);
+    if (plan->weight != NULL && bare)
+        return plan->count == 0 ? forward_base(state, plan, x) : forward_linear(state, plan, x);
     y = call_base(plan, x, args, kwargs);
-    return y != NULL ? add_terms(state, plan, x, y) : NULL;
+    return y != NULL && plan->count > 0 ? add_terms(state, plan, x, y) : y;
 }
 
 static bool kwargs_are_special(const module_state *state, PyObject *kwargs) {

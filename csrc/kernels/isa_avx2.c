@@ -16,6 +16,7 @@ typedef __m256d vd;
 #define ISA_NAME "avx2"
 #define ISA_MATH 1
 #define WORDS_STEPS
+#define ISA_TAKES_HALVES
 
 static INLINE vf vf_load(const float *p) {
     return _mm256_loadu_ps(p);

@@ -149,8 +149,9 @@ static int linear(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_ma
     } else {
         e.pairs = e.isa->pairs && x->dtype == PK_BF16 && w->dtype == PK_BF16;
         e.words = e.pairs ? (x->cols + 1) / 2 : x->cols;
-        e.panels = m <= WIDE_ROWS && w->rs == 1 ? WIDE_PANELS : 1;
-        e.depth = e.panels > 1 ? WIDE_DEPTH : PANEL_DEPTH;
+        const int wide = m <= WIDE_ROWS && w->rs == 1;
+        e.panels = NR_MAX / nr * (wide ? WIDE_PANELS : 1);
+        e.depth = wide ? WIDE_DEPTH : PANEL_DEPTH;
         e.rows = work_take(area, groups * MR * e.words * 4);
         if (area->base) rc = run_parallel(par, groups, MR * e.words, pack_rows, &e);
     }
@@ -230,21 +231,25 @@ int pk_linear(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_mat *b
  *
  * Measured on AMD's processors only; on others it is taken where reading the weight once is what counts. For a small
  * weight the calls are most of the time, and torch's bits are worth more than the rest. */
-static int linear_limit(pk_dtype dtype, int large) {
+static int64_t linear_limit(pk_dtype dtype, int large) {
     const pk_isa *const isa = pk_isa_now();
-    if (isa->nr[0] < NR_MAX || (dtype == PK_BF16 && !isa->pairs)) return 0;
-    if (dtype == PK_BF16) return pk_cpu_is_measured() ? 128 : FEW_UNMEASURED;
-    if (dtype == PK_F32) return !pk_cpu_is_measured() ? FEW_UNMEASURED : large ? 512 : 64;
+    const int is_wide = isa->nr[0] == NR_MAX, is_measured = pk_cpu_is_measured();
+    if (dtype == PK_F64 || (!is_wide && !isa->takes_halves)) return 0;
+    if (dtype == PK_F32) return !is_measured ? FEW_UNMEASURED : !large ? 64 : is_wide ? 512 : 256;
+    if (isa->takes_halves) return INT64_MAX;
+    if (dtype == PK_BF16 && isa->pairs) return is_measured ? 128 : FEW_UNMEASURED;
     return 0;
 }
 
 int pk_linear_suits(pk_dtype dtype, int64_t m, int64_t n, int64_t k) {
     if (n * k < SMALL_WEIGHT) return 0;
-    if (dtype == PK_F16) return m > 1 && pk_isa_now()->nr[0] == NR_MAX;
+    if (dtype == PK_F16 && pk_isa_now()->nr[0] == NR_MAX) return m > 1;
     return m <= linear_limit(dtype, n * k >= LARGE_WEIGHT);
 }
 
 int pk_linear_grad_suits(pk_dtype dtype, int64_t m, int64_t n, int64_t k) {
-    if (dtype == PK_F16) return pk_isa_now()->nr[0] == NR_MAX;
-    return n * k >= LARGE_WEIGHT && m <= linear_limit(dtype, 1);
+    const pk_isa *const isa = pk_isa_now();
+    const int is_wide = isa->nr[0] == NR_MAX;
+    if (dtype == PK_F16 || (dtype == PK_BF16 && isa->takes_halves)) return is_wide || isa->takes_halves;
+    return n * k >= LARGE_WEIGHT && m <= linear_limit(dtype, 1) && (m > 1 || is_wide);
 }

@@ -305,8 +305,9 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         return self.adapt(names, x, *args, **kwargs, **own_kwargs) if names else self.base_layer(x, *args, **kwargs)
 
     def base_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The base layer's output for x; in C where that is faster, for few rows of x."""
-        result = _C.lowrank_terms(self, x, [], args, kwargs) if c_is_worth_asking(x) else NotImplemented
+        """The base layer's output for x; in C where that is faster, in autograd too if the layer is frozen."""
+        ask = x.is_cpu and not torch.compiler.is_compiling()
+        result = _C.lowrank_terms(self, x, [], args, kwargs) if ask else NotImplemented
         return self.base_layer(x, *args, **kwargs) if result is NotImplemented else result
 
     def run_with(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -518,15 +518,18 @@ def test_linear_layers(m, shape, dtype, seed, name):
 def test_linear_layers_refuse(isa):
     x, w, y = np.zeros((65, 4), np.float32), np.zeros((3, 4), np.float32), np.zeros((65, 3), np.float32)
     mats = klib.mat(y, F32), klib.mat(x, F32), klib.mat(w, F32)
-    work = np.zeros(10**5, np.uint8).ctypes.data
+    space = np.zeros(10**5, np.uint8)
+    work = space.ctypes.data
     assert LIB.pk_linear(mats[0], mats[0], mats[2], None, None, 0, None, work, None) == EINVAL
     bias = np.zeros((1, 4), np.float32)
     assert LIB.pk_linear(*mats, klib.mat(bias, F32), None, 0, None, work, None) == EINVAL
     assert LIB.pk_linear(*mats, None, None, 0, None, work, None) == OK
     assert not LIB.pk_linear_suits(F32, 65, 256, 256) and not LIB.pk_linear_suits(F64, 1, 256, 256)
     assert not LIB.pk_linear_suits(F32, 8, 64, 64)
-    assert bool(LIB.pk_linear_suits(F32, 8, 256, 256)) == isa.startswith("avx512")
-    assert bool(LIB.pk_linear_grad_suits(F16, 500, 10, 10)) == isa.startswith("avx512")
+    assert bool(LIB.pk_linear_suits(F32, 8, 256, 256)) == isa.startswith("avx")
+    assert bool(LIB.pk_linear_grad_suits(F16, 500, 10, 10)) == isa.startswith("avx")
+    assert bool(LIB.pk_linear_suits(BF16, 10**6, 256, 256)) == (isa == "avx2")
+    assert not LIB.pk_linear_grad_suits(F64, 8, 1024, 1024) and not LIB.pk_linear_suits(BF16, 8, 64, 64)
 
 
 @settings(max_examples=100, deadline=None)

@@ -70,3 +70,44 @@ def test_hooks_on_the_base_layer_are_called():
     layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
     layer(torch.randn(4, 64))
     assert calls == [1]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["ia3", "loha", "vera"])
+def test_gradients_through_a_base_layer(method, dtype):
+    """A frozen one is C's where that is faster; one that is trained gets its own gradient."""
+    torch.manual_seed(0)
+    model = peft_c.get_peft_model(
+        nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 64)).to(dtype),
+        config_of(method, "Linear", peft_c),
+        autocast_adapter_dtype=False,
+    )
+    layer, start = model.base_model.model[0], torch.randn(20, 512, dtype=dtype)
+    for trained in (False, True):
+        layer.get_base_layer().weight.requires_grad_(trained)
+        results = []
+        for fast in (True, False):
+            layer.zero_grad()
+            x = start.clone().requires_grad_()
+            with peft_c.fast_paths(fast):
+                y = layer(x)
+                y.float().square().sum().backward()
+            results.append([y, x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)])
+        assert len(results[0]) == len(results[1]) > 2 + trained
+        for actual, expected in zip(*results, strict=True):
+            tolerance = (4e-2 if dtype == torch.bfloat16 else 1e-4) * expected.abs().max().item()
+            torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
+
+
+def test_a_base_layer_without_terms_is_one_node():
+    layer = peft_c.get_peft_model(
+        nn.Sequential(nn.Linear(512, 512)), peft_c.BeftConfig(target_modules=["0"])
+    ).base_model.model[0]
+    x = torch.randn(8, 512, requires_grad=True)
+    in_c = _C.info()["isa"].startswith("avx")
+    assert (layer.base_output(x).grad_fn.name() == "_LowRankBackward") == in_c
+    layer.get_base_layer().weight.requires_grad_()
+    assert layer.base_output(x).grad_fn.name() == "AddmmBackward0"
+    with peft_c.fast_paths(False):
+        assert layer.base_output(x).grad_fn.name() == "AddmmBackward0"

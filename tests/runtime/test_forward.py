@@ -43,7 +43,8 @@ def test_dtypes_and_leading_dims(pair, lead):
 def test_mixed_precision_rounds_once(rows):
     layer = make(k=200, n=200, dtype=torch.bfloat16, adapter_dtype=torch.float32, adapters=("a", "b", "c"))
     x, base = torch.randn(rows, 200, dtype=torch.bfloat16), layer.base_layer
-    whole = rows == 9 and "avx512bf16" == _C.info()["isa"]  # then the base layer's output is not rounded by itself
+    isa = _C.info()["isa"]
+    whole = isa == "avx2" or (rows == 9 and isa == "avx512bf16")  # the base layer's output is not rounded by itself
     exact = F.linear(x.double(), base.weight.double(), base.bias.double()) if whole else base(x).double()
     for name in "abc":
         exact = (
@@ -341,7 +342,7 @@ def test_linear_grad_is_the_product():
         g, weight = torch.randn(rows, 600), torch.randn(600, 500)
         A, B, u = torch.randn(7, 500), torch.randn(600, 7), torch.empty(rows, 7)
         found = _C.linear_grad(g, weight)
-        assert (found is not None) == _C.info()["isa"].startswith("avx512")
+        assert (found is not None) == _C.info()["isa"].startswith("avx")
         if found is not None:
             close(found, g @ weight, 30)
             close(_C.linear_grad(g.view(2, -1, 600), weight), found.view(2, -1, 500), 30)
