@@ -247,9 +247,9 @@ int pk_linear(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_mat *b
  *
  *   f32  2816 x 1024  798/543 1075/1498  1224/1680  1837/2343  2894/4031  5181/6637  8299/8803 12350/11654   22352/20600
  *        1024 x 2816 1041/467 1364/2016  1236/1877  1919/2494  2809/3899  4849/6482  8195/8811 11466/11492   22391/21855
- *        1024 x 1024  288/238  368/487    616/679    924/1044  1309/1687  2297/2729  3060/3594  5586/4252    11472/11437
+ *        1024 x 1024  288/238  368/487    616/679    924/1044  1309/1687  1930/2729  2750/3594  5586/4252    11472/11437
  *         256 x 256    29/9     39/25      49/30     108/86     110/98     200/169               280/230       489/387
- *   bf16, f16: torch takes 5 times as long for one row, 40 for 8, 100 for 128.
+ *   bf16: torch takes 6 times as long for one row, 40 for 8, 120 for 128.
  *
  * Measured on AMD's processors only; on others it is taken where reading the weight once is what counts. For a small
  * weight the calls are most of the time, and torch's bits are worth more than the rest. */
