@@ -49,10 +49,10 @@ def test_equals_the_composed_path(shape, dtype, adapter_dtype):
 
 
 def calls(monkeypatch):
-    from peft_c.tuners.lora import layer
+    from peft_c.tuners.lora import core
 
     answers = []
-    mixed = layer._C.lowrank_mixed
+    mixed = core._C.lowrank_mixed
 
     class Spy:
         def __getattr__(self, name):
@@ -62,7 +62,7 @@ def calls(monkeypatch):
                 else getattr(peft_c._C, name)
             )
 
-    monkeypatch.setattr(layer, "_C", Spy())
+    monkeypatch.setattr(core, "_C", Spy())
     return answers
 
 

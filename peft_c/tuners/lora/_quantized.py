@@ -15,7 +15,7 @@ from torch import nn
 from peft_c.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 
 from .config import LoraConfig
-from .layer import VARIANT_KWARG_KEYS, LoraLayer, LoraVariant
+from .core import VARIANT_KWARG_KEYS, LoraLayer, LoraVariant
 
 
 def base_of(target: nn.Module) -> nn.Module:

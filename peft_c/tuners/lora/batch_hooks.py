@@ -18,7 +18,7 @@ from ... import _C
 from ...import_utils import loaded
 from ...utils.aux_wrappers import AuxiliaryTrainingWrapper
 from ..tuner_layer import BaseTunerLayer
-from .layer import LoraLayer
+from .core import LoraLayer
 
 # where a layer with gradient checkpointing keeps the handles that live until its backward is done
 _HANDLES = "_peft_gradient_checkpointing_forward_hooks"

@@ -17,7 +17,7 @@ import torch
 from ...utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
 
 if TYPE_CHECKING:
-    from .layer import LoraLayer
+    from .core import LoraLayer
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 

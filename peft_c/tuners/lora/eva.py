@@ -22,8 +22,11 @@ from peft_c.utils.incremental_pca import IncrementalPCA
 from peft_c.utils.other import _get_submodules, get_pattern_key
 
 from ._targets import linear_types
+from .attention import MultiheadAttention
 from .config import LoraConfig
-from .layer import Embedding, LoraLayer, MultiheadAttention, _ConvNd
+from .conv import _ConvNd
+from .core import LoraLayer
+from .layer import Embedding
 
 UNSUPPORTED_LORA_MODULES = (Embedding, MultiheadAttention, _ConvNd)
 

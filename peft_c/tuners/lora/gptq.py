@@ -10,7 +10,7 @@ from peft_c.import_utils import is_gptqmodel_available
 
 from ._quantized import QuantizedLinear, base_of
 from .config import LoraConfig
-from .layer import LoraVariant
+from .core import LoraVariant
 
 
 class GPTQLoraLinear(QuantizedLinear):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .layer import LoraLayer
+from .core import LoraLayer
 
 
 def reduce_intruder_dimension(

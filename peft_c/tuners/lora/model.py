@@ -36,8 +36,9 @@ from ..tuners_utils import (
 from .batch_hooks import per_call_arguments
 from .combine import COMBINATION_TYPES, Combination, write_factors
 from .config import LoraConfig
-from .layer import LoraLayer, ParamWrapper
+from .core import LoraLayer
 from .parallel import annotate_base_layer, shard_adapter
+from .parameter import ParamWrapper
 
 # module here, dispatcher, check whether its library is installed (None: the dispatcher finds out); first match wins
 _DISPATCHERS: tuple[tuple[str, str, str | None], ...] = (

@@ -13,7 +13,8 @@ from peft_c.tuners import law
 
 from ._quantized import base_of
 from .config import LoraConfig
-from .layer import Linear, LoraLayer
+from .core import LoraLayer
+from .layer import Linear
 
 
 def get_default_module_allowlist() -> list[str]:

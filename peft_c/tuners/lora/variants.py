@@ -20,8 +20,10 @@ from peft_c.utils.other import transpose
 
 from .arrow import ArrowLoraLinearLayer
 from .config import BdLoraConfig, LoraConfig, MontecloraConfig, PeftConfig
+from .conv import Conv1d, Conv2d, Conv3d, _ConvNd
+from .core import LoraLayer, LoraVariant
 from .dora import DoraConv1dLayer, DoraConv2dLayer, DoraConv3dLayer, DoraEmbeddingLayer, DoraLinearLayer
-from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer, LoraVariant, _ConvNd
+from .layer import Embedding, Linear
 from .monteclora import MontecloraSampler
 from .velora import VeloraFunction, _get_group_dim, _normalize_projection, _reshape_to_grouped_subtokens
 
