@@ -95,8 +95,8 @@ static PyObject *exchange_run(const module_state *state, const pk_pair *pair, co
     uint64_t digest = 0;
     int status;
     if (view_bump_version(state, owner) < 0) return NULL;
-    Py_BEGIN_ALLOW_THREADS status = pk_exchange(pair, by, check ? PK_CHECK : 0, by && by->multiply ? NULL : &digest,
-                                                state->torch.torch_parallel_for);
+    Py_BEGIN_ALLOW_THREADS status =
+        pk_exchange(pair, by, check ? PK_CHECK : 0, &digest, state->torch.torch_parallel_for);
     Py_END_ALLOW_THREADS if (is_error(status)) return NULL;
     if (status == PK_NONFINITE) return Py_BuildValue("(Oi)", Py_False, 0);
     return Py_BuildValue("(OK)", Py_True, (unsigned long long)digest);
@@ -125,13 +125,21 @@ static PyObject *exchange(PyObject *module, PyObject *const *args, Py_ssize_t na
     return exchange_run(state, &pair, add ? &by : NULL, check, args[4]);
 }
 
+/* One hash for each block of a product, as bytes; 0: no such. */
+static bool hashes_find(PyObject *bytes, pk_pair *pair) {
+    if (!PyBytes_Check(bytes) || (size_t)PyBytes_Size(bytes) != pk_exchange_blocks(pair) * sizeof *pair->hashes)
+        return false;
+    pair->hashes = (uint32_t *)(void *)PyBytes_AsString(bytes);
+    return true;
+}
+
 /* The operands of `combine` and `uncombine`. 1, 0 where C may not act, -1 with an exception. */
-static int combine_find(const module_state *state, PyObject *const *args, PyObject *places, pk_pair *pair,
-                        pk_operand *by) {
+static int combine_find(const module_state *state, PyObject *const *args, PyObject *product, PyObject *places,
+                        pk_pair *pair, pk_operand *by) {
     TensorView weight, other, values;
     const long long run = PyLong_AsLongLong(args[3]);
     unsigned multiply;
-    if ((run == -1 && PyErr_Occurred()) || answer_truth(args[4], &multiply) < 0) return -1;
+    if ((run == -1 && PyErr_Occurred()) || answer_truth(product, &multiply) < 0) return -1;
     if (!pair_find(state, args[0], args[1], places, &weight, &other, pair) || !array_view(state, args[2], &values) ||
         !is_flat(&weight) || !is_flat(&values) || (values.dtype == PK_F64) != (pair->dtype == PK_F64) ||
         view_may_overlap(&weight, &values) || view_may_overlap(&other, &values))
@@ -146,8 +154,8 @@ PyDoc_STRVAR(
     "weight + values or, with multiply, weight * values, rounded once; `old`, like weight, gets what was in it.\n"
     "The value of element i of the contiguous weight is values[i // run % len(values)]; values (k,) of any\n"
     "dtype. With places (nnz,), int32 or int64, all different, values and old are of these elements only.\n\n"
-    "Returns what `exchange` does, but 0 for the digest of a product. IndexError: a place is outside; nothing\n"
-    "has changed.");
+    "Returns what `exchange` does, but bytes, which `uncombine` takes, for the digest of a product. IndexError:\n"
+    "a place is outside; nothing has changed.");
 
 static PyObject *combine(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     const module_state *state = state_of(module);
@@ -158,14 +166,25 @@ static PyObject *combine(PyObject *module, PyObject *const *args, Py_ssize_t nar
         PyErr_SetString(PyExc_TypeError, "combine(weight, old, values, run, multiply, places, check, owner)");
         return NULL;
     }
-    const int found = answer_truth(args[6], &check) < 0 ? -1 : combine_find(state, args, args[5], &pair, &by);
+    const int found = answer_truth(args[6], &check) < 0 ? -1 : combine_find(state, args, args[4], args[5], &pair, &by);
     if (found < 0) return NULL;
     if (found == 0) Py_RETURN_NONE;
-    return exchange_run(state, &pair, &by, check, args[7]);
+    if (!by.multiply) return exchange_run(state, &pair, &by, check, args[7]);
+    PyObject *const hashes =
+        PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(pk_exchange_blocks(&pair) * sizeof *pair.hashes));
+    if (hashes == NULL || !hashes_find(hashes, &pair)) return NULL;
+    PyObject *done = exchange_run(state, &pair, &by, check, args[7]);
+    if (done != NULL && PyTuple_GetItem(done, 0) == Py_True) {
+        Py_DECREF(done);
+        done = Py_BuildValue("(OO)", Py_True, hashes);
+    }
+    Py_DECREF(hashes);
+    return done;
 }
 
-PyDoc_STRVAR(uncombine_doc, "uncombine(weight, old, values, run, multiply, owner, /)\n--\n\n"
-                            "weight gets the values of old if it is what `combine` makes of old and values.\n\n"
+PyDoc_STRVAR(uncombine_doc, "uncombine(weight, old, values, run, hashes, owner, /)\n--\n\n"
+                            "weight gets the values of old if it is what `combine` has made of old and values, with\n"
+                            "multiply, and returned these hashes for.\n\n"
                             "Returns whether it is; if not, nothing has changed. None if C may not act here.");
 
 static PyObject *uncombine(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
@@ -175,13 +194,17 @@ static PyObject *uncombine(PyObject *module, PyObject *const *args, Py_ssize_t n
     unsigned char *done;
     int status;
     if (nargs != 6) {
-        PyErr_SetString(PyExc_TypeError, "uncombine(weight, old, values, run, multiply, owner)");
+        PyErr_SetString(PyExc_TypeError, "uncombine(weight, old, values, run, hashes, owner)");
         return NULL;
     }
-    const int found = combine_find(state, args, Py_None, &pair, &by);
+    const int found = combine_find(state, args, Py_True, Py_None, &pair, &by);
     if (found < 0) return NULL;
     if (found == 0) Py_RETURN_NONE;
-    if ((done = malloc(pk_combined_blocks(&pair) + 1)) == NULL) return PyErr_NoMemory();
+    if (!hashes_find(args[4], &pair)) {
+        PyErr_SetString(PyExc_TypeError, "uncombine: hashes must be the bytes that combine returned for this weight");
+        return NULL;
+    }
+    if ((done = malloc(pk_exchange_blocks(&pair) + 1)) == NULL) return PyErr_NoMemory();
     if (view_bump_version(state, args[5]) < 0) {
         free(done);
         return NULL;

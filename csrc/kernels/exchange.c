@@ -14,7 +14,7 @@ typedef struct {
     pk_pair pair; /* other NULL: only the digest */
     const pk_operand *by;
     int check, hash, old; /* old: the digest is of what w was, not of what it becomes */
-    unsigned char *done;  /* of pk_uncombine */
+    unsigned char *done;  /* blocks that pk_uncombine has restored */
     _Atomic uint64_t digest;
     atomic_int bad;
 } exchange_job;
@@ -30,8 +30,8 @@ static int64_t operand_of(const exchange_job *job, int64_t at, int64_t n, int *s
     return n;
 }
 
-/* other = w, w = w op operand. With `ask` nothing is written: is w other op operand? */
-static int combine_piece(const exchange_job *job, int64_t at, char *w, char *other, int64_t n, int ask) {
+/* other = w, w = w op operand */
+static void combine_piece(const exchange_job *job, int64_t at, char *w, char *other, int64_t n) {
     const pk_row_kernels *const rows = &job->isa->dtype[job->pair.dtype];
     const row_op op = job->by->multiply ? OP_MUL : OP_ADD;
     const int64_t size = pk_dtype_size(job->pair.dtype);
@@ -39,18 +39,14 @@ static int combine_piece(const exchange_job *job, int64_t at, char *w, char *oth
         _Alignas(64) char wide[PIECE * 8];
         int step;
         part = operand_of(job, at + j, n - j, &step, wide);
-        if (!ask)
-            rows->keep(op, w + j * size, wide, step, other + j * size, part);
-        else if (!rows->kept(op, w + j * size, wide, step, other + j * size, part))
-            return 0;
+        rows->keep(op, w + j * size, wide, step, other + j * size, part);
     }
-    return 1;
 }
 
 static void exchange_piece(exchange_job *job, int64_t at, char *w, char *other, int64_t n) {
     const size_t bytes = (size_t)(n * pk_dtype_size(job->pair.dtype));
     if (job->by) {
-        (void)combine_piece(job, at, w, other, n, 0);
+        combine_piece(job, at, w, other, n);
     } else {
         char fresh[PIECE * 8]; /* one array after the other: going through both at once is slower */
         memcpy(fresh, other, bytes);
@@ -111,6 +107,7 @@ static void exchange_range(int64_t begin, int64_t end, void *ctx) {
             if (job->hash) hash_piece(job->isa, hash.hash, job->old ? other : w, n * size);
         }
         digest += ((uint64_t)trace_hash(&hash) + 1) * (2 * (uint64_t)i + 1);
+        if (pair->hashes) pair->hashes[i] = trace_hash(&hash);
     }
     atomic_fetch_add_explicit(&job->digest, digest, memory_order_relaxed);
 }
@@ -133,7 +130,7 @@ static int exchange_run(exchange_job *job, pk_parallel_fn par) {
 }
 
 int pk_exchange(const pk_pair *pair, const pk_operand *by, unsigned flags, uint64_t *digest, pk_parallel_fn par) {
-    exchange_job job = {.pair = *pair, .by = by, .check = (flags & PK_CHECK) != 0, .hash = digest != NULL};
+    exchange_job job = {.pair = *pair, .by = by, .check = (flags & PK_CHECK) != 0, .hash = digest || pair->hashes};
     if (!pair_valid(pair) || (!pair->other && pair->n) || (by && !operand_valid(by, pair))) return PK_EINVAL;
     int rc = exchange_run(&job, par);
     if (rc != PK_OK) return rc;
@@ -154,36 +151,37 @@ int pk_exchange_back(const pk_pair *pair, uint64_t digest, pk_parallel_fn par) {
     return rc != PK_OK ? rc : PK_CHANGED;
 }
 
+/* w = other in the blocks of w that have their hash; with `old`: they become again what they were */
 static void uncombine_range(int64_t begin, int64_t end, void *ctx) {
     exchange_job *const job = ctx;
     const int64_t size = pk_dtype_size(job->pair.dtype);
     for (int64_t i = begin; i < end; i++) {
         const int64_t from = i * BLOCK, n = min64(job->pair.n - from, BLOCK);
         char *const w = (char *)job->pair.w + from * size, *const other = (char *)job->pair.other + from * size;
-        int64_t back = job->old && job->done[i] ? n : 0; /* to be made again what it was */
-        for (int64_t at = 0; !job->old && at < n; at += PIECE) {
-            const int64_t part = min64(PIECE, n - at);
-            job->done[i] = (unsigned char)combine_piece(job, from + at, w + at * size, other + at * size, part, 1);
-            if (!job->done[i]) {
+        if (!job->old) {
+            pk_trace hash;
+            trace_start(&hash, NULL, NULL);
+            hash_piece(job->isa, hash.hash, w, n * size);
+            job->done[i] = trace_hash(&hash) == job->pair.hashes[i];
+            if (job->done[i])
+                memcpy(w, other, (size_t)(n * size));
+            else
                 atomic_store_explicit(&job->bad, 1, memory_order_relaxed);
-                back = at;
-                break;
-            }
-            memcpy(w + at * size, other + at * size, (size_t)(part * size));
         }
-        for (int64_t at = 0; at < back; at += PIECE)
-            (void)combine_piece(job, from + at, w + at * size, other + at * size, min64(PIECE, back - at), 0);
+        for (int64_t at = 0; job->old && job->done[i] && at < n; at += PIECE)
+            combine_piece(job, from + at, w + at * size, other + at * size, min64(PIECE, n - at));
     }
 }
 
-size_t pk_combined_blocks(const pk_pair *pair) {
+size_t pk_exchange_blocks(const pk_pair *pair) {
     return (size_t)((pair->n + BLOCK - 1) / BLOCK);
 }
 
 int pk_uncombine(const pk_pair *pair, const pk_operand *by, unsigned char *done, pk_parallel_fn par) {
     exchange_job job = {.isa = pk_isa_now(), .pair = *pair, .by = by, .done = done};
-    const int64_t blocks = (int64_t)pk_combined_blocks(pair);
-    if (!pair_valid(pair) || pair->places || (!pair->other && pair->n) || !operand_valid(by, pair)) return PK_EINVAL;
+    const int64_t blocks = (int64_t)pk_exchange_blocks(pair);
+    if (!pair_valid(pair) || pair->places || (pair->n && (!pair->other || !pair->hashes)) || !operand_valid(by, pair))
+        return PK_EINVAL;
     int rc = run_parallel(par, blocks, BLOCK / 4, uncombine_range, &job);
     if (rc != PK_OK || !atomic_load(&job.bad)) return rc;
     job.old = 1;

@@ -158,6 +158,7 @@ typedef struct {
     int64_t n, size;
     const void *places; /* n of int64_t or, with `narrow`, int32_t */
     int narrow;
+    uint32_t *hashes; /* NULL, or one for each of pk_exchange_blocks of the new w */
 } pk_pair;
 
 /* What w becomes instead of `other`: round(w + v), or w * v, where v of element i is values[i / run % count]. `values`
@@ -177,9 +178,9 @@ int pk_exchange(const pk_pair *pair, const pk_operand *by, unsigned flags, uint6
 /* The exchange for an old w of this digest; PK_CHANGED: it has another one, and nothing has changed. */
 int pk_exchange_back(const pk_pair *pair, uint64_t digest, pk_parallel_fn par);
 
-/* w = other, where w is what combining `other` by `by` gives; PK_CHANGED: it is not, and nothing has changed. `done` has
- * pk_combined_blocks bytes. */
-size_t pk_combined_blocks(const pk_pair *pair);
+/* w = other, where w has the hashes of combining `other` by `by`; PK_CHANGED: it has not, and nothing has changed. `done`
+ * has pk_exchange_blocks bytes. */
+size_t pk_exchange_blocks(const pk_pair *pair);
 int pk_uncombine(const pk_pair *pair, const pk_operand *by, unsigned char *done, pk_parallel_fn par);
 
 /* A digest of n elements' bits, the same on every machine and for every number of threads. */

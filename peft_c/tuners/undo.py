@@ -6,7 +6,7 @@ The record in a `Saved` is the kernels' own (bytes that say where subtracting th
 |--------------|-----------------------------|-------------------------------------|------------------------------|
 | `Difference` | other values, full deltas   | the old values, all or where needed | a digest                     |
 | `Places`     | a few elements              | their places and old values         | a digest of these            |
-| `Product`    | a weight times a vector     | the old values, the vector          | the product of both          |
+| `Product`    | a weight times a vector     | the old values, the vector          | a hash of each block         |
 
 Each writes a weight and itself, and restores the old bits, in one pass of C where C may act, with torch operations
 elsewhere. Nothing is restored over values that others have written since: then the reason is returned.
@@ -105,7 +105,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 class Difference:
     """The old values: all, or, for what torch operations have added, those that subtraction would not give."""
 
-    digest: int | None  # None: not known any more
+    digest: Any  # of the merged bits, an int as a rule; None: not known any more
     index: torch.Tensor | None
     old: torch.Tensor
 
@@ -235,8 +235,8 @@ class Places(Difference):
 
 @dataclass
 class Product(Difference):
-    """The record of a weight that C has multiplied: the old values and, instead of a digest, what it was multiplied by
-    (`vector`, each of its values `run` times)."""
+    """The record of a weight that C has multiplied: the old values, and what it was multiplied by (`vector`, each of
+    its values `run` times), to do that again; `digest` is bytes, a hash for each block of the weight."""
 
     vector: torch.Tensor
     run: int
@@ -250,6 +250,7 @@ class Product(Difference):
         done = _C.combine(tensor, product.old, vector, run, True, None, check, view.tensor)
         if done is None:
             return Difference.exchange(view, tensor, product.times(tensor), False, check)
+        product.digest = done[1]
         return product if done[0] else None
 
     def times(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -263,7 +264,7 @@ class Product(Difference):
         return None if torch.equal(_bits(tensor), _bits(self.times(self.old))) else "was written to"
 
     def put_back(self, view: BaseView, tensor: torch.Tensor, fits: bool) -> str | None:
-        done = _C.uncombine(tensor, self.old, self.vector, self.run, True, view.tensor) if fits else None
+        done = _C.uncombine(tensor, self.old, self.vector, self.run, self.digest, view.tensor) if fits else None
         reason = self.mismatch(tensor, fits) if done is None else None if done else "was written to"
         if done is None and reason is None:
             write(view, tensor, self.old)
