@@ -252,3 +252,39 @@ def _backward_composed(g, x, weight, scales, factors, needs_x, needs, shape, dty
     if dx is not None:
         dx = dx.reshape(shape).to(dtype)
     return dx, *grads
+
+
+# ------------------------------------------------------------------------------- products that torch multiplies slowly
+
+
+def _times(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """a (..., k) @ b (k, n) + bias, by the kernels where these are faster. Autograd does not see it."""
+    if b.stride(0) == 1 and b.stride(1) != 1:
+        return _C.lowrank_linear(a, b.T, bias, None, (), ())
+    result = _C.linear_grad(a, b)
+    result = a @ b if result is None else result
+    return result if bias is None else result.add_(bias)
+
+
+class _Product(torch.autograd.Function):
+    """x (..., k) @ matrix (k, n) + bias, each with a gradient where it wants one."""
+
+    @staticmethod
+    def forward(ctx, x, matrix, bias):
+        ctx.save_for_backward(x, matrix)
+        return _times(x, matrix, bias).detach()
+
+    @staticmethod
+    def backward(ctx, g):
+        (x, matrix), needs, dm = ctx.saved_tensors, ctx.needs_input_grad, None
+        times = torch.matmul if torch.is_grad_enabled() else _times  # which it is with create_graph
+        g = g.contiguous()
+        rows, inputs = g.view(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+        if needs[1]:  # in the matrix's layout
+            dm = times(rows.T, inputs).T if matrix.stride(0) == 1 else times(inputs.T, rows)
+        return times(g, matrix.T) if needs[0] else None, dm, rows.sum(0) if needs[2] else None
+
+
+def product_in_graph(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x (..., k) @ matrix (k, n) + bias under autograd, of one dtype, on the CPU, where `_C.may_act`."""
+    return _Product.apply(x, matrix, bias)

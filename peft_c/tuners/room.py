@@ -41,6 +41,7 @@ from torch import nn
 
 from .. import _C
 from ..config import PeftConfig
+from ..fast import product_in_graph
 from ..reexports import elsewhere
 from ..utils import constants
 from ..utils.matching import get_pattern_key
@@ -48,12 +49,14 @@ from ..utils.peft_types import PeftType, add_peft_type, register_peft_method
 from ..utils.quantization_utils import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
 from . import kept, law
 from .base_view import BaseView
+from .changes import multiplies_slowly
 from .tuner_layer import BaseTunerLayer, _get_in_out_features, is_transformers_conv1d
 from .tuners_utils import BaseTuner, check_adapters_to_merge
 
 State = dict[str, torch.Tensor]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 QUANTISED = {"linear": nn.Linear, "embedding": nn.Embedding, "conv2d": nn.Conv2d}  # a backend's layer type -> class
+LARGE = 2**15  # elements of a matrix from which on the kernels take products in a graph
 FEW = 64  # rows for which multiplying by large factors in C is faster than in torch
 
 
@@ -172,23 +175,42 @@ def c_is_worth_asking(x: torch.Tensor) -> bool:
     return x.is_cpu and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
+def are_plain(*tensors: torch.Tensor) -> bool:
+    """Whether C may read these tensors here and now."""
+    plain = all(type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided for tensor in tensors)
+    return plain and _C.may_act()
+
+
 def c_takes(*tensors: torch.Tensor) -> bool:
     """Whether C may multiply these tensors here and now."""
-    plain = all(type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided for tensor in tensors)
-    return plain and c_is_worth_asking(tensors[0]) and _C.may_act()
+    return c_is_worth_asking(tensors[0]) and are_plain(*tensors)
+
+
+def c_takes_in_graph(x: torch.Tensor, matrix: torch.Tensor) -> bool:
+    """Whether C may multiply x by the matrix here and now under autograd, and torch would take much longer."""
+    large = torch.is_grad_enabled() and matrix.dim() == 2 and matrix.numel() >= LARGE and x.dim() > 1
+    return large and not torch.compiler.is_compiling() and multiplies_slowly(x) and are_plain(x, matrix)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear(x, weight, bias); in C where that is faster, for few rows of x."""
-    if weight.dtype == x.dtype and c_takes(x, weight):
-        return _C.lowrank_linear(x, weight, bias, None, (), ())
+    """F.linear(x, weight, bias); in C where that is faster: for few rows of x, and half precision on some CPUs."""
+    if weight.dtype == x.dtype:
+        if c_takes(x, weight):
+            return _C.lowrank_linear(x, weight, bias, None, (), ())
+        if c_takes_in_graph(x, weight) and (bias is None or bias.dtype == x.dtype):
+            return product_in_graph(x, weight.T, bias)
     return F.linear(x, weight, bias)
 
 
 def product(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """x @ matrix (k, n), for x (..., k); in C where that is faster, for few rows of x."""
-    result = _C.linear_grad(x, matrix) if x.dtype == matrix.dtype and c_takes(x, matrix) else None
-    return x @ matrix if result is None else result
+    """x @ matrix (k, n), for x (..., k); in C where that is faster, as in `linear`."""
+    if x.dtype == matrix.dtype:
+        if c_takes_in_graph(x, matrix):
+            return product_in_graph(x, matrix)
+        result = _C.linear_grad(x, matrix) if c_takes(x, matrix) else None
+        if result is not None:
+            return result
+    return x @ matrix
 
 
 def apply_weight(base: nn.Module, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -111,3 +111,36 @@ def test_a_base_layer_without_terms_is_one_node():
     assert layer.base_output(x).grad_fn.name() == "AddmmBackward0"
     with peft_c.fast_paths(False):
         assert layer.base_output(x).grad_fn.name() == "AddmmBackward0"
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("shape", [(40, 256), (3, 5, 256), (1, 256), (0, 256)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_in_a_graph(dtype, shape, turned):
+    torch.manual_seed(0)
+    x, bias = (torch.randn(s).to(dtype).requires_grad_() for s in (shape, 192))
+    weight = (torch.randn((256, 192) if turned else (192, 256)) / 16).to(dtype).requires_grad_()
+    eps = torch.finfo(dtype).eps
+    tolerance = {"atol": (100 if dtype == torch.float32 else 8) * eps, "rtol": 4 * eps}
+    matrix = weight if turned else weight.T
+    for actual, leaves in ((linear(x, matrix.T, bias), (x, weight, bias)), (product(x, matrix), (x, weight))):
+        wanted = x.float() @ matrix.float() + (bias.float() if len(leaves) == 3 else 0)
+        assert actual.grad_fn.name() == "_ProductBackward" or dtype != torch.float16
+        torch.testing.assert_close(actual.float(), wanted, **tolerance)
+        g = torch.randn(wanted.shape).to(dtype)
+        found, expected = (torch.autograd.grad(y, leaves, by) for y, by in ((actual, g), (wanted, g.float())))
+        for one, other, leaf in zip(found, expected, leaves, strict=True):
+            assert one.dtype == dtype and one.stride() == leaf.stride()
+            torch.testing.assert_close(one.float(), other.float(), **(tolerance | {"rtol": 4e-2}))
+
+
+def test_products_in_a_graph_are_differentiated_twice():
+    x, weight = (torch.randn(s).half().requires_grad_() for s in ((4, 256), (192, 256)))
+    seen = []
+    for multiply in (linear, F.linear):
+        (dx,) = torch.autograd.grad(multiply(x, weight / 16).square().sum(), x, create_graph=True)
+        seen.append(torch.autograd.grad(dx.square().sum(), (x, weight)))
+    for one, other in zip(*seen, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-2 * other.abs().max().item(), rtol=0)
+    frozen = linear(x.detach(), weight.detach())
+    assert not frozen.requires_grad
