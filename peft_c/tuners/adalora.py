@@ -74,7 +74,7 @@ class AdaLoraLayer(AddRoom, LoraLayer):
     factored = math.inf
     adapter_layer_names = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "ranknum")
-    containers = {"ranknum": nn.ParameterDict}
+    containers = dict.fromkeys((*adapter_layer_names, "ranknum"), nn.ParameterDict)
     dropout = "lora_dropout"
 
     def prepare(self, base: nn.Module, config: AdaLoraConfig) -> None:

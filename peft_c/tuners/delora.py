@@ -44,7 +44,8 @@ class DeloraLinear(AddRoom):
     factored = math.inf
     adapter_layer_names = ("delora_A", "delora_B", "delora_lambda")
     other_param_names = ("r", "delora_dropout", "delora_w_norm")
-    containers = {"delora_w_norm": partial(BufferDict, persistent=True)}
+    containers = dict.fromkeys(adapter_layer_names, nn.ParameterDict)
+    containers |= {"delora_w_norm": partial(BufferDict, persistent=True)}
     dropout = "delora_dropout"
 
     def create(self, name: str, config: DeloraConfig, r: int, delora_lambda: float) -> None:

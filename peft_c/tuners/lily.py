@@ -45,6 +45,7 @@ class Linear(AddRoom):
     adapter_layer_names = ("lily_A", "lily_B", "lily_router")
     other_param_names = ("r", "scaling", "stride_A", "num_B")
     containers = dict.fromkeys(adapter_layer_names, nn.ModuleDict)
+    never_merged = "This method is not supported for Lily."
 
     def create(self, name: str, config: LilyConfig) -> None:
         r, num_B = positive("r", config.r), config.num_B
@@ -60,7 +61,7 @@ class Linear(AddRoom):
         self.lily_A[name], self.lily_B[name], self.lily_router[name] = A, B, router
 
     def low_rank(self, name: str) -> LowRank:
-        raise NotImplementedError("This method is not supported for Lily.")
+        raise NotImplementedError(self.never_merged)
 
     def halves(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = linear(x, self.lily_A[name].weight)

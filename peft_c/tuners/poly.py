@@ -76,6 +76,7 @@ class Linear(Room):
     other_param_names = ("r", "n_tasks", "n_skills", "n_splits", "poly_type")
     containers = {"poly_router": nn.ModuleDict}
     adapter_kwargs = ("task_ids",)
+    never_merged = "Poly cannot be merged: what it adds depends on the task of each input."
 
     def create(self, name: str, config: PolyConfig) -> None:
         positive("r", config.r)
@@ -104,9 +105,6 @@ class Linear(Room):
             B = torch.einsum("bqs,qsrd->brqd", weights, self.poly_lora_B[name]).flatten(2)
             result = result + x.to(A.dtype).bmm(A).bmm(B) / self.r[name]
         return result.to(dtype)
-
-    def _merge_changes(self, name: str) -> dict[str, Any]:
-        raise NotImplementedError("Poly cannot be merged: what it adds depends on the task of each input.")
 
 
 PolyLayer = Linear

@@ -226,7 +226,8 @@ def apply_weight(base: nn.Module, x: torch.Tensor, weight: torch.Tensor, bias: t
 class Room(law.Merging, nn.Module, BaseTunerLayer):
     """One base layer with the adapters of one method.
 
-    `adapter_layer_names` are ParameterDicts and `other_param_names` dicts, unless `containers` says otherwise.
+    `adapter_layer_names` are ParameterDicts and `other_param_names` dicts, unless `containers` says otherwise, which
+    come first: their order is that of the layer's submodules.
     `settings`, given at construction and to `update_layer`, are what `RoomModel.settings` made for this layer.
     """
 
@@ -235,6 +236,7 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
     exclusive: ClassVar[bool] = False  # whether only one adapter at a time can act or be merged
     adapter_kwargs: ClassVar[tuple[str, ...]] = ()  # keyword arguments of forward for `adapt`, not for the base layer
     input_name: ClassVar[str] = "input"  # the base layer's name for its first argument
+    never_merged: ClassVar[str] = ""  # why adapters of the method cannot be merged, if they cannot
     _merge_suspended = False  # see law.suspend
 
     def create(self, name: str, config: Any, **settings: Any) -> None:
@@ -247,6 +249,9 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
     def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The layer's output with the adapters `names`, at least one, in this order."""
         raise NotImplementedError(f"{type(self).__name__} derives from no law")
+
+    def _merge_changes(self, name: str) -> dict[str, law.Change]:
+        raise NotImplementedError(self.never_merged)
 
     # --- construction ---
 
@@ -261,10 +266,9 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.quantization_backend = quantization_backend
-        for name in self.adapter_layer_names:
-            setattr(self, name, self.containers.get(name, nn.ParameterDict)())
-        for name in self.other_param_names:
-            setattr(self, name, self.containers.get(name, dict)())
+        usual = dict.fromkeys(self.other_param_names, dict) | dict.fromkeys(self.adapter_layer_names, nn.ParameterDict)
+        for name, container in (self.containers | usual | self.containers).items():
+            setattr(self, name, container())
         self.merged_adapters = []
         self._disable_adapters = False
         self.cast_input_dtype_enabled = True
@@ -447,6 +451,8 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """See `law.Merging.unmerge`; a quantised layer gets what quantising its old weight gives."""
+        if self.never_merged:
+            raise NotImplementedError(self.never_merged)
         before = self.__dict__.pop("_before_requantising", None)
         if before is None:
             law.unmerge(self)

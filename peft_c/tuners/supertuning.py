@@ -54,13 +54,10 @@ class Linear(SparseRoom):
 
     title = "Super-Tuning"
     adapter_layer_names = ("supertuning_values", "supertuning_lora_A", "supertuning_lora_B")
-    other_param_names = (
-        "supertuning_indices",
-        "supertuning_rank",
-        "supertuning_lora_alpha",
-        "supertuning_lora_dropout",
-    )
-    containers = dict.fromkeys((*adapter_layer_names[1:], "supertuning_lora_dropout"), nn.ModuleDict)
+    other_param_names = ("supertuning_indices", "supertuning_rank", "supertuning_lora_alpha")
+    other_param_names += ("supertuning_lora_dropout",)
+    containers = {"supertuning_values": nn.ParameterDict, "supertuning_indices": BufferDict}
+    containers |= dict.fromkeys((*adapter_layer_names[1:], "supertuning_lora_dropout"), nn.ModuleDict)
 
     def prepare(self, base: nn.Module, config: SupertuningConfig) -> None:
         super().prepare(base, config)

@@ -128,16 +128,11 @@ class TinyLoraModel(SharedRoomModel):
 
     @classmethod
     def saving(cls, model: nn.Module, config: TinyLoraConfig, name: str, state: State, own: State) -> State:
-        values = f"base_model.tinylora_v.{name}."
-        selected = {}
-        for key, tensor in state.items():
-            if key.startswith(values):
-                selected["base_model.tinylora_v." + key.removeprefix(values)] = tensor
-            elif ".tinylora_P." in key:
-                if config.save_projection and name in key:
-                    selected[key] = tensor
-            elif cls.prefix in key and ".tinylora_v." not in key:
-                selected[key] = tensor
+        P, v, own_v = ".tinylora_P.", "base_model.tinylora_v.", f"base_model.tinylora_v.{name}."
+        selected = {key: state[key] for key in state if cls.prefix in key and ".tinylora_v." not in key and P not in key}
+        selected |= {key.replace(own_v, v, 1): state[key] for key in state if key.startswith(own_v)}
+        if config.save_projection:
+            selected |= {key: state[key] for key in state if P in key and name in key}
         return selected | cls._get_learnable_bias_state_dict(model, state, config)
 
     @classmethod
