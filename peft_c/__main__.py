@@ -28,8 +28,11 @@ the version of "peft" reads {version}; the real peft need not be installed. Proc
 
 In a notebook: `import peft_c; peft_c.install_as_peft()` in the first cell.
 Environment: PEFT_C_FAST=0 switches the C paths off, PEFT_C_ISA=avx2 (generic, ...) chooses kernels,
-PEFT_C_EXACT=0 merges without records for exact unmerging.
+PEFT_C_EXACT=0 merges without records for exact unmerging, PEFT_C_KEPT=0 (MiB; 256) bounds the adapted weights that are
+kept between forwards in evaluation.
 """
+
+_SWITCHES = ("PEFT_C_FAST", "PEFT_C_ISA", "PEFT_C_EXACT", "PEFT_C_KEPT")
 
 _LIBRARIES = (
     "torch",
@@ -65,9 +68,7 @@ def environment() -> dict[str, str]:
         "torch symbols": symbols if isinstance(symbols, str) else ", ".join(symbols),
         "python": f"{platform.python_version()} ({platform.python_implementation()}), {platform.platform()}",
     }
-    facts.update(
-        {name: os.environ[name] for name in ("PEFT_C_FAST", "PEFT_C_ISA", "PEFT_C_EXACT") if name in os.environ}
-    )
+    facts.update({name: os.environ[name] for name in _SWITCHES if name in os.environ})
     facts.update({name: _installed(name) for name in _LIBRARIES})
     facts["torch"] = f"{torch.__version__} (CUDA {torch.version.cuda or 'not built in'})"
     return facts
