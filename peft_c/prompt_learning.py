@@ -132,6 +132,11 @@ def disabled(model: PeftModel) -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------------- prompts
 
 
+def _active(model: PeftModel) -> tuple[PeftConfig, nn.Module]:
+    """The active adapter's config and encoder."""
+    return model.active_peft_config, model.prompt_encoder[model.active_adapter]
+
+
 def _tokens(model: PeftModel, adapter_name: str, batch_size: int) -> torch.Tensor:
     """The virtual tokens (batch, tokens) that the adapter's encoder is asked for."""
     config, encoder = model.peft_config[adapter_name], model.prompt_encoder[adapter_name]
@@ -151,7 +156,7 @@ def prompt_to_save(model: PeftModel, adapter_name: str) -> torch.Tensor:
 
 def prompt(model: PeftModel, batch_size: int, task_ids: torch.Tensor | None) -> Any:
     """The active prompt: embeddings (batch, tokens, token_dim), or a cache with keys and values for each layer."""
-    config, encoder = model.active_peft_config, model.prompt_encoder[model.active_adapter]
+    config, encoder = _active(model)
     if encoder.by_task:
         return encoder(_tokens(model, model.active_adapter, batch_size), task_ids)
     if encoder.fills_cache:
@@ -291,7 +296,7 @@ def forward(model: PeftModel, inputs: dict[str, Any], task_ids: Any, kwargs: dic
 
     if isinstance(model, PeftModelForSeq2SeqLM):
         return _forward_seq2seq(model, inputs, task_ids, kwargs)
-    config, encoder = model.active_peft_config, model.prompt_encoder[model.active_adapter]
+    config, encoder = _active(model)
     length = config.num_virtual_tokens
     with_head, causal = isinstance(model, _PeftModelWithHead), isinstance(model, PeftModelForCausalLM)
     kwargs.update(inputs)
@@ -337,7 +342,7 @@ def _forward_cpt(model: PeftModel, config: PeftConfig, embeddings: torch.Tensor,
 def _forward_seq2seq(model: PeftModel, inputs: dict[str, Any], task_ids: Any, kwargs: dict[str, Any]) -> Any:
     """Encoder-decoder models: a prefix goes into the decoder's cache; prompt tuning and P-tuning go before the
     encoder's input; other prompts have a part for each of encoder and decoder."""
-    config, encoder = model.active_peft_config, model.prompt_encoder[model.active_adapter]
+    config, encoder = _active(model)
     length, base = config.num_virtual_tokens, model.base_model
     kwargs.update(inputs)
     input_ids, inputs_embeds = kwargs.pop("input_ids"), kwargs.pop("inputs_embeds")
@@ -424,7 +429,7 @@ def generate(model: PeftModel, args: tuple, kwargs: dict[str, Any]) -> Any:
     base = model.base_model
     if model._adapters_disabled or not isinstance(model, PeftModelForSeq2SeqLM):
         return base.generate(*args, **kwargs)
-    config, encoder = model.active_peft_config, model.prompt_encoder[model.active_adapter]
+    config, encoder = _active(model)
     if "input_ids" not in kwargs:
         raise ValueError("input_ids must be provided for Peft model generation")
     _adjust(config, encoder.fills_cache, kwargs, token_types=False)
@@ -447,7 +452,7 @@ def prepare_inputs_for_generation(
     first step and with masks of the right length in all."""
     from .peft_model import PeftModelForSeq2SeqLM
 
-    encoder = model.prompt_encoder[model.active_adapter]
+    _, encoder = _active(model)
     if not isinstance(model, PeftModelForSeq2SeqLM):
         return _prepare_causal(model, model_kwargs, task_ids)
     if encoder.fills_cache:
@@ -467,7 +472,7 @@ def _cached_tokens(cache: Any) -> int:
 
 
 def _prepare_causal(model: PeftModel, model_kwargs: dict[str, Any], task_ids: Any) -> dict[str, Any]:
-    config, encoder = model.active_peft_config, model.prompt_encoder[model.active_adapter]
+    config, encoder = _active(model)
     position = model_kwargs.get("cache_position")
     is_prefill = position is not None and bool(position[0] == 0)
     cache, input_ids = model_kwargs.get("past_key_values"), model_kwargs["input_ids"]

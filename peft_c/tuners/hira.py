@@ -52,9 +52,12 @@ class HiraLayer(AddRoom):
         A, B = torch.randn(r, self.in_features, *kernel), torch.randn(self.out_features, r, *(1 for _ in kernel))
         if scheme:
             nn.init.zeros_(B)
-            if scheme is not True and not kernel and scheme.lower() != "gaussian":
-                raise ValueError(f"Unknown initialization init_weights={scheme!r}")
-            kaiming(A) if scheme is True or kernel else nn.init.normal_(A, std=1 / r)
+        if scheme is True or (scheme and kernel):
+            kaiming(A)
+        elif scheme and scheme.lower() == "gaussian":
+            nn.init.normal_(A, std=1 / r)
+        elif scheme:
+            raise ValueError(f"Unknown initialization init_weights={scheme!r}")
         return A, B
 
     def factors(self, name: str) -> list[torch.Tensor]:
