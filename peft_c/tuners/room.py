@@ -30,7 +30,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, ClassVar
@@ -291,7 +291,8 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         except BaseException:
             for container in (getattr(self, name) for name in self.adapter_layer_names + self.other_param_names):
                 if not existed and adapter_name in container:
-                    del container[adapter_name]
+                    with suppress(AttributeError):  # ParameterDicts note a name before they refuse it
+                        del container[adapter_name]
             raise
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

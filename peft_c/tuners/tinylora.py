@@ -129,7 +129,8 @@ class TinyLoraModel(SharedRoomModel):
     @classmethod
     def saving(cls, model: nn.Module, config: TinyLoraConfig, name: str, state: State, own: State) -> State:
         P, v, own_v = ".tinylora_P.", "base_model.tinylora_v.", f"base_model.tinylora_v.{name}."
-        selected = {key: state[key] for key in state if cls.prefix in key and ".tinylora_v." not in key and P not in key}
+        layers = (key for key in state if cls.prefix in key and ".tinylora_v." not in key)
+        selected = {key: state[key] for key in layers if P not in key}
         selected |= {key.replace(own_v, v, 1): state[key] for key in state if key.startswith(own_v)}
         if config.save_projection:
             selected |= {key: state[key] for key in state if P in key and name in key}

@@ -26,6 +26,7 @@ from tests.rooms.cases import (
     call,
     config_of,
     disturb,
+    kinds_of,
     layers,
     make,
     network,
@@ -250,3 +251,13 @@ def test_rooms_leave_the_work_to_the_base():
                 own = forbidden if issubclass(cls, Room) else {"_create_and_replace", "_create_new_module"}
                 found += [f"{cls.__qualname__}.{name}" for name in own & vars(cls).keys()]
     assert not found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_name_with_a_dot_is_refused(method):
+    kind = kinds_of(method)[0]
+    model = start(method, kind)
+    before = repr(model)
+    with pytest.raises(ValueError if method in ONE_ADAPTER else KeyError):
+        model.add_adapter("x.y", config_of(method, kind))
+    assert repr(model) == before and list(model.peft_config) == ["default"]
