@@ -34,11 +34,15 @@ class BOFTConfig(RoomConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if bool(self.boft_block_size) == bool(self.boft_block_num):
-            how = "You can only specify either" if self.boft_block_size else "Either"
+            either = "`boft_block_size` or `boft_block_num`"
+            how = (
+                f"You can only specify either {either}"
+                if self.boft_block_size
+                else f"Either {either} must be non-zero"
+            )
             raise ValueError(
-                f"{how} `boft_block_size` or `boft_block_num` must be non-zero, but not both: their product is the "
-                f"input size. Currently, boft_block_size = {self.boft_block_size} and boft_block_num = "
-                f"{self.boft_block_num}."
+                f"{how}, but not both: their product is the input size. Currently, "
+                f"boft_block_size = {self.boft_block_size} and boft_block_num = {self.boft_block_num}."
             )
 
 

@@ -55,7 +55,7 @@ class DeftLinear(Unscaled, AddRoom):
         "deft_scaling",
         "deft_dropout",
     )
-    containers = {"deft_dropout": nn.ModuleDict}
+    containers = dict.fromkeys(adapter_layer_names, nn.ParameterDict) | {"deft_dropout": nn.ModuleDict}
 
     def create(self, name: str, config: DeftConfig) -> None:
         r = min(positive("r", config.r), self.out_features)

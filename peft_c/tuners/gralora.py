@@ -47,7 +47,8 @@ class Linear(AddRoom):
     adapter_layer_names = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")
     other_param_names = ("r", "hybrid_r", "alpha", "scaling", "gralora_dropout", "gralora_k")
     factored = math.inf
-    containers = dict.fromkeys(("gralora_A_general", "gralora_B_general", "gralora_dropout"), nn.ModuleDict)
+    containers = {"gralora_dropout": nn.ModuleDict, **dict.fromkeys(("gralora_A", "gralora_B"), nn.ParameterDict)}
+    containers |= dict.fromkeys(("gralora_A_general", "gralora_B_general"), nn.ModuleDict)
 
     def create(self, name: str, config: GraloraConfig) -> None:
         r, k, hybrid_r = positive("r", config.r), config.gralora_k, config.hybrid_r

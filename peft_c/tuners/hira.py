@@ -50,15 +50,13 @@ class HiraLayer(AddRoom):
         """A and B of a new adapter."""
         kernel = getattr(self.get_base_layer(), "kernel_size", ())
         A, B = torch.randn(r, self.in_features, *kernel), torch.randn(self.out_features, r, *(1 for _ in kernel))
-        if scheme:
-            nn.init.zeros_(B)
-        if scheme is True or (scheme and kernel):
+        if scheme and (scheme is True or kernel):
             kaiming(A)
         elif scheme and scheme.lower() == "gaussian":
             nn.init.normal_(A, std=1 / r)
         elif scheme:
             raise ValueError(f"Unknown initialization init_weights={scheme!r}")
-        return A, B
+        return A, nn.init.zeros_(B) if scheme else B
 
     def factors(self, name: str) -> list[torch.Tensor]:
         """A (r, in...) and B (out, r) of an adapter."""
@@ -116,6 +114,7 @@ class HiraModel(RoomModel):
     rooms |= {nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}
     unsupported = ValueError
     by_pattern = {"r": "rank_pattern"}
+    corrects_config = False
 
 
 register("hira", HiraConfig, HiraModel)

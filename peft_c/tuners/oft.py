@@ -38,10 +38,11 @@ class OFTConfig(RoomConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if bool(self.r) == bool(self.oft_block_size):
-            how = "You can only specify either" if self.r else "Either"
+            either = "`r` or `oft_block_size`"
+            how = f"You can only specify either {either}" if self.r else f"Either {either} must be non-zero"
             raise ValueError(
-                f"{how} `r` or `oft_block_size` must be non-zero, but not both: r x oft_block_size is the input size. "
-                f"Currently, r = {self.r} and oft_block_size = {self.oft_block_size}."
+                f"{how}, but not both: r x oft_block_size is the input size. Currently, r = {self.r} and "
+                f"oft_block_size = {self.oft_block_size}."
             )
 
     @classmethod

@@ -31,6 +31,7 @@ import sys
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
+from copy import copy
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, ClassVar
@@ -709,6 +710,7 @@ class RoomModel(BaseTuner):
     rooms: ClassVar[dict[type | str, type[Room]]]
     unsupported: ClassVar[type[Exception] | None] = TypeError
     title: ClassVar[str] = ""  # the method's name in messages
+    corrects_config: ClassVar[bool] = True  # whether files say, too, that `fan_in_fan_out` was wrong
     by_pattern: ClassVar[dict[str, str]] = {}  # option that depends on a target's name -> the one that says how
     equal: ClassVar[dict[str, str]] = {}  # option that all adapters have to agree in -> what is said if they do not
     unequal: ClassVar[type[Exception]] = ValueError  # what is raised then
@@ -823,12 +825,14 @@ class RoomModel(BaseTuner):
                 f"Target module {target} is not supported. "
                 f"Currently, only the following modules are supported: {known}."
             )
-        if hasattr(config, "fan_in_fan_out") and config.fan_in_fan_out != is_transformers_conv1d(base):
+        has_choice = hasattr(config, "fan_in_fan_out") and not isinstance(base, (*CONVOLUTIONS, nn.Embedding))
+        if has_choice and config.fan_in_fan_out != is_transformers_conv1d(base):
             warnings.warn(
                 f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module is "
                 f"`{'torch.nn.Linear' if config.fan_in_fan_out else 'Conv1D'}`. "
                 f"Setting fan_in_fan_out to {not config.fan_in_fan_out}."
             )
+            config = config if self.corrects_config else copy(config)
             config.fan_in_fan_out = not config.fan_in_fan_out
         return room(target, adapter_name, config=config, quantization_backend=self.backend_of(base), **settings)
 

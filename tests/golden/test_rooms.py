@@ -79,6 +79,20 @@ def test_what_cannot_be_merged_cannot_be_unmerged(method):
 
 
 @each
+def test_a_wrong_fan_in_fan_out(method, kind):
+    found = []
+    for package in (peft_c, peft):
+        config = config_of(method, kind, package, fan_in_fan_out=kind != "Conv1D")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            package.get_peft_model(network(kind)[0], config)
+        found.append(
+            (sum("fan_in_fan_out" in str(w.message) for w in caught), getattr(config, "fan_in_fan_out", None))
+        )
+    assert found[0] == found[1]
+
+
+@each
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_new_adapter_has_the_same_values_dtypes_and_flags_in_other_dtypes(method, kind, dtype):
     if method == "psoft" and dtype is torch.float64:
