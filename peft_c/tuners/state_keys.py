@@ -86,8 +86,7 @@ def _join(prefix: str, name: str) -> str:
 def _own_prefixes(name: str, module: nn.Module, adapter_name: str | None) -> set[str]:
     """Prefixes of everything a module holds but what it wraps."""
     prefixes = set()
-    for part in (*module._modules, *module._parameters, *module._buffers):
-        held = getattr(module, part)
+    for part, held in {**module._modules, **module._parameters, **module._buffers}.items():
         if held is None or part in ("base_layer", "model"):
             continue
         prefix = _join(name, part)
