@@ -122,7 +122,7 @@ def _switches(count: int, names: Sequence[str] = PACKAGES) -> Iterator[Case]:
     for name, act in (("set_adapter", _switch), ("disable_adapter", _disable)):
         for in_a_row in (10, 1):
             build = functools.partial(act, count, in_a_row, names)
-            yield Case(f"{name} {count}", build, note="224 LoRA layers", seconds=1, in_a_row=in_a_row)
+            yield Case(f"{name} {count}", build, note="224 LoRA layers", seconds=3, in_a_row=in_a_row)
 
 
 def _memory(name: str, count: int = 10) -> float:
