@@ -72,7 +72,7 @@ static int queue(switch_call *call, stage *self, const target *layer, PyObject *
     hint other = {.searched = INT_MAX}, *const places = call->places[names == call->names];
     for (Py_ssize_t i = 0; i < PyTuple_Size(names); i++) {
         PyObject *const name = PyTuple_GetItem(names, i);
-        hint *const place = i < PLACED ? &places[i] : &other;
+        hint *const place = i < PLACED && !call->alone ? &places[i] : &other;
         for (size_t k = 0; k < count; k++) {
             PyObject *entry = all[k].size ? container_get(&all[k], name, place) : NULL;
             if (entry == NULL && PyErr_Occurred()) return -1;
@@ -353,7 +353,8 @@ static int restore_pair(switch_call *call, stage *self, const target *layer, PyO
     if (k == count) { /* an equal string, after pickling for one */
         for (k = 0; k < count && PyUnicode_Compare(all[k].name, list) != 0;) k++;
     }
-    PyObject *entry = k < count && all[k].size ? container_get(&all[k], name, &call->places[0][0]) : NULL;
+    hint other = {.searched = INT_MAX}, *const place = call->alone ? &other : &call->places[0][0];
+    PyObject *entry = k < count && all[k].size ? container_get(&all[k], name, place) : NULL;
     if (entry != NULL) rc = work_add(&self->work, entry, ON, NULL);
     return rc < 0 || PyErr_Occurred() ? -1 : 0;
 }

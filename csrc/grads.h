@@ -28,6 +28,7 @@ typedef struct {
     PyObject *suspects;
     PyObject *written;      /* the ledger written last */
     hint places[2][PLACED]; /* where in the containers the first few of `suspects` and of `names` are */
+    bool alone;             /* it is for one layer: to look for where an entry is would serve nobody after it */
     struct {                /* the last value of _disabled_trainable, and what it was made of */
         PyObject *names, *containers, *trainable, *pairs;
     } paused;

@@ -253,7 +253,7 @@ typedef struct {
 /* 0, or -1 with an exception; to be ended in both cases. */
 static int single_start(single *one, const module_state *state, PyObject *layer, PyObject *names) {
     tuned_layer *const opened = &one->layer;
-    *one = (single){.call = {.state = state}};
+    *one = (single){.call = {.state = state, .alone = true}};
     one->self.of = opened;
     if (layer_open(state, &one->classes, layer, opened) < 0) return -1;
     if (names != NULL && switch_names(&one->call, names) < 0) return -1;
