@@ -108,6 +108,10 @@ extern const pk_isa pk_isa_neon;
  * been written in other pieces and would be waited for. */
 extern const uint32_t trace_first[16];
 
+/* For each mask of 8 bits, 8 places of bytes, as pshufb takes them: of the bytes where it is 1, side by side; and, to get
+ * them from there, for each bit its byte's place, or 0x80 (a zero) where it is 0. */
+extern const uint64_t trace_gather[256], trace_spread[256];
+
 /* The code of a segment: old bits - bits got back, steps are these differences saturated, mask says where
  * they are not 0. Getting: adds them, times sign, to the first n of the bits. */
 void trace_put(pk_trace *t, uint64_t mask, const int8_t *steps, const void *old, const void *back, int64_t size);

@@ -78,13 +78,18 @@ static INLINE vf vf_load_bf16(const uint16_t *p) {
     const __m128i h = _mm_loadu_si128((const __m128i *)(const void *)p);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
-static INLINE vf vf_put_bf16(uint16_t *p, vf v) {
-    const __m256i u = _mm256_castps_si256(v), high = _mm256_srli_epi32(u, 16);
-    const __m256i even = _mm256_and_si256(high, _mm256_set1_epi32(1));
-    __m256i r = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), even), 16);
+/* in the lower halves of the lanes; not for NaNs with bits set in their own */
+static INLINE __m256i bf16_rounded(vf v) {
+    const __m256i u = _mm256_castps_si256(v), even = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), even), 16);
+}
+static INLINE __m256i bf16_bits(vf v) {
+    const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(v), 16);
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    r = _mm256_blendv_epi8(r, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
+    return _mm256_blendv_epi8(bf16_rounded(v), _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
+}
+static INLINE vf vf_put_bf16(uint16_t *p, vf v) {
+    const __m256i r = bf16_bits(v), packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
     _mm_storeu_si128((__m128i *)(void *)p, _mm256_castsi256_si128(packed));
     return _mm256_castsi256_ps(_mm256_slli_epi32(r, 16));
 }
@@ -155,6 +160,7 @@ static INLINE void vd_transpose(vd *b) {
     b[3] = _mm256_permute2f128_pd(t1, t3, 0x31);
 }
 
+#define ISA_TRACED "traced_avx2.inc"
 #include "isa.inc"
 PK_TARGET_END
 #else

@@ -12,6 +12,19 @@ const uint32_t trace_first[16] = {
     0xb54a1dc3u, 0x3b35e82eu, 0xc121b299u, 0x470d7d04u, 0xccf9476fu, 0x52e511dau, 0xd8d0dc45u, 0x5ebca6b0u,
 };
 
+/* one entry for each byte, eight bytes each */
+#define RANK(m, b) ((uint64_t)__builtin_popcount((m) & ((1u << (b)) - 1)))
+#define GATHER(m, b) ((m) >> (b)&1 ? (uint64_t)(b) << 8 * RANK(m, b) : 0)
+#define SPREAD(m, b) (((m) >> (b)&1 ? RANK(m, b) : 0x80u) << 8 * (b))
+#define ALL(of, m) of(m, 0) | of(m, 1) | of(m, 2) | of(m, 3) | of(m, 4) | of(m, 5) | of(m, 6) | of(m, 7)
+#define FOUR(of, m) ALL(of, m), ALL(of, (m) + 1), ALL(of, (m) + 2), ALL(of, (m) + 3)
+#define SIXTEEN(of, m) FOUR(of, m), FOUR(of, (m) + 4), FOUR(of, (m) + 8), FOUR(of, (m) + 12)
+#define SIXTY_FOUR(of, m) SIXTEEN(of, m), SIXTEEN(of, (m) + 16), SIXTEEN(of, (m) + 32), SIXTEEN(of, (m) + 48)
+#define EVERY_BYTE(of) SIXTY_FOUR(of, 0u), SIXTY_FOUR(of, 64u), SIXTY_FOUR(of, 128u), SIXTY_FOUR(of, 192u)
+
+const uint64_t trace_gather[256] = {EVERY_BYTE(GATHER)};
+const uint64_t trace_spread[256] = {EVERY_BYTE(SPREAD)};
+
 void trace_start(pk_trace *t, unsigned char *start, unsigned char *end) {
     t->code = start;
     t->wide = end;

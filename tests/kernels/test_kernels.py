@@ -12,6 +12,7 @@ from .klib import BF16, CHANGED, CHECK, DELTA, DTYPES, EINVAL, F16, F32, F64, FU
 
 LIB = klib.load()
 ISAS = klib.isas(LIB)
+HEAD = 72  # bytes of a record before its table
 EPS = {F32: 2.0**-24, F64: 2.0**-53, BF16: 2.0**-8, F16: 2.0**-11}
 PAR = C.cast(LIB.shim_parallel, C.c_void_p)
 shapes = st.tuples(st.integers(1, 70), st.integers(1, 70), st.integers(0, 20))
@@ -357,6 +358,48 @@ def test_thousand_cycles_end_on_the_same_bits():
             assert weight.switch(one, records[0], two, 0, records[1]) == OK
             assert weight.unmerge(two, records[1]) == OK
         assert np.array_equal(bits(weight.w), bits(old))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("size", [0.0, 0.0005, 0.003, 0.02, 1.0])
+def test_strips_and_rows_write_one_code(isa, dtype, size):
+    """The same delta of rank 1 and in full, from no difference to more than are worth coding."""
+    rng = np.random.default_rng(15)
+    n, k = 20, 709
+    old = random(rng, (n, k), dtype, 0.02)
+    row = random(rng, (1, k), F32, size)
+    deltas = [
+        klib.lowrank([(row, F32, np.ones((n, 1), np.float32), F32, 1.0)]),
+        klib.full(np.broadcast_to(row, (n, k)), F32),
+    ]
+    seen = []
+    for d in deltas:
+        weight = Weight(old.copy(), dtype)
+        rec = weight.record()
+        assert weight.merge(d, 0, rec) == OK
+        seen.append((weight.w.tobytes(), C.string_at(rec.data, rec.size)[HEAD:]))
+        assert weight.unmerge(d, rec) == OK
+        assert np.array_equal(bits(weight.w), bits(old))
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_nan_in_a_factor(isa, dtype):
+    """NaNs of any bits, in a few columns: merged as NaN, refused under CHECK, taken out to the old bits."""
+    rng = np.random.default_rng(16)
+    old = random(rng, (13, 640), dtype, 0.02)
+    a, b = random(rng, (3, 640), F32), random(rng, (13, 3), F32)
+    raw = np.array([0xFFFFFFFF, 0x7FFFFFFF, 0x7FC08001, 0x7F800001, 0xFFC00000], np.uint32)
+    a[1, [0, 77, 300, 301, 639]] = raw.view(np.float32)
+    d, weight = klib.lowrank([(a, F32, b, F32, 1.0)]), Weight(old.copy(), dtype)
+    rec = weight.record()
+    assert weight.merge(d, CHECK, rec) == NONFINITE
+    assert np.array_equal(bits(weight.w), bits(old))
+    assert weight.merge(d, 0, rec) == OK
+    wrong = ~np.isfinite(klib.widen(weight.w, dtype))
+    assert (wrong == np.isnan(a[1])).all()
+    assert weight.unmerge(d, rec) == OK
+    assert np.array_equal(bits(weight.w), bits(old))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
