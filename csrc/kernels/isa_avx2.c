@@ -161,6 +161,7 @@ static INLINE void vd_transpose(vd *b) {
 }
 
 #define ISA_TRACED "traced_avx2.inc"
+#define ISA_SEGMENTS
 #include "isa.inc"
 PK_TARGET_END
 #else
