@@ -42,7 +42,8 @@ class LNTuningLayer(Room):
         return self.ln_tuning_layers[names[0]](x, *args, **kwargs)
 
     def _merge_targets(self) -> dict[str, BaseView]:
-        modules = self.get_base_layer().named_modules()
+        base = self.get_base_layer()
+        modules = base.named_modules() if base._modules else [("", base)]
         return {
             f"{path}.{name}" if path else name: BaseView(module, name)
             for path, module in modules
@@ -52,8 +53,10 @@ class LNTuningLayer(Room):
 
     def _merge_changes(self, name: str) -> dict[str, law.Change]:
         def values(targets: dict[str, BaseView]) -> dict[str, torch.Tensor]:
-            own = self.ln_tuning_layers[name]
-            own = {**dict(own.named_parameters()), **dict(own.named_buffers())}
+            layer = self.ln_tuning_layers[name]
+            own = layer._parameters | layer._buffers
+            if layer._modules:
+                own = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
             return {label: own[label] for label in targets}
 
         return {label: law.Replace(values) for label in self._merge_targets()}

@@ -403,8 +403,8 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
 
     def _merge_adapters(self) -> Iterable[str]:
         """The adapters this layer has parameters for."""
-        containers = self.adapter_layer_names
-        return self._modules[containers[0]].keys() if len(containers) == 1 else self._get_available_adapters()
+        containers = [self._modules[name].keys() for name in self.adapter_layer_names]
+        return containers[0] if len(containers) == 1 else set().union(*containers)
 
     def has_adapter(self, name: str) -> bool:
         """Whether `_merge_adapters` has the name."""
