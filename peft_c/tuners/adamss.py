@@ -9,13 +9,12 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ._buffer_dict import BufferDict
 from .adamss_subspaces import clustering_Z, get_trainable_subspaces, seg_locations, slice_pca
 from .law import LowRank
-from .room import AddRoom, RoomConfig, RoomModel, State, option, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, State, linear, option, product, register, shared
 
 
 @dataclass
@@ -115,7 +114,7 @@ class Linear(AddRoom):
         """A (sum of r_i, in + 1) and B (out, sum of r_i) of all subspaces together."""
         A, B = torch.cat(list(self.adamss_A[name])), torch.block_diag(*self.adamss_B[name])
         order = self.scatter_index[name].to(B.device)
-        return A @ self.adamss_newB[name].to(A.dtype), torch.zeros_like(B).index_copy(0, order, B)
+        return product(A, self.adamss_newB[name].to(A.dtype)), torch.zeros_like(B).index_copy(0, order, B)
 
     def low_rank(self, name: str) -> LowRank:
         A, B = self.factors(name)
@@ -128,7 +127,7 @@ class Linear(AddRoom):
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         A, B = self.factors(name)
         bias = A[:, self.in_features] if A.shape[1] > self.in_features else None
-        return F.linear(F.linear(x, A[:, : self.in_features], bias), B)
+        return linear(linear(x, A[:, : self.in_features], bias), B)
 
     # --- adaptive subspace allocation ---
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .room import MapRoom, RoomConfig, RoomModel, Unscaled, option, register, shared
+from .room import MapRoom, RoomConfig, RoomModel, Unscaled, einsum, option, register, shared
 
 
 @dataclass
@@ -111,7 +111,7 @@ class BOFTLayer(Unscaled, MapRoom):
             block = blocks[i].mT if transposed else blocks[i]
             if i:
                 x = x.unflatten(-1, (-1, 2, 2**i, size // 2)).transpose(-2, -3).flatten(-4)
-            x = torch.einsum("...ij,ijk->...ik", x.unflatten(-1, (number, size)), block).flatten(-2)
+            x = einsum("...ij,ijk->...ik", x.unflatten(-1, (number, size)), block).flatten(-2)
             if i:
                 x = x.unflatten(-1, (-1, 2**i, 2, size // 2)).transpose(-2, -3).flatten(-4)
         return x

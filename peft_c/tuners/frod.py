@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ._buffer_dict import BufferDict
-from .room import RoomConfig, State, linear, option, product, register, shared, weight_view
+from .room import RoomConfig, State, linear, multiply, option, product, register, shared, weight_view
 from .shared_room import SeededModel, SharedRoom, check_projections, wide
 
 
@@ -103,7 +103,7 @@ class Linear(SharedRoom):
         U, V, S, scales = self.parts(name, weight)
         V = wide(V.T.contiguous())
         inner = torch.addcmul(torch.sparse.mm(S.to(V.dtype), V), V, scales.to(V.dtype).unsqueeze(1))
-        return torch.addmm(weight, U, inner.to(U.dtype), beta=-1)
+        return multiply(partial(torch.addmm, beta=-1), weight, U, inner.to(U.dtype))
 
     @staticmethod
     def _sparse_activation_mm(z: torch.Tensor, S: torch.Tensor) -> torch.Tensor:
@@ -123,7 +123,7 @@ class Linear(SharedRoom):
         return linear(torch.addcmul(rotated, z, scales), U, bias)
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return self.output(name, x) - F.linear(x, weight_view(self.get_base_layer()).matrix().to(x.dtype))
+        return self.output(name, x) - linear(x, weight_view(self.get_base_layer()).matrix().to(x.dtype))
 
     def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base = self.get_base_layer()

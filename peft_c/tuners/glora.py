@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from .room import AddRoom, RoomConfig, RoomModel, kaiming, option, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, kaiming, linear, option, product, register, shared
 
 
 @dataclass
@@ -57,7 +56,7 @@ class GloraPath(nn.Module):
     def forward(self) -> torch.Tensor:
         """The support, as a tensor that broadcasts to its shape."""
         if self.form == "lora":
-            return self.Xd @ self.Xu
+            return product(self.Xd, self.Xu)
         return self.zeros if self.form == "none" else self.X
 
 
@@ -94,13 +93,13 @@ class GloraLinear(AddRoom):
 
     def bias_delta(self, name: str) -> torch.Tensor:
         bias, C, D, E = self.bare_bias(), *(self.support(letter, name) for letter in "CDE")
-        return bias * D + E + (self.bare_weight() @ C).squeeze(-1)
+        return bias * D + E + product(self.bare_weight(), C).squeeze(-1)
 
     def term_beside(self, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         form, bias = self.glora_A[name].form, self.get_base_layer().bias
         term = output.new_zeros(()) if bias is None else self.bias_delta(name)
         if form == "lora":
-            return term + F.linear(x, self.delta(name))
+            return term + linear(x, self.delta(name))
         if form != "none":
             A, B = (self.support(letter, name).flatten() for letter in "AB")
             term = term + (output if bias is None else output - bias) * A + x.sum(-1, keepdim=True) * B

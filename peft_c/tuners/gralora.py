@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .law import LowRank
-from .room import FEW, AddRoom, RoomConfig, RoomModel, dropout, kaiming, option, positive, register, shared
+from .room import FEW, AddRoom, RoomConfig, RoomModel, dropout, einsum, kaiming, option, positive, register, shared
 
 
 @dataclass
@@ -91,18 +91,19 @@ class Linear(AddRoom):
 
     def delta(self, name: str) -> torch.Tensor:
         A, B, k = self.gralora_A[name], self.gralora_B[name], self.gralora_k[name]
-        blocks = torch.einsum("jnso,nijs->joni", B.unflatten(1, (k, -1)), A.unflatten(2, (k, -1)))
+        blocks = einsum("jnso,nijs->joni", B.unflatten(1, (k, -1)), A.unflatten(2, (k, -1)))
         delta = blocks.reshape(self.out_features, self.in_features)
         if self.hybrid_r[name]:
-            delta = delta + self.gralora_B_general[name].weight @ self.gralora_A_general[name].weight
+            general = self.gralora_B_general[name].weight, self.gralora_A_general[name].weight
+            delta = delta + einsum("or,ri->oi", *general)
         return delta * self.scaling[name]
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         A, B, k = self.gralora_A[name], self.gralora_B[name], self.gralora_k[name]
         drop = self.gralora_dropout[name]
-        hidden = torch.einsum("...ni,nir->...nr", drop(x).unflatten(-1, (k, -1)), A) * self.scaling[name]
+        hidden = einsum("...ni,nir->...nr", drop(x).unflatten(-1, (k, -1)), A) * self.scaling[name]
         hidden = hidden.unflatten(-1, (k, -1)).transpose(-3, -2).flatten(-2)  # (..., j, n * s)
-        term = torch.einsum("...jr,jro->...jo", hidden, B).flatten(-2)
+        term = einsum("...jr,jro->...jo", hidden, B).flatten(-2)
         if self.hybrid_r[name]:
             term = term + self.gralora_B_general[name](self.gralora_A_general[name](drop(x))) * self.scaling[name]
         return term

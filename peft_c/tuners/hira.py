@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .room import AddRoom, RoomConfig, RoomModel, kaiming, option, positive, register, shared
-from .shared_room import multipliable
+from .room import AddRoom, RoomConfig, RoomModel, kaiming, linear, option, positive, product, register, shared
 
 
 @dataclass
@@ -67,7 +66,7 @@ class HiraLayer(AddRoom):
 
     def delta(self, name: str) -> torch.Tensor:
         A, B = self.factors(name)
-        return (multipliable(B) @ multipliable(A)).to(A.dtype) * self.bare_weight()
+        return product(B, A) * self.bare_weight()
 
 
 class Linear(HiraLayer):
@@ -100,11 +99,11 @@ class Embedding(HiraLayer):
 
     def delta(self, name: str) -> torch.Tensor:
         A, B = self.factors(name)
-        return self.bare_weight() * (multipliable(A).T @ multipliable(B).T).to(A.dtype)
+        return self.bare_weight() * product(A.T, B.T)
 
     def term_beside(self, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         A, B = self.factors(name)
-        return output * F.linear(F.embedding(x, A.T, padding_idx=self.get_base_layer().padding_idx), B)
+        return output * linear(F.embedding(x, A.T, padding_idx=self.get_base_layer().padding_idx), B)
 
 
 class HiraModel(RoomModel):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .room import MapRoom, RoomConfig, RoomModel, Unscaled, kaiming, option, positive, register, shared
+from .room import MapRoom, RoomConfig, RoomModel, Unscaled, kaiming, multiply, option, positive, register, shared
 
 
 @dataclass
@@ -25,6 +25,11 @@ class HRAConfig(RoomConfig):
     layers_pattern: list[str] | str | None = shared("layers_pattern")
     bias: str = shared("bias")
     modules_to_save: list[str] | None = shared("modules_to_save")
+
+
+def reflect(x: torch.Tensor, u: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """x (I - U T U^T)."""
+    return x - (x @ u) @ t @ u.T
 
 
 class HRALayer(Unscaled, MapRoom):
@@ -64,8 +69,7 @@ class HRALayer(Unscaled, MapRoom):
 
     def transform(self, name: str, weight: torch.Tensor, bias: Any) -> tuple[torch.Tensor, Any]:
         u, t = self.reflections(name)
-        weight = self._cast_input_dtype(weight, u.dtype)
-        return weight - (weight @ u) @ t @ u.T, bias
+        return multiply(reflect, self._cast_input_dtype(weight, u.dtype), u, t), bias
 
 
 class HRALinear(HRALayer):
@@ -73,8 +77,7 @@ class HRALinear(HRALayer):
 
     def before(self, name: str, x: torch.Tensor) -> torch.Tensor:
         u, t = self.reflections(name)
-        x = self._cast_input_dtype(x, u.dtype)
-        return x - (x @ u) @ t.T @ u.T
+        return multiply(reflect, self._cast_input_dtype(x, u.dtype), u, t.T)
 
 
 class HRAConv2d(HRALayer):

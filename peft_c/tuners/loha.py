@@ -9,7 +9,7 @@ from torch import nn
 
 from .law import LowRank
 from .lycoris_utils import LycorisLayer, LycorisTuner
-from .room import RoomConfig, option, register, shared
+from .room import RoomConfig, einsum, option, product, register, shared
 
 
 @dataclass
@@ -68,9 +68,9 @@ class LoHaLayer(LycorisLayer):
     def delta(self, name: str) -> torch.Tensor:
         a1, b1, a2, b2 = self.factors(name)
         if name not in self.hada_t1:
-            return (a1 @ b1) * (a2 * self.scaling[name] @ b2)
+            return product(a1, b1) * product(a2 * self.scaling[name], b2)
         both = zip((self.hada_t1[name], self.hada_t2[name]), (a1, a2), (b1, b2), strict=True)
-        first, second = (torch.einsum("ijkl,jc,io->ockl", t, b, a) for t, a, b in both)
+        first, second = (einsum("ijkl,jc,io->ockl", t, b, a) for t, a, b in both)
         return (first * second * self.scaling[name]).flatten(1)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .lycoris_utils import LycorisLayer, LycorisTuner
-from .room import RoomConfig, option, register, shared
+from .room import RoomConfig, einsum, linear, option, product, register, shared
 
 
 @dataclass
@@ -82,13 +82,13 @@ class LoKrLayer(LycorisLayer):
 
     def matrices(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """W1 (l, m) and W2 (k, n, *kernel), or (k, n * kernel) as one matrix."""
-        w1 = self.lokr_w1[name] if name in self.lokr_w1 else self.lokr_w1_a[name] @ self.lokr_w1_b[name]
+        w1 = self.lokr_w1[name] if name in self.lokr_w1 else product(self.lokr_w1_a[name], self.lokr_w1_b[name])
         if name in self.lokr_w2:
             return w1, self.lokr_w2[name]
         a, b = self.lokr_w2_a[name], self.lokr_w2_b[name]
         if name not in self.lokr_t2:
-            return w1, a @ b
-        return w1, torch.einsum("ijkl,ip,jr->prkl", self.lokr_t2[name], a, b)
+            return w1, product(a, b)
+        return w1, einsum("ijkl,ip,jr->prkl", self.lokr_t2[name], a, b)
 
     def delta(self, name: str) -> torch.Tensor:
         w1, w2 = self.matrices(name)
@@ -105,7 +105,7 @@ class LoKrLayer(LycorisLayer):
             return super().activations(name, x)
         w1, w2 = self.matrices(name)  # kron(W1, W2) x = vec(W1 X W2^T), X (m, n)
         x = x.unflatten(-1, (w1.shape[1], w2.shape[1]))
-        return (w1 @ (x @ w2.T)).flatten(-2) * self.scaling[name]
+        return product(w1, linear(x, w2)).flatten(-2) * self.scaling[name]
 
 
 class Linear(LoKrLayer):

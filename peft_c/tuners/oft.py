@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .room import MapRoom, RoomConfig, RoomModel, State, Unscaled, option, positive, register, shared
+from .room import MapRoom, RoomConfig, RoomModel, State, Unscaled, multipliable, option, positive, register, shared
 
 
 @dataclass
@@ -87,11 +87,12 @@ class OFTRotationModule(nn.Module):
         self.weight.copy_(torch.where(norms <= bound, self.weight, self.weight * (bound / norms)))
 
     def skew(self) -> torch.Tensor:
-        """Q (r, b, b)."""
+        """Q (r, b, b), in a dtype that is multiplied fast."""
         if self.coft:
             self.project()
-        upper = self.weight.new_zeros(self.r, self.block_size, self.block_size)
-        upper[:, self.rows, self.cols] = self.weight
+        weight = multipliable(self.weight)
+        upper = weight.new_zeros(self.r, self.block_size, self.block_size)
+        upper[:, self.rows, self.cols] = weight
         return upper - upper.mT
 
     def series(self, skew: torch.Tensor, blocks: torch.Tensor | None = None) -> torch.Tensor:
@@ -103,9 +104,8 @@ class OFTRotationModule(nn.Module):
             result = torch.add(result, power, alpha=1 if degree == last > 1 else 2)
         return result.expand(self.r, -1, -1)
 
-    def rotations(self) -> torch.Tensor:
-        """The blocks (r, b, b)."""
-        skew = self.skew()
+    def rotations(self, skew: torch.Tensor) -> torch.Tensor:
+        """The blocks (r, b, b), in the dtype of Q."""
         if self.terms is not None:
             return self.series(skew)
         eye = torch.eye(self.block_size, device=skew.device)
@@ -113,14 +113,16 @@ class OFTRotationModule(nn.Module):
 
     def forward(self, x: torch.Tensor, transposed: bool = False) -> torch.Tensor:
         """x (..., r b), each block multiplied by its rotation from the right."""
-        blocks = x.to(self.weight.dtype).reshape(-1, x.shape[-1] // self.block_size, self.block_size)
+        skew = self.skew()
+        blocks = x.to(skew.dtype).reshape(-1, x.shape[-1] // self.block_size, self.block_size)
         blocks = blocks.flatten(0, 1).unsqueeze(0) if self.block_share else blocks.transpose(0, 1)
         if self.terms is not None and blocks.shape[1] <= self.block_size:  # then the rotations are more work
-            result = self.series(-self.skew() if transposed else self.skew(), blocks)
+            result = self.series(-skew if transposed else skew, blocks)
         else:
-            rotations = self.rotations()
+            rotations = self.rotations(skew)
             result = torch.bmm(blocks, rotations.mT if transposed else rotations)
-        return (result if self.block_share else result.transpose(0, 1)).reshape(x.shape)
+        result = result if self.block_share else result.transpose(0, 1)
+        return result.reshape(x.shape).to(self.weight.dtype)
 
 
 def nearest_divisor(size: int, wanted: int) -> int:
@@ -171,7 +173,8 @@ class OFTLayer(Unscaled, MapRoom):
         """R, a matrix (in, in)."""
         rotation = getattr(self, self.home)[adapter]
         repeats = self.r[adapter] if rotation.block_share else 1
-        return torch.block_diag(*rotation.rotations().repeat(repeats, 1, 1))
+        blocks = rotation.rotations(rotation.skew()).to(rotation.weight.dtype)
+        return torch.block_diag(*blocks.repeat(repeats, 1, 1))
 
 
 class Linear(OFTLayer):

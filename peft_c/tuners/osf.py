@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import FEW, AddRoom, RoomConfig, RoomModel, option, positive, register, shared
+from .room import FEW, AddRoom, RoomConfig, RoomModel, linear, option, positive, product, register, shared
 
 
 @dataclass
@@ -106,7 +105,7 @@ class Linear(AddRoom):
             return tensor
 
         def project(grad: torch.Tensor) -> torch.Tensor:
-            return low @ (low.T @ grad) if high is None else grad - high @ (high.T @ grad)
+            return product(low, product(low.T, grad)) if high is None else grad - product(high, product(high.T, grad))
 
         tensor = tensor.view_as(tensor)
         tensor.register_hook(project)
@@ -129,7 +128,7 @@ class Linear(AddRoom):
 
     def halves(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         A, B, _ = self.low_rank(name)
-        return F.linear(x, A), B.T
+        return linear(x, A), B.T
 
     def terms(self, name: str, x: torch.Tensor) -> list[LowRank]:
         U, S, V, U0, S0, V0 = self.parts(name)

@@ -8,13 +8,12 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..utils.integrations import gather_params_ctx
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import AddRoom, RoomConfig, RoomModel, dropout, option, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, dropout, linear, option, product, register, shared
 
 
 @dataclass
@@ -172,13 +171,13 @@ class Linear(AddRoom):
 
     def low_rank(self, name: str) -> LowRank:
         A, B = self._psoft_A_cache[name], self._psoft_B_cache[name]
-        return LowRank(self.psoft_R[name].get_matrix().to(A.dtype) @ A - A, B, self.scaling[name])
+        return LowRank(product(self.psoft_R[name].get_matrix().to(A.dtype), A) - A, B, self.scaling[name])
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         A, B = self._psoft_A_cache[name], self._psoft_B_cache[name]
-        inner = F.linear(x.to(A.dtype), A)
-        change = F.linear(inner, self.psoft_R[name].get_matrix().to(A.dtype)) - inner
-        return F.linear(change, B) * self.scaling[name]
+        inner = linear(x.to(A.dtype), A)
+        change = linear(inner, self.psoft_R[name].get_matrix().to(A.dtype)) - inner
+        return linear(change, B) * self.scaling[name]
 
 
 PsoftLayer = Linear

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .law import LowRank
-from .room import FEW, option, positive, register, shared
-from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, drawn, multipliable
+from .room import FEW, linear, multipliable, option, positive, register, shared
+from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, drawn
 
 
 @dataclass
@@ -74,14 +73,14 @@ class Linear(SharedRoom):
         A, d, B, b = self.parts(name)
         if not (self.training or self.sample_at_inference[name]):
             r = self.r[name]
-            return b * F.linear(d[:r] * F.linear(x, A[:r]), B)
-        mean, log_variance = (d * F.linear(x, A)).chunk(2, dim=-1)
+            return b * linear(d[:r] * linear(x, A[:r]), B)
+        mean, log_variance = (d * linear(x, A)).chunk(2, dim=-1)
         generator = self.pvera_generator[name]
         if generator is None:
             noise = torch.randn_like(mean)
         else:
             noise = torch.randn(mean.shape, dtype=mean.dtype, generator=generator).to(mean.device)
-        return b * F.linear(mean + noise * torch.exp(0.5 * log_variance), B)
+        return b * linear(mean + noise * torch.exp(0.5 * log_variance), B)
 
 
 PveraLayer = Linear

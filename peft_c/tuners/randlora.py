@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from .law import LowRank
-from .room import linear, option, positive, product, register, shared
-from .shared_room import ProjectionConfig, ProjectionModel, SharedRoom, multipliable, wide
+from .room import linear, multipliable, option, positive, product, register, shared
+from .shared_room import ProjectionConfig, ProjectionModel, SharedRoom, wide
 
 
 @dataclass

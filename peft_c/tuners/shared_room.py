@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from ._buffer_dict import BufferDict
-from .changes import multiplies_slowly
 from .room import AddRoom, RoomConfig, RoomModel, State
 from .targets import _maybe_include_all_linear_layers, outer_modules
 from .tuner_layer import BaseTunerLayer, _get_in_out_features
@@ -25,11 +24,6 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in fp32 if it is a half-precision one on the CPU, else itself."""
     half = tensor.device.type == "cpu" and tensor.dtype in (torch.float16, torch.bfloat16)
     return tensor.float() if half else tensor
-
-
-def multipliable(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in fp32 if it is a half-precision one on a CPU that multiplies such matrices slowly, else itself."""
-    return tensor.float() if multiplies_slowly(tensor) else tensor
 
 
 class SharedRoom(AddRoom):

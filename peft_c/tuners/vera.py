@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .law import LowRank
-from .room import FEW, option, positive, register, shared
-from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, drawn, multipliable
+from .room import FEW, linear, multipliable, option, positive, register, shared
+from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, drawn
 
 
 @dataclass
@@ -66,11 +65,11 @@ class Linear(SharedRoom):
     def halves(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         A, d, B, b = self.parts(name)
         many = x.shape[:-1].numel() > self.r[name]  # then B is less to scale than the output
-        return (d * F.linear(x, A), (b.unsqueeze(1) * B).T) if many else None
+        return (d * linear(x, A), (b.unsqueeze(1) * B).T) if many else None
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         A, d, B, b = self.parts(name)
-        return b * F.linear(d * F.linear(x, A), B)
+        return b * linear(d * linear(x, A), B)
 
 
 VeraLayer = Linear

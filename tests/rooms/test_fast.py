@@ -8,7 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_c
 from peft_c import _C
-from peft_c.tuners.room import linear, product
+from peft_c.tuners import room
+from peft_c.tuners.room import einsum, linear, multipliable, product
 from tests.rooms.cases import PAIRS, config_of
 
 LINEAR = sorted({method for method, kind in PAIRS if kind == "Linear"} - {"poly"})
@@ -144,3 +145,40 @@ def test_products_in_a_graph_are_differentiated_twice():
         torch.testing.assert_close(one, other, atol=2e-2 * other.abs().max().item(), rtol=0)
     frozen = linear(x.detach(), weight.detach())
     assert not frozen.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_in_half_precision_are_rounded_once_on_cpus_that_multiply_it_slowly(monkeypatch, dtype):
+    monkeypatch.setattr(room, "multiplies_slowly", lambda tensor: tensor.dtype == dtype)
+    x, weight, bias = (torch.randn(size, dtype=dtype, requires_grad=True) for size in ((2, 5, 24), (24, 24), (24,)))
+    expected = (x.float() @ weight.float()).to(dtype)
+    assert torch.equal(product(x, weight), expected)
+    assert torch.equal(linear(x, weight.T), expected)
+    assert torch.equal(einsum("bij,jk->bik", x, weight), expected)
+    assert torch.equal(linear(x, weight, bias), F.linear(x.float(), weight.float(), bias.float()).to(dtype))
+    assert multipliable(x).dtype == torch.float32
+    grads = torch.autograd.grad(product(x, weight).float().sum(), (x, weight))
+    assert [grad.dtype for grad in grads] == [dtype, dtype]
+    assert torch.equal(grads[0], weight.float().sum(1).to(dtype).expand_as(x))
+
+
+@torch.no_grad()
+def test_convolutions_in_half_precision_are_computed_in_fp32_unless_somebody_looks_at_them(monkeypatch):
+    monkeypatch.setattr(room, "multiplies_slowly", lambda tensor: tensor.dtype == torch.bfloat16)
+    base = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1)).to(torch.bfloat16)
+    conv, x = base[0], torch.randn(2, 4, 5, 5, dtype=torch.bfloat16)
+    wide = F.conv2d(x.float(), conv.weight.float(), conv.bias.float(), padding=1).to(torch.bfloat16)
+    config = peft_c.IA3Config(target_modules=["0"], feedforward_modules=[])
+    layer = peft_c.get_peft_model(base, config, autocast_adapter_dtype=False).base_model.model[0]
+    calls = []
+    monkeypatch.setattr(
+        nn.Conv2d, "forward", lambda self, x: calls.append(1) or self._conv_forward(x, *self.parameters())
+    )
+    assert torch.equal(layer(x), wide) and not calls
+    hook = conv.register_forward_hook(lambda *args: calls.append(2))
+    layer(x)
+    hook.remove()
+    assert calls == [1, 2]
+    with peft_c.fast_paths(False):
+        layer(x)
+    assert calls == [1, 2, 1]
