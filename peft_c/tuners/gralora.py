@@ -94,8 +94,7 @@ class Linear(AddRoom):
         blocks = einsum("jnso,nijs->joni", B.unflatten(1, (k, -1)), A.unflatten(2, (k, -1)))
         delta = blocks.reshape(self.out_features, self.in_features)
         if self.hybrid_r[name]:
-            general = self.gralora_B_general[name].weight, self.gralora_A_general[name].weight
-            delta = delta + einsum("or,ri->oi", *general)
+            delta += einsum("or,ri->oi", *(getattr(self, f"gralora_{part}_general")[name].weight for part in "BA"))
         return delta * self.scaling[name]
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
