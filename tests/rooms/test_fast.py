@@ -101,15 +101,18 @@ def test_gradients_through_a_base_layer(method, dtype):
             torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
 
 
-def test_a_base_layer_without_terms_is_one_node():
+def test_a_frozen_base_layer_is_one_node_where_torch_is_slow_and_torchs_own_elsewhere():
     layer = peft_c.get_peft_model(
         nn.Sequential(nn.Linear(512, 512)), peft_c.BeftConfig(target_modules=["0"])
     ).base_model.model[0]
     x = torch.randn(8, 512, requires_grad=True)
+    assert layer.base_output(x).grad_fn.name() == "AddmmBackward0"
+    layer, x = layer.half(), x.detach().half().requires_grad_()
     in_c = _C.info()["isa"].startswith("avx")
     assert (layer.base_output(x).grad_fn.name() == "_LowRankBackward") == in_c
     layer.get_base_layer().weight.requires_grad_()
     assert layer.base_output(x).grad_fn.name() == "AddmmBackward0"
+    layer.get_base_layer().weight.requires_grad_(False)
     with peft_c.fast_paths(False):
         assert layer.base_output(x).grad_fn.name() == "AddmmBackward0"
 
