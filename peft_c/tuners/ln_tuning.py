@@ -25,6 +25,17 @@ class LNTuningConfig(RoomConfig):
     modules_to_save: list[str] | None = shared("modules_to_save")
 
 
+def views_of(layer: nn.Module) -> dict[str, BaseView]:
+    """The parameters and buffers of a module and of those inside, by name."""
+    modules = layer.named_modules() if layer._modules else [("", layer)]
+    return {
+        f"{path}.{name}" if path else name: BaseView(module, name)
+        for path, module in modules
+        for name, value in (*module._parameters.items(), *module._buffers.items())
+        if value is not None
+    }
+
+
 class LNTuningLayer(Room):
     """Any layer: its parameters and buffers are replaced by those of a trained copy."""
 
@@ -42,22 +53,12 @@ class LNTuningLayer(Room):
         return self.ln_tuning_layers[names[0]](x, *args, **kwargs)
 
     def _merge_targets(self) -> dict[str, BaseView]:
-        base = self.get_base_layer()
-        modules = base.named_modules() if base._modules else [("", base)]
-        return {
-            f"{path}.{name}" if path else name: BaseView(module, name)
-            for path, module in modules
-            for name, value in (*module._parameters.items(), *module._buffers.items())
-            if value is not None
-        }
+        return views_of(self.get_base_layer())
 
     def _merge_changes(self, name: str) -> dict[str, law.Change]:
         def values(targets: dict[str, BaseView]) -> dict[str, torch.Tensor]:
-            layer = self.ln_tuning_layers[name]
-            own = layer._parameters | layer._buffers
-            if layer._modules:
-                own = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
-            return {label: own[label] for label in targets}
+            own = views_of(self.ln_tuning_layers[name])
+            return {label: own[label].tensor for label in targets}
 
         return {label: law.Replace(values) for label in self._merge_targets()}
 

@@ -174,7 +174,8 @@ class Difference:
 
     def put_back(self, view: BaseView, tensor: torch.Tensor, fits: bool) -> str | None:
         """`swap`, or nothing if there is a `mismatch`, which is returned."""
-        done = _C.restore(tensor, self.old, self.digest, view.tensor) if fits and self.digest is not None else None
+        known = fits and self.digest is not None
+        done = _C.restore(tensor, self.old, self.digest, view.tensor, self.index) if known else None
         if done is not None:
             return None if done else "was written to"
         reason = self.mismatch(tensor, fits)
@@ -214,16 +215,10 @@ class Places(Difference):
     def restore(self, tensor: torch.Tensor, undone: torch.Tensor | None) -> torch.Tensor:
         return tensor.flatten().index_copy(0, self.index.long(), self.old).view(tensor.shape)
 
-    def put_back(self, view: BaseView, tensor: torch.Tensor, fits: bool) -> str | None:
-        known = fits and self.digest is not None
-        done = _C.restore(tensor, self.old, self.digest, view.tensor, self.index) if known else None
-        if done is not None:
-            return None if done else "was written to"
-        merged = tensor.view(-1).index_select(0, self.index) if fits and tensor.device == self.index.device else tensor
-        reason = self.mismatch(merged, fits)
-        if reason is None:
-            self.swap(view, tensor)
-        return reason
+    def mismatch(self, tensor: torch.Tensor, fits: bool) -> str | None:
+        if fits and tensor.device == self.index.device:
+            tensor = tensor.view(-1).index_select(0, self.index)
+        return super().mismatch(tensor, fits)
 
     def swap(self, view: BaseView, tensor: torch.Tensor) -> None:
         flat = tensor.view(-1)
