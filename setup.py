@@ -20,6 +20,8 @@ if os.environ.get("PEFT_C_SANITIZE"):
     ]
     flags += sanitize
     link += sanitize
+else:
+    flags.append("-g0")  # Python's own flags ask for debug information, ten times the size of the code
 
 setup(
     ext_modules=[
