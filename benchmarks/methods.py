@@ -97,7 +97,8 @@ def layers(kind: str, method: str, dtypes: str) -> dict[str, nn.Module]:
         known = inspect.signature(config).parameters
         config = config(target_modules=["0"], **{key: value for key, value in options.items() if key in known})
         torch.manual_seed(1)
-        model = peft.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=own != dtype)
+        own_base = copy.deepcopy(base, {id(p): p for p in base.parameters()})  # where a weight lies changes its speed
+        model = peft.get_peft_model(own_base, config, autocast_adapter_dtype=own != dtype)
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for _, parameter in sorted(model.named_parameters()):

@@ -192,11 +192,12 @@ static bool linear_fits(const module_state *state, const gate_plan *plan) {
     return true;
 }
 
-/* fast._linear(None, x, weight, bias, scales, True, A_0, B_0, ...): base layer and terms as one node. New reference. */
+/* fast._linear(None, x, weight, bias, scales, !base_bits, A_0, B_0, ...): base layer and terms as one node. New
+ * reference. */
 static PyObject *graph_linear(module_state *state, const gate_plan *plan, PyObject *x) {
     PyObject *function = fast_function(&state->linear, "_linear"), *scales = PyTuple_New(plan->count);
     PyObject *args = PyTuple_New(6 + 2 * plan->count), *result = NULL;
-    PyObject *const head[] = {Py_None, x, plan->weight, plan->bias, scales, Py_True};
+    PyObject *const head[] = {Py_None, x, plan->weight, plan->bias, scales, plan->base_bits ? Py_False : Py_True};
     if (function == NULL || scales == NULL || args == NULL) goto done;
     for (int i = 0; i < plan->count; i++) {
         PyObject *scale = PyFloat_FromDouble(plan->terms[i].scale);

@@ -50,8 +50,8 @@ static PyObject *forward_terms(PyObject *module, PyObject *const *arguments, Py_
     }
     const int got = gate_ambient(state) == GATE_OK ? plan_terms(state, arguments[0], arguments[2], &plan) : 0;
     if (got < 0) goto done;
-    if (got == 1 && gate_input(state, arguments[1], &plan, &view) == GATE_OK &&
-        (plan.count == 0 || !forward_wants_graph(state, &plan, arguments[1]))) {
+    if (got == 1 && gate_input(state, arguments[1], &plan, &view) == GATE_OK) {
+        plan.base_bits = view.dtype == PK_F32 || view.dtype == PK_F64; /* see room.py: base_output */
         result = forward_planned(state, &plan, arguments[1], arguments[3], arguments[4]);
     } else {
         result = Py_NewRef(Py_NotImplemented);
@@ -70,7 +70,7 @@ PyMethodDef terms_methods[] = {
     {"lowrank_terms", (PyCFunction)(void (*)(void))forward_terms, METH_FASTCALL,
      "lowrank_terms(layer, x, terms, args, kwargs)\n--\n\n"
      "layer.base_layer(x, *args, **kwargs) plus scale * B(A(x)) for each of the terms (A, B, scale); NotImplemented, "
-     "with\nnothing called, where C may not act or there are terms and a gradient is wanted."},
+     "with\nnothing called, where C may not act."},
     {"may_act", forward_may_act, METH_NOARGS,
      "may_act()\n--\n\nMay C act here and now, whatever the layer: the switch, modes, autocast, hooks of all "
      "modules."},

@@ -238,7 +238,7 @@ gate_reason gate_adapter(const module_state *state, PyObject *layer, PyObject *o
     PyObject *dict = instance_dict(layer), *names = NULL, *merged = NULL, *disabled = NULL;
     gate_reason reason = GATE_NOT_LOWRANK;
     plan->base = NULL;
-    plan->base_is_plain = false;
+    plan->base_is_plain = plan->base_bits = false;
     plan->weight = plan->bias = NULL;
     plan->count = 0;
     plan->status = VIEW_OK;

@@ -61,6 +61,7 @@ typedef struct {
     PyObject *base;          /* owned: the base layer; NULL until found */
     bool base_is_plain;      /* exactly nn.Linear without hooks: its output is fresh memory that nobody else holds */
     PyObject *weight, *bias; /* owned: what a plain base hands to F.linear, else NULL; bias may be None */
+    bool base_bits;          /* must the base layer's product have torch's bits? */
     bool cast;               /* may x's dtype differ from the adapters'? */
     int count;               /* terms filled; 0: the base layer alone */
     view_status status;      /* with GATE_FACTOR_VIEW and GATE_INPUT_VIEW: what the view said */

@@ -169,8 +169,9 @@ class _LowRank(torch.autograd.Function):
     """y (..., n) + sum_i s_i (x A_i^T) B_i^T for x (..., k), forward and backward in C.
 
     y is the base layer's output, or None: then it is F.linear(x, weight, bias), weight (n, k) and bias without
-    gradients. Keeps x, the factors and t = x A^T (m, sum r_i): nothing of the size of y, no wider copy of x. With
-    create_graph the backward is made of torch operations, so that it can be differentiated again.
+    gradients, and with torch's bits if not in_place. Keeps x, the factors and t = x A^T (m, sum r_i): nothing of the
+    size of y, no wider copy of x. With create_graph the backward is made of torch operations, so that it can be
+    differentiated again.
     """
 
     @staticmethod
@@ -182,6 +183,8 @@ class _LowRank(torch.autograd.Function):
             wide = torch.float64 if torch.float64 in (dtype, dtype if y is None else y.dtype) else torch.float32
             ranks = factors[0].shape[0] if len(factors) == 2 else sum(down.shape[0] for down in factors[::2])
             t = torch.empty(shape[:-1].numel(), ranks, dtype=wide)
+        if y is None and not in_place:
+            y, in_place = F.linear(x, weight, bias), True
         if y is None:
             out = _C.lowrank_linear(x, weight, bias, t, scales, factors).detach()
         else:

@@ -24,10 +24,9 @@ WIDE = 128  # rank
 
 def multiplies_slowly(tensor: torch.Tensor) -> bool:
     """Whether matrices like it are better multiplied in fp32: half precision on CPUs without instructions for it."""
-    if tensor.device.type != "cpu":
-        return False
-    without = tensor.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return tensor.dtype == torch.float16 or without
+    dtype = tensor.dtype
+    slow = dtype is torch.float16 or (dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return slow and tensor.is_cpu
 
 
 class LowRank(NamedTuple):

@@ -601,11 +601,11 @@ class AddRoom(Room):
     def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base = self.get_base_layer()
         if (
-            not (args or kwargs)
+            all(self.dense(name, x) and not self.drops(name) for name in names)
+            and not (args or kwargs)
             and self.base_layer is base
             and self.is_bare()
             and self.quantization_backend is None
-            and all(self.dense(name, x) and not self.drops(name) for name in names)
         ):
             build = partial(self.transformed, names)
             return self.run_with(x, *(kept.adapted(self, names, build) if "weight" in self.adds else build()))
@@ -616,17 +616,16 @@ class AddRoom(Room):
                 return result
         output = result = self.base_output(x, *args, **kwargs)
         in_place = len(names) == 1 and self.owns_output(x)
+        fast = output.is_contiguous() and not multiplies_slowly(output)
         for name in names:
             wanted = self.adapter_dtype(name)
             part = x if wanted is None else self._cast_input_dtype(x, wanted)
             part = getattr(self, self.dropout)[name](part) if self.drops(name) and part.is_floating_point() else part
-            fits = in_place and part.dtype == output.dtype and output.is_contiguous()
-            halves = self.halves(name, part) if fits else None
+            halves = self.halves(name, part) if fast and part.dtype == result.dtype else None
             if halves is not None:
-                if multiplies_slowly(result):
-                    result.add_(product(*halves))
-                else:
-                    result.view(-1, result.shape[-1]).addmm_(halves[0].reshape(-1, len(halves[1])), halves[1])
+                flat, inner = (y if y.dim() == 2 else y.reshape(-1, y.shape[-1]) for y in (result, halves[0]))
+                flat = torch.addmm(flat, inner, halves[1], out=flat if in_place else None)
+                result = flat if result.dim() == 2 else flat.view(result.shape)
                 continue
             term = self.term_beside(name, part, output)
             result = result.add_(term) if in_place else result + term
@@ -634,11 +633,10 @@ class AddRoom(Room):
 
     def may_act_in_c(self, base: nn.Module, x: torch.Tensor) -> bool:
         """Whether it is worthwhile to ask C for the forward with `terms`."""
-        return (
-            c_is_worth_asking(x)
-            and x.numel() <= self.factored * x.shape[-1]
-            and not isinstance(base, (*CONVOLUTIONS, nn.Embedding))
-        )
+        few = x.numel() <= self.factored * x.shape[-1]
+        worthwhile = self.factored == math.inf if torch.is_grad_enabled() else few  # a graph needs small factors
+        at_hand = x.is_cpu and not torch.compiler.is_compiling()
+        return worthwhile and at_hand and not isinstance(base, (*CONVOLUTIONS, nn.Embedding))
 
     def transformed(self, names: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
         weight, bias = self.get_base_weight(), getattr(self.get_base_layer(), "bias", None)

@@ -302,7 +302,7 @@ def test_terms_given_at_the_call(pair):
     x = torch.randn(5, 24, dtype=pair[0])
     assert torch.equal(_C.lowrank_terms(layer, x, terms, (), {}), _C.lowrank_forward(layer, x))
     A, B, scale = terms[0]
-    refused = ((A[:, 1:].clone(), B, scale), (A, B.int(), scale), (A, B.detach().requires_grad_(), scale))
+    refused = ((A[:, 1:].clone(), B, scale), (A, B.int(), scale))
     assert all(_C.lowrank_terms(layer, x, [term], (), {}) is NotImplemented for term in refused)
     assert _C.lowrank_terms(layer, x, terms * 9, (), {}) is NotImplemented
     with torch.autocast("cpu"):
@@ -310,6 +310,24 @@ def test_terms_given_at_the_call(pair):
     for wrong in (terms[0], [terms[0][:2]], [(A, B, "x")], [3]):
         with pytest.raises(TypeError):
             _C.lowrank_terms(layer, x, wrong, (), {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_terms_given_at_the_call_in_a_graph(dtype):
+    """One node with the base layer, whose fp32 bits stay torch's."""
+    layer = make(k=256, n=192, dtype=dtype).requires_grad_(False)
+    x = torch.randn(2, 20, 256, dtype=dtype, requires_grad=True)
+    A, B = ((torch.randn(size) / 16).to(dtype).requires_grad_() for size in ((4, 256), (192, 4)))
+    results = []
+    for y in (_C.lowrank_terms(layer, x, [(A, B, 0.5)], (), {}), layer.base_layer(x) + x @ A.T @ B.T * 0.5):
+        results.append((y, *torch.autograd.grad(y.float().mean(), (x, A, B))))
+    assert results[0][0].grad_fn.name() == "_LowRankBackward"
+    for one, other in zip(*results, strict=True):
+        close(one, other)
+    with torch.no_grad():
+        B.zero_()
+    unchanged = _C.lowrank_terms(layer, x, [(A, B, 0.5)], (), {})
+    assert dtype != torch.float32 or torch.equal(unchanged, layer.base_layer(x))
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 65])
