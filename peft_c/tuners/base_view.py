@@ -12,10 +12,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+
+def held(module: nn.Module, name: str) -> Any:
+    """What a module has under a name, None for nothing: getattr, without its long search where that is a parameter."""
+    own = module.__dict__.get("_parameters", ())
+    return own[name] if name in own else getattr(module, name, None)
 
 
 class BaseView(NamedTuple):

@@ -43,7 +43,7 @@ class Linear(AddRoom):
         return None
 
     def bias_delta(self, name: str) -> torch.Tensor:
-        return self.beft_bias[name].flatten()
+        return self.entry("beft_bias", name).flatten()
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return self.bias_delta(name)

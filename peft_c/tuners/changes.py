@@ -69,7 +69,7 @@ class Elements(NamedTuple):
 
 
 class Times(NamedTuple):
-    """The weight times `vector`, whose values belong to the indices of dimension `dim`."""
+    """The weight times `vector`, whose values belong to the indices of dimension `dim`; nobody else writes to it."""
 
     vector: torch.Tensor
     dim: int

@@ -75,7 +75,7 @@ class IA3Layer(MapRoom):
 
     def scaling(self, name: str) -> tuple[torch.Tensor, int] | None:
         grouped = self.is_feedforward and getattr(self.get_base_layer(), "groups", 1) > 1
-        return None if grouped else (self.ia3_l[name].flatten(), int(self.is_feedforward))
+        return None if grouped else (self.entry("ia3_l", name).flatten(), int(self.is_feedforward))
 
     def transform(
         self, name: str, weight: torch.Tensor, bias: torch.Tensor | None

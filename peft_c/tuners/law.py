@@ -34,7 +34,7 @@ import torch
 from .. import _C
 from ..rollback import undivided
 from ..utils.warning import PeftWarning
-from .base_view import BaseView
+from .base_view import BaseView, held
 from .changes import Change, Elements, LowRank, Replace, Times
 from .merging import check_adapters_to_merge
 from .offloaded import onload_layer
@@ -193,18 +193,18 @@ def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None 
     With `safe_merge`, ValueError if a merged weight is not finite. Whatever is raised, nothing has changed.
     """
     resume(layer)
-    names = check_adapters_to_merge(layer, adapter_names)
-    known = layer._merge_adapters()
-    names = [name for name in dict.fromkeys(names) if name in known]
-    if not names:
+    known, plans = layer._merge_adapters(), {}
+    for name in check_adapters_to_merge(layer, adapter_names):
+        if name in known and name not in plans:
+            plans[name] = layer._merge_changes(name)
+    if not plans:
         return
     targets = layer._merge_targets()
-    plans = {name: layer._merge_changes(name) for name in names}
     for plan in plans.values():
         for label in plan:
             _check_weight(targets[label], layer)
     if safe_merge:
-        broken = [name for name in names if not _finite(plans[name].values())]
+        broken = [name for name in plans if not _finite(plans[name].values())]
         if broken:
             raise _broken(broken)
     start = len(records(layer))
@@ -218,8 +218,7 @@ def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None 
 
 def _steps(layer: Any, plans: dict) -> list[Merge]:
     """The adapters in order, as many as can be in each pass over the weights."""
-    variants = layer.__dict__.get("lora_variant", ())
-    steps: list[Merge] = []
+    variants, steps = layer.__dict__.get("lora_variant", ()), []
     for name, plan in plans.items():
         alone = name in variants or _replacement(plan) is not None
         if alone or not steps or steps[-1].alone:
@@ -258,7 +257,7 @@ class transaction(undivided):
             if kind is not None:
                 self.go_back()
         finally:
-            super().__exit__()
+            undivided.__exit__(self)
 
     @_without_grad
     def go_back(self) -> None:
@@ -297,9 +296,8 @@ def _variant(layer: Any, step: Merge) -> Any:
 
 def _merge_group(layer: Any, step: Merge, targets: dict, plans: dict, safe_merge: bool) -> None:
     """Add the changes of adapters, each weight in one pass."""
-    own = [plans[name] for name in step.adapters]
     for label, view in targets.items():
-        changes = [plan[label] for plan in own if label in plan]
+        changes = [plans[name][label] for name in step.adapters if label in plans[name]]
         if changes:
             saved = _merge_one(layer, label, view, changes, safe_merge)
             if saved is None:
@@ -338,11 +336,11 @@ def _add_full(
 
 def _own(value: torch.Tensor, tensor: torch.Tensor, layer: Any) -> torch.Tensor:
     """`value` with the dtype and layout of `tensor`, in memory that is no parameter's or buffer's of the layer."""
-    value = value.detach()
     if value.dtype != tensor.dtype or value.device != tensor.device or value.stride() != tensor.stride():
         return torch.empty_like(tensor).copy_(value)
     if value.numel() <= SMALL:
         return value.clone()
+    value = value.detach()
     memory, modules = value.untyped_storage().data_ptr(), [layer]
     for module in modules:  # less than parameters() and buffers() cost
         for own in (*module._parameters.values(), *module._buffers.values()):
@@ -388,7 +386,7 @@ def _merge_replacement(layer: Any, step: Merge, targets: dict, plans: dict, safe
         tensor = view.tensor.data
         if isinstance(merged, Times):
             undo = Product.of(view, tensor, merged, safe_merge)
-        elif (merged.data_ptr(), merged.stride()) == (tensor.data_ptr(), tensor.stride()):  # it does not change
+        elif merged.data_ptr() == tensor.data_ptr() and merged.stride() == tensor.stride():  # it does not change
             continue
         else:
             undo = Difference.exchange(view, tensor, _own(merged, tensor, layer), False, safe_merge)
@@ -667,11 +665,10 @@ class Merging:
         raise NotImplementedError(f"{type(self).__name__} does not say how its base weight reads as a matrix")
 
     def _merge_targets(self) -> dict[str, BaseView]:
-        base = self.get_base_layer()
-        targets = {"weight": self._base_view()}
-        if getattr(base, "bias", None) is not None:
-            targets["bias"] = BaseView(base, "bias")
-        return targets
+        weight = self._base_view()
+        if held(weight.owner, "bias") is None:
+            return {"weight": weight}
+        return {"weight": weight, "bias": BaseView(weight.owner, "bias")}
 
     def _merging(self) -> transaction:
         """The way back to what is merged now; see `transaction`."""

@@ -56,11 +56,12 @@ class LNTuningLayer(Room):
         return views_of(self.get_base_layer())
 
     def _merge_changes(self, name: str) -> dict[str, law.Change]:
+        own = views_of(self.entry("ln_tuning_layers", name))
+
         def values(targets: dict[str, BaseView]) -> dict[str, torch.Tensor]:
-            own = views_of(self.ln_tuning_layers[name])
             return {label: own[label].tensor for label in targets}
 
-        return {label: law.Replace(values) for label in self._merge_targets()}
+        return dict.fromkeys(own, law.Replace(values))
 
 
 class LNTuningModel(RoomModel):

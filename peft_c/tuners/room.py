@@ -49,7 +49,7 @@ from ..utils.matching import get_pattern_key
 from ..utils.peft_types import PeftType, add_peft_type, register_peft_method
 from ..utils.quantization_utils import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
 from . import kept, law
-from .base_view import BaseView
+from .base_view import BaseView, held
 from .changes import multiplies_slowly
 from .tuner_layer import BaseTunerLayer, _get_in_out_features, is_transformers_conv1d
 from .tuners_utils import BaseTuner, check_adapters_to_merge
@@ -433,10 +433,17 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         bias = law.bare_weight(self, "bias") if self.merged and base is not None else None
         return base if bias is None else bias
 
+    def entry(self, container: str, name: str) -> Any:
+        """What a container has for an adapter: getattr(self, container)[name], without the long searches."""
+        content = self._modules[container]
+        own = content._parameters
+        return own[name] if name in own else content[name]
+
     def _merge_adapters(self) -> Iterable[str]:
         """The adapters this layer has parameters for."""
-        containers = [self._modules[name].keys() for name in self.adapter_layer_names]
-        return containers[0] if len(containers) == 1 else set().union(*containers)
+        if len(self.adapter_layer_names) == 1:
+            return self._modules[self.adapter_layer_names[0]].keys()
+        return set().union(*[self._modules[name].keys() for name in self.adapter_layer_names])
 
     def has_adapter(self, name: str) -> bool:
         """Whether `_merge_adapters` has the name."""
@@ -662,7 +669,7 @@ class AddRoom(Room):
 
     def _merge_changes(self, name: str) -> dict[str, law.Change]:
         changes = {"weight": self.weight_change(name)} if "weight" in self.adds else {}
-        if "bias" in self.adds and getattr(self.get_base_layer(), "bias", None) is not None:
+        if "bias" in self.adds and held(self.get_base_layer(), "bias") is not None:
             delta = self.bias_delta(name)  # known before the weight is changed, on which it may depend
             changes["bias"] = lambda: delta
         if not changes:
@@ -721,13 +728,14 @@ class MapRoom(Room):
         def merged(targets: dict[str, BaseView]) -> dict[str, torch.Tensor | law.Times]:
             scaling = self.scaling(name)
             if scaling is not None:
-                vector, dim = scaling[0].detach(), scaling[1]
+                vector, dim = scaling[0].detach().clone(), scaling[1]
                 times = {"weight": law.Times(vector, 1 - dim if targets["weight"].transposed else dim)}
                 return times | {"bias": law.Times(vector, 0)} if dim == 0 and "bias" in targets else times
             weight, bias = self.transformed([name])
             return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
-        return {label: law.Replace(merged) for label in self._merge_targets()}
+        labels = ("weight",) if held(self.get_base_layer(), "bias") is None else ("weight", "bias")
+        return dict.fromkeys(labels, law.Replace(merged))
 
 
 # ------------------------------------------------------------------------------------------------------------- models

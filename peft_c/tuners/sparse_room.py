@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from . import kept, law
+from .base_view import held
 from .room import AddRoom, apply_weight
 
 
@@ -53,7 +54,7 @@ class SparseRoom(AddRoom):
     def weight_change(self, name: str) -> law.Change:
         if self.lora(name) is not None:
             return super().weight_change(name)
-        return law.Elements(*self.elements(name), self.get_base_layer().weight.shape)
+        return law.Elements(*self.elements(name), held(self.get_base_layer(), "weight").shape)
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         places, values = self.elements(name)

@@ -87,7 +87,7 @@ class Linear(SparseRoom):
         self.supertuning_lora_dropout[name] = dropout(config.lora_dropout)
 
     def elements(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.supertuning_indices[name], self.supertuning_values[name]
+        return self.entry("supertuning_indices", name), self.entry("supertuning_values", name)
 
     def lora(self, name: str) -> LowRank | None:
         r = self.supertuning_rank[name]

@@ -200,7 +200,8 @@ class Places(Difference):
     @classmethod
     def of(cls, view: BaseView, tensor: torch.Tensor, change: Elements, check: bool) -> Places | None:
         """Make the change of `tensor`; the record, or None as in `exchange`."""
-        places, old = change.places.clone(), tensor.new_empty(change.places.shape)  # others may write to the adapter's
+        places = change.places.clone()  # others may write to the adapter's
+        old = torch.empty_like(change.values, dtype=tensor.dtype)
         done = _C.combine(tensor, old, change.values, 1, False, places, check, view.tensor)
         if done is None:
             flat, places = tensor.view(-1), places.long()
@@ -240,7 +241,7 @@ class Product(Difference):
     def of(cls, view: BaseView, tensor: torch.Tensor, change: Times, check: bool) -> Difference | None:
         """Make the change of `tensor`; the record, or None as in `exchange`."""
         run, vector = tensor.shape[change.dim + 1 :].numel(), change.vector
-        vector, run = (vector.repeat_interleave(run), 1) if 1 < run < FEW else (vector.clone(), run)
+        vector, run = (vector.repeat_interleave(run), 1) if 1 < run < FEW else (vector, run)
         product = cls(None, None, torch.empty_like(tensor), vector, run)
         done = _C.combine(tensor, product.old, vector, run, True, None, check, view.tensor)
         if done is None:

@@ -23,7 +23,7 @@ from ... import _C
 from ...utils.integrations import dequantize_module_weight
 from ...utils.warning import PeftWarning
 from .. import law
-from ..base_view import BaseView
+from ..base_view import BaseView, held
 from ..tuners_utils import BaseTunerLayer, _get_in_out_features
 from . import init as _init
 
@@ -302,7 +302,7 @@ class LoraLayer(BaseTunerLayer):
 
     def _merge_adapters(self) -> Any:
         """The adapters this layer has factors for (a container of names)."""
-        return self.lora_A
+        return self._modules["lora_A"]._modules
 
     def _own_active_adapters(self) -> list[str]:
         own = self._merge_adapters()
@@ -474,15 +474,16 @@ class _LoraModule(law.Merging, nn.Module, LoraLayer):
 
     def _low_rank(self, adapter: str) -> law.LowRank:
         """A (r, k), B (n, r) and the scale of an adapter, for that matrix."""
-        return law.LowRank(self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.scaling[adapter])
+        A, B = (held(self._modules[name][adapter], "weight") for name in ("lora_A", "lora_B"))
+        return law.LowRank(A, B, self.scaling[adapter])
 
     def _merge_changes(self, adapter: str) -> dict[str, law.Change]:
         own_delta = getattr(type(self), "get_delta_weight", None) is not _LoraModule.get_delta_weight
         factors = None if own_delta else self._low_rank(adapter)
+        if factors is not None and self._merge_factor != 1:
+            factors = factors._replace(scale=factors.scale * self._merge_factor)
         changes: dict[str, law.Change] = {
-            "weight": (lambda: self.get_delta_weight(adapter) * self._merge_factor)
-            if factors is None
-            else factors._replace(scale=factors.scale * self._merge_factor)
+            "weight": factors or (lambda: self.get_delta_weight(adapter) * self._merge_factor)
         }
         if self.lora_bias[adapter]:
             if getattr(self.get_base_layer(), "bias", None) is None:
