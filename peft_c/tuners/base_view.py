@@ -53,6 +53,11 @@ class BaseView(NamedTuple):
             tensor = tensor.view(tensor.shape[0], -1)
         return tensor.mT if self.transposed else tensor
 
+    def values(self, tensor: torch.Tensor | None = None) -> torch.Tensor:
+        """`matrix` for reading: of its own memory where no strides can say it."""
+        tensor = self.tensor if tensor is None else tensor
+        return self.matrix(tensor.contiguous() if tensor.ndim > 2 and not self.stacked else tensor)
+
     def restore(self, matrix: torch.Tensor, shape: torch.Size | None = None) -> torch.Tensor:
         """The inverse of `matrix`: a tensor of the weight's shape (default: the live weight's) from a matrix."""
         return (matrix.mT if self.transposed else matrix).reshape(self.tensor.shape if shape is None else shape)

@@ -24,6 +24,7 @@ class Linear(AddRoom):
     """b + `beft_bias` (1, out) for nn.Linear."""
 
     converts_to_lora = False
+    returns_input_dtype = False
     adapter_layer_names = ("beft_bias",)
     adds = ("bias",)
 

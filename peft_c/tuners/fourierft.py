@@ -78,7 +78,7 @@ class FourierFTLinear(AddRoom):
         return torch.fft.irfft(columns, n=size[1], dim=1).to(spectrum.dtype)
 
     def dense(self, name: str, x: torch.Tensor) -> bool:
-        return x.shape[:-1].numel() > 128
+        return not 0 < x.shape[:-1].numel() <= 128  # nothing has no transform
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """The delta's product in three steps: transform x, multiply by the sparse spectrum, transform back."""

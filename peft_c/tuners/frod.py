@@ -119,7 +119,7 @@ class Linear(SharedRoom):
         """The adapted output, with this bias."""
         U, V, S, scales = self.parts(name, x)
         z = product(x, V)
-        rotated = self._sparse_activation_mm(z.flatten(0, -2), S).view_as(z)
+        rotated = self._sparse_activation_mm(z.reshape(-1, z.shape[-1]), S).view_as(z)
         return linear(torch.addcmul(rotated, z, scales), U, bias)
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:

@@ -64,6 +64,7 @@ class GloraLinear(AddRoom):
     """W + W * A + B and b + b * D + E + W C for nn.Linear, with A and B (out, in), C (in, 1), D and E (out,)."""
 
     converts_to_lora = False
+    returns_input_dtype = False
     adapter_layer_names = ("glora_A", "glora_B", "glora_C", "glora_D", "glora_E")
     other_param_names = ("r",)
     containers = dict.fromkeys(adapter_layer_names, nn.ModuleDict)

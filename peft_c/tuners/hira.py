@@ -34,6 +34,7 @@ class HiraLayer(AddRoom):
     """W * (B A) with A (r, in, *kernel), B (out, r, *1)."""
 
     converts_to_lora = False
+    returns_input_dtype = False
     adapter_layer_names = ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")
     other_param_names = ("r", "hira_dropout")
     title, dropout, own = "HiRA", "hira_dropout", ("hira_A", "hira_B")

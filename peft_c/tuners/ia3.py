@@ -91,6 +91,8 @@ class IA3Layer(MapRoom):
 class Linear(IA3Layer):
     """(IA)^3 for nn.Linear and Conv1D."""
 
+    returns_input_dtype = False
+
 
 Linear8bitLt = Linear4bit = Linear
 

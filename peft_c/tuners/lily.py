@@ -42,6 +42,7 @@ class Linear(AddRoom):
     """
 
     converts_to_lora = False
+    returns_input_dtype = False
     adapter_layer_names = ("lily_A", "lily_B", "lily_router")
     other_param_names = ("r", "scaling", "stride_A", "num_B")
     containers = dict.fromkeys(adapter_layer_names, nn.ModuleDict)
@@ -65,9 +66,9 @@ class Linear(AddRoom):
 
     def halves(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = linear(x, self.lily_A[name].weight)
-        shares = self.lily_router[name](hidden).softmax(-1).flatten(0, -2).mean(0)
-        mixed = torch.tensordot(shares, self.lily_B[name].weight.unflatten(0, (len(shares), -1)), dims=1)
-        return hidden, mixed * self.scaling[name]
+        B = self.lily_B[name].weight.view(self.num_B[name], -1, self.out_features)
+        shares = self.lily_router[name](hidden).softmax(-1).reshape(-1, len(B)).mean(0)
+        return hidden, (shares @ B.flatten(1)).view_as(B[0]) * self.scaling[name]
 
 
 LilyLayer = Linear

@@ -108,7 +108,8 @@ class Linear(AddRoom):
             return product(low, product(low.T, grad)) if high is None else grad - product(high, product(high.T, grad))
 
         tensor = tensor.view_as(tensor)
-        tensor.register_hook(project)
+        if tensor.requires_grad:  # not in forward-mode differentiation
+            tensor.register_hook(project)
         return tensor
 
     def parts(self, name: str) -> list[torch.Tensor]:

@@ -64,6 +64,7 @@ class Linear(AddRoom):
 
     converts_to_lora = False
     factored = math.inf
+    returns_input_dtype = False
     adapter_layer_names = ("peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders")
     other_param_names = ("r", "depth", "scaling", "act_fn", "res_num")
     containers = dict.fromkeys(adapter_layer_names, nn.ModuleDict)

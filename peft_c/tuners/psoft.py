@@ -112,6 +112,7 @@ class Linear(AddRoom):
 
     factored = math.inf
     dropout = "psoft_dropout"
+    returns_input_dtype = False
     adapter_layer_names = ("psoft_R",)
     other_param_names = (
         "r",

@@ -42,6 +42,7 @@ class Linear(MapRoom):
     a row do, in road_4 none.
     """
 
+    returns_input_dtype = False
     adapter_layer_names = ("road_theta", "road_alpha")
     other_param_names = ("variant", "group_size")
 

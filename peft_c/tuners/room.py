@@ -106,6 +106,14 @@ def shared(name: str, default: Any = None) -> Any:
     return option(usual if default is None else default, help)
 
 
+# methods that take, as in PEFT, `layers_to_transform` beside a regular expression, and `layers_pattern` alone, without
+# effect
+IGNORE_LAYERS = frozenset(
+    "adamss boft frod gralora lily loha lokr oft peanut pvera randlora tinylora vblora vera".split()
+)
+IGNORE_PATTERN = frozenset("adamss c3a gralora hira miss randlora unilora".split())
+
+
 def pattern_value(pattern: dict[str, Any] | None, key: str, default: Any) -> Any:
     """The value for the module called `key` in an option such as `rank_pattern`."""
     pattern = pattern or {}
@@ -117,8 +125,9 @@ class RoomConfig(PeftConfig):
     """Base of the methods' configs: what every one of them normalises and checks.
 
     Raises:
-        ValueError: a value that an option's metadata refuses, `layers_to_transform` or `layers_pattern` beside a
-            regular expression in `target_modules`, or `layers_pattern` without `layers_to_transform`.
+        ValueError: a value that an option's metadata refuses; but for the methods that ignore them,
+            `layers_to_transform` or `layers_pattern` beside a regular expression in `target_modules`, or
+            `layers_pattern` without `layers_to_transform`.
     """
 
     method = ""  # the name under which it is registered
@@ -138,11 +147,11 @@ class RoomConfig(PeftConfig):
                 positive(known.name, value)
             if choices is not None and value not in choices:
                 raise ValueError(f"`{known.name}` must be one of {list(choices)}; got {value!r}.")
-        if isinstance(getattr(self, "target_modules", None), str):
+        if isinstance(getattr(self, "target_modules", None), str) and self.method not in IGNORE_LAYERS:
             for name, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
                 if value is not None:
                     raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
-        if pattern and layers is None:
+        if pattern and layers is None and self.method not in IGNORE_PATTERN:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
 
 
@@ -260,6 +269,7 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
     exclusive: ClassVar[bool] = False  # whether only one adapter at a time can act or be merged
     adapter_kwargs: ClassVar[tuple[str, ...]] = ()  # keyword arguments of forward for `adapt`, not for the base layer
     input_name: ClassVar[str] = "input"  # the base layer's name for its first argument
+    returns_input_dtype: ClassVar[bool] = True  # or the base layer's, which is another one under autocast
     never_merged: ClassVar[str] = ""  # why adapters of the method cannot be merged, if they cannot
     _merge_suspended = False  # see law.suspend
 
@@ -339,21 +349,28 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         x = kwargs.pop(self.input_name) if x is None else x
         rows = kwargs.pop("adapter_names", None) if kwargs else None
         own_kwargs = {key: kwargs.pop(key) for key in self.adapter_kwargs if key in kwargs} if kwargs else kwargs
+        names: list[str] = []
         if self.disable_adapters:
             law.suspend(self)
-            return self.base_layer(x, *args, **kwargs)
-        if rows is not None:
-            return self._mixed_forward(x, rows, *args, **kwargs)
-        if self.merged:
+            rows = None
+        elif rows is None and self.merged:
             law.resume(self)
-            return self.base_layer(x, *args, **kwargs)
-        names = [name for name in self.active_adapters if self.has_adapter(name)]
+        elif rows is None:
+            names = [name for name in self.active_adapters if self.has_adapter(name)]
         if self.exclusive and len(names) > 1:
             raise ValueError(
                 f"Trying to run forward with {len(names)} active adapters ({', '.join(names)}), but "
                 f"{law.describe(self)} does not allow inference with more than one adapter at a time"
             )
-        return self.adapt(names, x, *args, **kwargs, **own_kwargs) if names else self.base_layer(x, *args, **kwargs)
+        if rows is not None:
+            result = self._mixed_forward(x, rows, *args, **kwargs)
+        elif names:
+            result = self.adapt(names, x, *args, **kwargs, **own_kwargs)
+        else:
+            result = self.base_layer(x, *args, **kwargs)
+        if self.returns_input_dtype and result.dtype is not x.dtype and x.is_floating_point():
+            result = result.to(x.dtype)
+        return result
 
     def base_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output for x; in C where that is faster, under autograd only where torch would take much
@@ -371,9 +388,10 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         return slow and self.is_bare() and _C.may_act()
 
     def run_with(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """What the base layer computes from x with another weight and bias, in the dtype of x."""
+        """What the base layer computes from x with another weight and bias, in the dtype of x or autocast's."""
         bias = self._cast_input_dtype(bias, weight.dtype)
-        return apply_weight(self.get_base_layer(), self._cast_input_dtype(x, weight.dtype), weight, bias).to(x.dtype)
+        result = apply_weight(self.get_base_layer(), self._cast_input_dtype(x, weight.dtype), weight, bias)
+        return result if torch.is_autocast_enabled(x.device.type) else result.to(x.dtype)
 
     def is_bare(self) -> bool:
         """Whether a call of the base layer is nothing but its operation: it has no hooks and no forward of its own."""
@@ -425,7 +443,7 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         """The base weight without the adapters merged into it, as the matrix (out, in...) that `weight_view` shows."""
         before = self.__dict__.get("_before_requantising")
         weight = before[0] if before is not None else law.bare_weight(self) if self.merged else None
-        return weight_view(self.get_base_layer()).matrix(self.get_base_weight() if weight is None else weight)
+        return weight_view(self.get_base_layer()).values(self.get_base_weight() if weight is None else weight)
 
     def bare_bias(self) -> torch.Tensor | None:
         """The base bias without the adapters merged into it."""
@@ -705,7 +723,7 @@ class MapRoom(Room):
         transform = self.transform_in_forward if forward else self.transform
         base = self.get_base_layer()
         view, weight, bias = weight_view(base), self.get_base_weight(), getattr(base, "bias", None)
-        matrix = view.matrix(weight)
+        matrix = view.values(weight)
         for name in names:
             matrix, bias = transform(name, matrix, bias)
         return view.restore(matrix, weight.shape), bias

@@ -28,6 +28,7 @@ class SparseRoom(AddRoom):
     For few inputs S x is computed by its elements; for many, S is added to a copy of the weight.
     """
 
+    returns_input_dtype = False
     converts_to_lora = False
 
     def elements(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -133,7 +133,7 @@ class BaseTunerLayer(_C.Layer, ABC):
         """The base layer's weight as a plain tensor, dequantized if it is quantized."""
         if self.quantization_backend is not None:
             return self.quantization_backend.get_base_weight(self.get_base_layer())
-        return self.get_base_layer().weight.data
+        return self.get_base_layer().weight.detach()  # not .data, which torch.export does not follow
 
     def set_base_weight(self, weight_data: torch.Tensor) -> None:
         """Makes `weight_data` the base layer's weight, quantizing it if the weight is quantized."""

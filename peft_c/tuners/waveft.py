@@ -115,7 +115,7 @@ class WaveFTLinear(AddRoom):
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         spectrum, flat = self.waveft_spectrum[name], x.reshape(-1, x.shape[-1])
-        if 16 * len(spectrum) > self.in_features * self.out_features:  # then the matrix is less work
+        if not len(flat) or 16 * len(spectrum) > self.in_features * self.out_features:  # then the matrix is less work
             return super().term(name, x)
         rows, columns, shape = self.entries(name)
         family, transform = self.waveft_wavelet_family[name], self.waveft_use_idwt[name]

@@ -1,0 +1,98 @@
+"""What programs do with a model through torch: mixed precision, shapes out of the ordinary, memory formats, export."""
+
+import warnings
+
+import pytest
+import torch
+
+import peft_c
+from tests.rooms.cases import METHODS, NO_MERGE, PAIRS, call, kinds_of, make, network, same, weights
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore")
+LINEAR = [method for method in METHODS if "Linear" in kinds_of(method)]
+# where PEFT raises, or the output for one row depends on the others
+NO_SINGLE_ROW = {"adamss", "gralora", "lily", "poly"}
+NO_EMPTY = {"adamss", "c3a", "gralora", "lily", "poly"}
+
+
+def close(left, right, tolerance=1e-4):
+    return torch.allclose(left.float(), right.float(), atol=tolerance * max(1.0, right.abs().max().item()), rtol=0)
+
+
+@pytest.mark.parametrize("method", [method for method in LINEAR if method not in ("poly", "fourierft")])
+def test_autocast(method):
+    found = []
+    for package in (peft_c, peft):
+        model, x = make(method, package=package).train(), network("Linear")[1]
+        torch.manual_seed(7)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = call(model, method, x)
+        output.float().square().sum().backward()
+        found.append((output.dtype, output, {name for name, p in model.named_parameters() if p.grad is not None}))
+    assert found[0][0] is found[1][0] and close(found[0][1], found[1][1], 3e-2)
+    assert found[0][2] == {name for name in found[1][2] if "ranknum" not in name}
+
+
+@pytest.mark.parametrize("method", [method for method in LINEAR if method not in NO_SINGLE_ROW])
+def test_one_row_without_a_batch(method):
+    model, x = make(method), network("Linear")[1]
+    assert close(model(x[0, 0]), model(x)[0, 0])
+    assert close(torch.func.vmap(model)(x), model(x))
+
+
+@pytest.mark.parametrize("method", [method for method in LINEAR if method not in NO_EMPTY])
+def test_no_rows(method):
+    model, x = make(method), network("Linear")[1]
+    for empty in (x[:0], x[0, :0]):
+        output = model(empty)
+        assert output.shape == (*empty.shape[:-1], 8)
+        output.sum().backward()
+
+
+@pytest.mark.parametrize(("method", "kind"), [pair for pair in PAIRS if pair[1] in ("Conv2d", "Conv3d")])
+def test_channels_last(method, kind):
+    layout = torch.channels_last if kind == "Conv2d" else torch.channels_last_3d
+    model, x = make(method, kind), network(kind)[1]
+    wanted = model(x)
+    model, x = model.to(memory_format=layout), x.to(memory_format=layout)
+    before = weights(model)
+    assert close(model(x), wanted)
+    if method in NO_MERGE:
+        return
+    model.merge_adapter()
+    assert close(model(x), wanted, 1e-3)
+    model.unmerge_adapter()
+    assert same(weights(model), before)
+    assert all(weight.stride() == old.stride() for weight, old in zip(weights(model), before, strict=True))
+
+
+@pytest.mark.parametrize("method", ["loha", "hira", "glora"])
+def test_export(method):
+    model, x = make(method), network("Linear")[1]
+    assert close(torch.export.export(model, (x,), strict=False).module()(x), model(x))
+
+
+def test_forward_mode_through_osf():
+    model, x = make("osf"), network("Linear")[1]
+    assert close(torch.func.jvp(model, (x,), (torch.zeros_like(x),))[0], model(x))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["0"]])
+@pytest.mark.parametrize("layers", [{"layers_to_transform": [0]}, {"layers_pattern": "h"}])
+@pytest.mark.parametrize("kind", [kind for kind in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING if kind != "ADALORA"])
+def test_options_that_go_with_a_list_of_targets(kind, layers, targets):
+    raised = []
+    for package in (peft_c, peft):
+        config = getattr(package, peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind].__name__)
+        known = config.__dataclass_fields__
+        if "layers_pattern" not in known:
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                config(target_modules=targets, **layers)
+                raised.append(None)
+            except ValueError:
+                raised.append(ValueError)
+    assert raised[0] is raised[1]
