@@ -23,6 +23,37 @@ void layer_close(tuned_layer *self) {
     Py_XDECREF(self->dict);
     Py_XDECREF(self->modules);
     Py_XDECREF(self->names);
+    Py_XDECREF(self->ledger);
+    Py_XDECREF(self->last);
+}
+
+/* Looks through a layer's __dict__ for layer_is_plain. */
+static void look_through(const module_state *state, tuned_layer *self) {
+    PyObject *const names[] = {state->names.adapter_layer_names, state->names.other_param_names,
+                               state->names.frozen_peft_weight_names};
+    PyObject *key = NULL;
+    for (int k = LAYER_NAMES; k <= FROZEN_NAMES; k++) {
+        if (self->facts->attributes[k] != NULL && PyDict_Contains(self->dict, names[k]) == 0) continue;
+        PyErr_Clear(); /* whoever looks it up will see */
+        return;
+    }
+    for (Py_ssize_t at = 0, next = 0; PyDict_Next(self->dict, &next, &key, NULL); at = next) self->last_at = at;
+    self->last = Py_XNewRef(key);
+}
+
+bool layer_is_plain(const module_state *state, tuned_layer *self) {
+    const Py_ssize_t size = PyDict_Size(self->dict);
+    PyObject *key;
+    Py_ssize_t at = self->last_at;
+    if (size == self->dict_size) {
+        if (self->last == NULL) return false;
+        if (PyDict_Next(self->dict, &at, &key, NULL) && key == self->last && !PyDict_Next(self->dict, &at, &key, NULL))
+            return true;
+    }
+    Py_CLEAR(self->last);
+    self->dict_size = size;
+    look_through(state, self);
+    return self->last != NULL;
 }
 
 void containers_free(container_pool *pool) {
@@ -160,12 +191,13 @@ void layer_trace(const tuned_layer *self, const container_pool *pool, footprint 
 }
 
 int containers_measure(container_pool *pool) {
-    int changed = 0;
+    bool changed = false;
     for (size_t i = 0; i < pool->count; i++) {
         const int32_t size = (int32_t)PyDict_Size(pool->items[i].order);
         changed |= size != pool->items[i].size;
         pool->items[i].size = size;
     }
+    pool->measured += changed;
     return changed;
 }
 

@@ -19,6 +19,8 @@ typedef struct {
     container *items;
     size_t count, capacity;
     hint hints[PLACES]; /* in the __dict__ of the containers */
+    size_t measured;    /* counts how often their sizes were found to be others */
+    footprint *past;    /* borrowed or NULL: what the last switch has read of the entries */
 } container_pool;       /* starts as zeros */
 
 /* A layer: any object that has BaseTunerLayer's attributes. What its adapter_layer_names lists is `count` containers in
@@ -30,12 +32,19 @@ typedef struct {
     PyObject *modules;  /* owned or NULL: its `_modules` */
     PyObject *names;    /* owned: the tuple adapter_layer_names */
     size_t first, count;
-    bool steady; /* its containers stay what they are as long as adapter_layer_names and `modules` do */
-} tuned_layer;   /* starts as zeros */
+    bool steady;      /* its containers stay what they are as long as adapter_layer_names and `modules` do */
+    PyObject *ledger; /* owned or NULL: the last one that was right for the sizes `measured` then */
+    size_t measured;
+    PyObject *last; /* owned or NULL: the last key of `dict` when it declared nothing (see layer_is_plain) */
+    Py_ssize_t last_at, dict_size;
+} tuned_layer; /* starts as zeros */
 
 /* Fills in all but the containers. 0, or -1 with an exception; to be closed in both cases. */
 int layer_open(const module_state *state, class_table *classes, PyObject *object, tuned_layer *self);
 void layer_close(tuned_layer *self);
+/* Whether the layer leaves to its class what names of containers and of frozen weights there are: that was so when its
+ * __dict__ was looked through, and it has as many keys as then and the same last one; others would come after it. */
+bool layer_is_plain(const module_state *state, tuned_layer *self);
 /* Opens the containers of layers, which the pool then has room for. 0, or -1 with an exception. */
 int containers_open(const module_state *state, tuned_layer *const *layers, size_t count, container_pool *pool);
 /* Reads the sizes again. 1 if one is another. */

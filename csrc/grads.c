@@ -86,10 +86,11 @@ static int queue(switch_call *call, stage *self, const target *layer, PyObject *
 
 void grads_prefetch(const switch_call *call, const stage *self, const target *layer) {
     const container *all = containers_of(self, layer);
-    for (int i = 0; i < 2 * PLACED; i++) {
-        const hint *const place = &call->places[i / PLACED][i % PLACED];
-        for (size_t k = 0; place->searched && k < layer->of->count; k++) {
-            if (all[k].size) __builtin_prefetch(item_of(all[k].entries, place->at));
+    for (int i = 0; i < 2; i++) {
+        for (const hint *place = call->places[i]; place < call->places[i] + PLACED && place->searched; place++) {
+            for (size_t k = 0; k < layer->of->count; k++) {
+                if (all[k].size) __builtin_prefetch(item_of(all[k].entries, place->at));
+            }
         }
     }
 }
@@ -122,6 +123,19 @@ static const int32_t *ledger_sizes(PyObject *ledger, const container *all, size_
     }
     if (current != NULL) *current = same;
     return sizes;
+}
+
+/* 1 if a ledger (may be NULL) was written for as many entries as there are now. */
+static int ledger_is_current(const stage *self, const target *layer, PyObject *ledger) {
+    tuned_layer *const of = layer->of;
+    int current = 1;
+    if (ledger != NULL && of->ledger == ledger && of->measured == self->pool->measured) return 1;
+    ledger_sizes(ledger, containers_of(self, layer), of->count, &current);
+    if (current) {
+        replace(&of->ledger, ledger);
+        of->measured = self->pool->measured;
+    }
+    return current;
 }
 
 static int set_update_last(PyObject *set, PyObject *order, Py_ssize_t count) {
@@ -180,13 +194,13 @@ done:
 /* Finds the names that may be trainable, by the ledger, by being active, or added since, and are not in call->names. */
 static int find_suspects(switch_call *call, const stage *self, target *layer) {
     const container *all = containers_of(self, layer);
-    int current, known = 0;
+    int known = 0;
     tuned_layer *const of = layer->of;
     PyObject *ledger = ledger_of(call, layer);
     PyObject *active =
         PyErr_Occurred() ? NULL : dict_get(of->dict, call->state->names._active_adapter, &of->facts->hints[ACTIVE]);
     if (PyErr_Occurred()) return -1;
-    ledger_sizes(ledger, all, layer->of->count, &current);
+    const int current = ledger_is_current(self, layer, ledger);
     if (current && ledger == call->ledger && (known = covers(call, active)) < 0) return -1;
     if (!known) {
         PyObject *names = suspects_collect(call, ledger, active, all, layer->of->count);
@@ -224,12 +238,10 @@ static PyObject *ledger_new(PyObject *names, const container *all, size_t count)
 /* Writes the ledger of the adapters in `names` (a tuple), the same in all of one call. */
 static int ledger_write(switch_call *call, const stage *self, const target *layer, PyObject *names) {
     const container *all = containers_of(self, layer);
-    int current;
-    ledger_sizes(call->written, all, layer->of->count, &current);
-    if (!current) {
+    if (!ledger_is_current(self, layer, call->written)) {
         PyObject *ledger = ledger_of(call, layer);
         if (PyErr_Occurred()) return -1;
-        ledger_sizes(ledger, all, layer->of->count, &current);
+        int current = ledger_is_current(self, layer, ledger);
         if (current && (current = same_names(PyTuple_GetItem(ledger, 0), names)) < 0) return -1;
         ledger = current ? Py_NewRef(ledger) : ledger_new(names, all, layer->of->count);
         if (ledger == NULL) return -1;
@@ -344,7 +356,7 @@ static int restore_pair(switch_call *call, stage *self, const target *layer, PyO
     PyObject *const list = PyTuple_GetItem(pair, 0), *const name = PyTuple_GetItem(pair, 1);
     PyObject *ledger = name ? ledger_of(call, layer) : NULL;
     PyObject *more = ledger ? ledger_with(ledger, name) : NULL;
-    int rc = more ? ledger_set(call, layer, more) : 0;
+    int rc = more != NULL && more != ledger ? ledger_set(call, layer, more) : 0;
     Py_XDECREF(more);
     if (rc < 0 || PyErr_Occurred()) return -1;
     const size_t count = layer->of->count;

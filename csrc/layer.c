@@ -24,9 +24,11 @@ typedef struct {
 /* Does a switch to layers whose containers are in `pool`. */
 static int perform(switch_call *call, const layer_switch *what, target *layers, size_t count,
                    const container_pool *pool, int flag) {
-    stage work = {.pool = pool};
+    stage work = {.pool = pool, .work = {.past = count > AHEAD ? pool->past : NULL}};
     int rc = 0;
+    size_t asked = 0;
     for (size_t i = 0; rc == 0 && i < count; i++) {
+        if (work.work.past != NULL) asked = footprint_ask(work.work.past, asked, i + AHEAD, count);
         if (i + AHEAD < count) grads_prefetch(call, &work, &layers[i + AHEAD]);
         rc = what->plan(call, &work, &layers[i], flag);
     }
@@ -39,7 +41,10 @@ static int perform(switch_call *call, const layer_switch *what, target *layers, 
 /* Freezes what frozen_peft_weight_names declares for `names` (an iterable; NULL: the active ones). */
 static int freeze(switch_call *call, const stage *opened, const target *self, PyObject *names) {
     tuned_layer *const of = self->of;
-    PyObject *frozen = layer_attribute(call->state, of->facts, of->object, of->dict, FROZEN_NAMES), *active = NULL;
+    const bool plain = of->last != NULL && layer_is_plain(call->state, of); /* if looked through before */
+    PyObject *active = NULL,
+             *frozen = plain ? Py_NewRef(of->facts->attributes[FROZEN_NAMES])
+                             : layer_attribute(call->state, of->facts, of->object, of->dict, FROZEN_NAMES);
     int rc = frozen ? PyObject_IsTrue(frozen) : -1;
     if (rc > 0) {
         stage work = {.pool = opened->pool};

@@ -28,11 +28,12 @@ static inline const char *keys_of(const PyObject *dict) {
 
 /* Where item number `at` of a dict is. */
 static inline const char *item_of(PyObject *dict, Py_ssize_t at) {
+    const char *const values = word_of(dict, 5);
+    if (values != NULL) return values + 8 * at;
     const Py_ssize_t size = PyDict_Size(dict);
     Py_ssize_t slots = 8;
     while (3 * size > 2 * slots) slots *= 2;
-    const char *const values = word_of(dict, 5);
-    return values ? values + 8 * at : keys_of(dict) + 32 + (slots > 128 ? 2 : 1) * slots + 16 * at;
+    return keys_of(dict) + 32 + (slots > 128 ? 2 : 1) * slots + 16 * at;
 }
 
 /* What a dict keeps about its keys, and item number `at`. */
@@ -41,14 +42,24 @@ static inline void prefetch_item(PyObject *dict, Py_ssize_t at) {
     __builtin_prefetch(item_of(dict, at));
 }
 
-/* Addresses that a call has read, to be asked for all at once by the next one; they may be stale by then. */
+/* Addresses that a call has read, to be asked for in advance by the next one; they may be stale by then. */
 typedef struct {
     const char **items;
     size_t count, capacity;
-} footprint; /* starts as zeros */
+    uintptr_t of; /* of what, for whoever keeps it: equal numbers mean that it is worth asking for */
+} footprint;      /* starts as zeros */
 
-/* Adds one. Without memory for it, it is left out. */
+/* Asks for what is due before step `step` of `steps`, after `asked` were asked for (at once, they would be dropped).
+ * Returns how many are by then. */
+static inline size_t footprint_ask(const footprint *self, size_t asked, size_t step, size_t steps) {
+    const size_t due = step < steps ? self->count * step / steps : self->count;
+    for (; asked < due; asked++) __builtin_prefetch(self->items[asked]);
+    return asked;
+}
+
+/* Adds one, if it is on another line than the one before. Without memory for it, it is left out. */
 static inline void trace_add(footprint *self, const void *address) {
+    if (self->count > 0 && (((uintptr_t)self->items[self->count - 1] ^ (uintptr_t)address) >> 6) == 0) return;
     if (self->count == self->capacity) {
         const size_t capacity = 2 * self->capacity + 1024;
         const char **items = PyMem_Realloc(self->items, capacity * sizeof *items);
@@ -57,6 +68,20 @@ static inline void trace_add(footprint *self, const void *address) {
         self->capacity = capacity;
     }
     self->items[self->count++] = address;
+}
+
+/* Adds the first three words of an object. */
+static inline void trace_object(footprint *self, const PyObject *object) {
+    trace_add(self, object);
+    trace_add(self, (const char *)object + 16);
+}
+
+/* Adds a dict and its item number `at`. */
+static inline void trace_item(footprint *self, PyObject *dict, Py_ssize_t at) {
+    trace_add(self, dict);
+    trace_add(self, (const char *)dict + 40);
+    trace_add(self, keys_of(dict));
+    trace_add(self, item_of(dict, at));
 }
 
 #endif

@@ -14,7 +14,8 @@ typedef struct {
     tuned_layer *layers; /* the tuner layers, in order */
     size_t layer_count;
     container_pool pool; /* the containers of those that a switch has opened */
-    footprint lines;     /* what the checks and the switches read */
+    footprint lines;     /* what the checks and the switches read, but for the adapters' entries */
+    footprint past;      /* what the last switch has read of those */
     const PyObject *root;
     size_t traced; /* 1 + the number of containers that are in `lines`, as large as they are now */
     bool whole;    /* it was read without an error, and all of it can be checked */
@@ -28,6 +29,7 @@ static void tree_clear(tree *self) {
     PyMem_Free(old.items);
     PyMem_Free(old.layers);
     PyMem_Free(old.lines.items);
+    PyMem_Free(old.past.items);
     containers_free(&old.pool);
     walk_free(&old.walk);
 }
@@ -80,6 +82,7 @@ static int keep_layers(tree *self) {
 static int tree_read(tree *self, const module_state *state, PyObject *root) {
     tree_clear(self);
     self->walk.state = state;
+    self->pool.past = &self->past;
     if (walk_run(&self->walk, root) < 0) return -1;
     node *const top = &self->walk.nodes[0];
     const int kept = top->facts->layer ? 0 : keep_items(self);
@@ -100,8 +103,7 @@ static int same_modules(const tree *self, PyObject *root) {
     PyObject *const *item = self->items, *name, *child;
     size_t asked = 0;
     for (size_t i = 0; i < found->queue_count; i++) {
-        const size_t due = self->lines.count * (i + AHEAD) / found->queue_count; /* at once, they would be dropped */
-        for (; asked < due && asked < self->lines.count; asked++) __builtin_prefetch(self->lines.items[asked]);
+        asked = footprint_ask(&self->lines, asked, i + AHEAD, found->queue_count);
         const node *at = &found->nodes[found->queue[i]];
         PyObject *const module = i ? at->module : root;
         if (Py_TYPE(module) != at->facts->type) return 0;
@@ -122,8 +124,10 @@ static int same_modules(const tree *self, PyObject *root) {
 }
 
 /* 1 if `layer` declares the containers that were opened, or hidden from the walk. */
-static int same_containers(const module_state *state, const tuned_layer *layer) {
+static int same_containers(const module_state *state, tuned_layer *layer) {
     class_facts *const facts = layer->facts;
+    if (layer_is_plain(state, layer) && (layer->names == NULL || layer->names == facts->attributes[LAYER_NAMES]))
+        return layer->names == NULL || layer->steady;
     PyObject *names = layer_attribute(state, facts, layer->object, layer->dict, LAYER_NAMES);
     PyObject *others = names ? layer_attribute(state, facts, layer->object, layer->dict, PARAM_NAMES) : NULL;
     int same = others ? 1 : -1;

@@ -158,28 +158,72 @@ static int do_item(const module_state *state, journal *log, work_item *item, int
     return turn(state, log, item->object, item->act, item->old);
 }
 
-/* Asks for what torch has about many tensors, and in that for their flags, if it is where it is thought to be. */
-static void prefetch_flags(const module_state *state, const worklist *tensors) {
-    enum { TORCH = 2, AUTOGRAD = 3, FLAG = 128, FEW = 8 };
-    if (tensors->count < FEW || !is_direct(state, tensors->items[0].object)) return;
+enum { TORCH = 2, AUTOGRAD = 3, FLAG = 128, FEW = 8 };
+
+/* Whether what torch has about many tensors is where it is thought to be: in the first one it is where torch says. */
+static bool is_usual(const module_state *state, const worklist *tensors) {
+    if (tensors->count < FEW || !is_direct(state, tensors->items[0].object)) return false;
     PyObject *const first = tensors->items[0].object, *address = PyObject_GetAttr(first, state->names._cdata);
     const void *known = address ? PyLong_AsVoidPtr(address) : NULL;
     Py_XDECREF(address);
     PyErr_Clear();
-    if (known != word_of(first, TORCH)) return;
+    return known == word_of(first, TORCH);
+}
+
+/* Where torch keeps the flags of a tensor, or NULL; `first` is one whose place is known. */
+static const char *flags_of(const PyObject *tensor, const PyObject *first) {
+    const char *const own = Py_TYPE(tensor) == Py_TYPE(first) ? word_of(tensor, TORCH) : NULL;
+    return own ? word_of((const void *)own, AUTOGRAD) : NULL;
+}
+
+/* Asks for what torch has about many tensors, and in that for their flags. */
+static void prefetch_flags(const module_state *state, const worklist *tensors) {
+    if (!is_usual(state, tensors)) return;
     for (size_t i = 0; i < tensors->count; i++) __builtin_prefetch(word_of(tensors->items[i].object, TORCH));
     for (size_t i = 0; i < tensors->count; i++) {
-        PyObject *const tensor = tensors->items[i].object;
-        const char *const own = Py_TYPE(tensor) == Py_TYPE(first) ? word_of(tensor, TORCH) : NULL;
-        const char *const flags = own ? word_of((const void *)own, AUTOGRAD) : NULL;
+        const char *const flags = flags_of(tensors->items[i].object, tensors->items[0].object);
         if (flags == NULL) continue;
         __builtin_prefetch(flags);
         __builtin_prefetch(flags + FLAG);
     }
 }
 
+/* Notes what doing a list read, entry by entry. */
+static void trace_list(const module_state *state, const worklist *work, const worklist *tensors) {
+    const bool usual = is_usual(state, tensors);
+    footprint *const lines = work->past;
+    size_t next = 0;
+    lines->count = 0;
+    for (size_t i = 0; i < work->count; i++) {
+        const work_item *const item = &work->items[i];
+        PyObject *dict = item->dict ? PyObject_GenericGetDict(item->object, NULL) : NULL;
+        trace_add(lines, (const char *)item->object - 32); /* where its __dict__ is */
+        trace_object(lines, item->object);
+        if (dict != NULL) {
+            trace_item(lines, dict, work->hints[PARAMETERS].at);
+            trace_add(lines, item_of(dict, work->hints[MODULES].at));
+            trace_item(lines, item->dict, 0);
+            trace_object(lines, item->modules);
+            Py_DECREF(dict);
+        }
+        for (; next < tensors->count * (i + 1) / work->count; next++) {
+            PyObject *const tensor = tensors->items[next].object;
+            const char *const flags = usual ? flags_of(tensor, tensors->items[0].object) : NULL;
+            trace_object(lines, tensor);
+            if (flags == NULL) continue;
+            trace_add(lines, word_of(tensor, TORCH));
+            trace_add(lines, word_of(tensor, TORCH) + sizeof flags * AUTOGRAD);
+            trace_add(lines, flags);
+            trace_add(lines, flags + FLAG);
+        }
+    }
+    PyErr_Clear();
+}
+
 int work_run(const module_state *state, journal *log, worklist *work, PyObject *list) {
     worklist tensors = {0};
+    uintptr_t of = 0;
+    for (size_t i = 0; i < work->count; i++) of += (uintptr_t)work->items[i].object;
     int rc = find_tensors(state, work, &tensors);
     prefetch_flags(state, &tensors);
     const size_t turned = log->count;
@@ -188,6 +232,10 @@ int work_run(const module_state *state, journal *log, worklist *work, PyObject *
     }
     for (size_t i = 0; rc == 0 && i < tensors.count; i++) {
         rc = do_item(state, log, &tensors.items[i], log->count > turned, list);
+    }
+    if (rc == 0 && work->past != NULL && work->past->of != of) {
+        trace_list(state, work, &tensors);
+        work->past->of = of;
     }
     work_free(&tensors);
     return rc;

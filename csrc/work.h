@@ -24,6 +24,7 @@ typedef struct {
     work_item *items;
     size_t count, capacity;
     hint hints[PLACES]; /* in the __dict__ of the entries that are modules */
+    footprint *past;    /* borrowed or NULL: what doing a list of these entries, in any order, has read before */
 } worklist;             /* starts as zeros */
 
 /* Adds an entry and takes its reference, also on failure. */

@@ -105,6 +105,16 @@ def declare_on_a_layer(net):
     net[0].adapter_layer_names = ("lora_B",)
 
 
+def declare_in_place_of_the_last_attribute(net):
+    net[0].__dict__.popitem()
+    net[0].adapter_layer_names = ("lora_B",)
+
+
+def freeze_in_place_of_another_attribute(net):
+    del net[0].fan_in_fan_out
+    net[0].frozen_peft_weight_names = {"other": ("lora_A",)}
+
+
 def freeze_a_declared_weight(net):
     net[0].frozen_peft_weight_names = {"other": ("lora_A",)}
 
