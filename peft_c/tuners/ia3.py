@@ -73,7 +73,7 @@ class IA3Layer(MapRoom):
         """Scaling of the output, in others."""
         return None if self.is_feedforward else self.scaled
 
-    def scaling(self, name: str) -> tuple[torch.Tensor, int] | None:
+    def scale_vector(self, name: str) -> tuple[torch.Tensor, int] | None:
         grouped = self.is_feedforward and getattr(self.get_base_layer(), "groups", 1) > 1
         return None if grouped else (self.entry("ia3_l", name).flatten(), int(self.is_feedforward))
 

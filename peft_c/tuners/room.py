@@ -707,7 +707,7 @@ class MapRoom(Room):
         """The weight, as the matrix (out, in...) that `weight_view` shows, and the bias with the adapter in them."""
         raise NotImplementedError(f"{type(self).__name__} does not say how the weight is transformed")
 
-    def scaling(self, name: str) -> tuple[torch.Tensor, int] | None:
+    def scale_vector(self, name: str) -> tuple[torch.Tensor, int] | None:
         """Where the map is nothing else: the vector by which the outputs (0; biases, too) or inputs (1) are scaled."""
         return None
 
@@ -736,7 +736,7 @@ class MapRoom(Room):
             result = self.base_output(x.to(dtype), *args, **kwargs)
             dtype, in_place = result.dtype, self.owns_output(x)
             for name in names if self.after is not None else ():
-                scaling = self.scaling(name) if in_place else None
+                scaling = self.scale_vector(name) if in_place else None
                 fits = scaling is not None and scaling[0].dtype == dtype
                 result = result.mul_(scaling[0]) if fits else self.after(name, result)
             return result.to(dtype)
@@ -744,7 +744,7 @@ class MapRoom(Room):
 
     def _merge_changes(self, name: str) -> dict[str, law.Change]:
         def merged(targets: dict[str, BaseView]) -> dict[str, torch.Tensor | law.Times]:
-            scaling = self.scaling(name)
+            scaling = self.scale_vector(name)
             if scaling is not None:
                 vector, dim = scaling[0].detach().clone(), scaling[1]
                 times = {"weight": law.Times(vector, 1 - dim if targets["weight"].transposed else dim)}

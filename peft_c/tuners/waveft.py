@@ -73,6 +73,7 @@ class WaveFTLinear(AddRoom):
         self.waveft_wavelet_family[name], self.waveft_use_idwt[name] = config.wavelet_family, config.use_idwt
         places = random_places(n_frequency, self.in_features, self.out_features, config.random_loc_seed)
         self.waveft_indices[name] = places
+        wavelets.filters(config.wavelet_family)  # made before torch.compile sees it
         spectrum = torch.zeros(n_frequency) if config.init_weights else torch.randn(n_frequency) * 0.01
         self.waveft_spectrum[name] = nn.Parameter(spectrum)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -68,16 +67,21 @@ def _factorise(n: int, outside: int) -> list[float]:
     return (taps * (math.sqrt(2) / taps.sum())).tolist()
 
 
-@cache
+_filters: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {}  # a dict, as torch.compile traces through caches
+
+
 def filters(family: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The low-pass and the high-pass filter of reconstruction."""
+    if family in _filters:
+        return _filters[family]
     if family in COIFLETS:
         low = [math.sqrt(2) * float(value) for value in COIFLETS[family].split()]
     else:
         kind, n = ("db", int(family[2:])) if family.startswith("db") else ("sym", int(family[3:]))
         low = _factorise(n, SYMLETS[n] if kind == "sym" else 0)
     high = [(-1) ** i * tap for i, tap in enumerate(reversed(low))]
-    return tuple(low), tuple(high)
+    _filters[family] = tuple(low), tuple(high)
+    return _filters[family]
 
 
 def _bank(family: str, like: torch.Tensor) -> tuple[torch.Tensor, int]:

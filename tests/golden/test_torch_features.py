@@ -73,6 +73,14 @@ def test_export(method):
     assert close(torch.export.export(model, (x,), strict=False).module()(x), model(x))
 
 
+@pytest.mark.filterwarnings("error:Dynamo detected")
+@pytest.mark.parametrize("method", ["waveft", "lily", "hra"])
+def test_one_graph(method):
+    model, x = make(method), network("Linear")[1]
+    torch.compiler.reset()
+    assert close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
+
+
 def test_forward_mode_through_osf():
     model, x = make("osf"), network("Linear")[1]
     assert close(torch.func.jvp(model, (x,), (torch.zeros_like(x),))[0], model(x))
