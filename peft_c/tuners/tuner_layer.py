@@ -209,19 +209,20 @@ class BaseTunerLayer(_C.Layer, ABC):
         If it was active, the other active adapters stay so; if there are none, the first of the remaining ones in
         alphabetical order becomes active, with a warning.
         """
-        ledger = self.__dict__.get("_adapter_ledger")
+        attributes = self.__dict__
+        ledger, modules = attributes.get("_adapter_ledger"), attributes.get("_modules", {})
         sizes = array("i", ledger[1] if ledger else b"")
         for i, name in enumerate(self.adapter_layer_names + self.other_param_names):
-            container = getattr(self, name)
+            container = modules[name] if name in modules else getattr(self, name)
             if adapter_name in container:
                 del container[adapter_name]
                 if i < len(sizes):
                     sizes[i] -= 1
         if ledger:
-            self._adapter_ledger = (ledger[0] - {adapter_name}, sizes.tobytes())
-        memory = self.__dict__.get("_disabled_trainable")
+            attributes["_adapter_ledger"] = (ledger[0] - {adapter_name}, sizes.tobytes())
+        memory = attributes.get("_disabled_trainable")
         if memory:
-            self._disabled_trainable = tuple(pair for pair in memory if pair[1] != adapter_name)
+            attributes["_disabled_trainable"] = tuple(pair for pair in memory if pair[1] != adapter_name)
         # an instance that has entries owns its dict, so that the class's default is not touched
         if adapter_name in self.frozen_peft_weight_names:
             del self.frozen_peft_weight_names[adapter_name]
@@ -300,7 +301,7 @@ class BaseTunerLayer(_C.Layer, ABC):
         """Notes that entries of this adapter were added or replaced and may be trainable now."""
         ledger = self.__dict__.get("_adapter_ledger")
         if ledger is not None and adapter_name not in ledger[0]:
-            self._adapter_ledger = (ledger[0] | {adapter_name}, ledger[1])
+            self.__dict__["_adapter_ledger"] = (ledger[0] | {adapter_name}, ledger[1])
 
     def _cast_input_dtype(self, x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
         """x in the dtype of the adapter's weights, unless `cast_input_dtype_enabled` is False; None stays None."""
