@@ -68,7 +68,8 @@ class LoHaLayer(LycorisLayer):
     def delta(self, name: str) -> torch.Tensor:
         a1, b1, a2, b2 = self.factors(name)
         if name not in self.hada_t1:
-            return product(a1, b1) * product(a2 * self.scaling[name], b2)
+            first, second = product(a1, b1), product(a2 * self.scaling[name], b2)
+            return first * second if torch.is_grad_enabled() else first.mul_(second)
         both = zip((self.hada_t1[name], self.hada_t2[name]), (a1, a2), (b1, b2), strict=True)
         first, second = (einsum("ijkl,jc,io->ockl", t, b, a) for t, a, b in both)
         return (first * second * self.scaling[name]).flatten(1)
