@@ -3,7 +3,7 @@ from coming halfway."""
 
 from __future__ import annotations
 
-import _signal  # signal, without making an enum of every number and function
+from _signal import SIGINT, getsignal, signal  # without making an enum of every number and function
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,13 +141,13 @@ class undivided:
     handler: Any = None
 
     def __enter__(self) -> undivided:
-        handler = _signal.getsignal(_signal.SIGINT)
+        handler = getsignal(SIGINT)
         outer = getattr(handler, "__self__", None)
         if isinstance(outer, undivided):
             self.outer = outer
         elif callable(handler):
             try:
-                _signal.signal(_signal.SIGINT, self._hold)
+                signal(SIGINT, self._hold)
                 self.handler = handler
             except ValueError:  # not the main thread
                 pass
@@ -165,5 +165,5 @@ class undivided:
 
     def __exit__(self, *_: Any) -> None:
         if self.handler is not None:
-            _signal.signal(_signal.SIGINT, self.handler)
+            signal(SIGINT, self.handler)
             self.let_through()

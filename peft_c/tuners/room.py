@@ -177,7 +177,7 @@ def kaiming(tensor: torch.Tensor) -> torch.Tensor:
 
 def weight_view(base: nn.Module, name: str = "weight") -> BaseView:
     """The weight of a base layer as a matrix (out, in...): transposed for Conv1D."""
-    return BaseView(base, name, transposed=name == "weight" and is_transformers_conv1d(base))
+    return BaseView(base, name, name == "weight" and is_transformers_conv1d(base))
 
 
 def c_is_worth_asking(x: torch.Tensor) -> bool:

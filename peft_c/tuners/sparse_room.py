@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ class SparseRoom(AddRoom):
 
     returns_input_dtype = False
     converts_to_lora = False
+
+    def _merge_adapters(self) -> Iterable[str]:
+        return self._modules[self.adapter_layer_names[0]].keys()  # all have values
 
     def elements(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Places (nnz), int32 or int64, in the flat weight, all different, and values (nnz) of S."""
