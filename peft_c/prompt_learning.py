@@ -427,6 +427,8 @@ def generate(model: PeftModel, args: tuple, kwargs: dict[str, Any]) -> Any:
     from .peft_model import PeftModelForSeq2SeqLM
 
     base = model.base_model
+    if model._adapters_disabled:
+        kwargs.pop("task_ids", None)  # which choose prompts
     if model._adapters_disabled or not isinstance(model, PeftModelForSeq2SeqLM):
         return base.generate(*args, **kwargs)
     config, encoder = _active(model)

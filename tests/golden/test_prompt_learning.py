@@ -174,7 +174,8 @@ def test_without_the_prompt_it_is_the_base_model(method, task):
         same(model(**given)[0], plain(**given)[0])
         if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
             ids = {"input_ids": given["input_ids"], "max_new_tokens": 4, "do_sample": False}
-            assert torch.equal(model.generate(**ids), plain.generate(**ids))
+            tasks = {key: value for key, value in inputs(method, task).items() if key == "task_ids"}
+            assert torch.equal(model.generate(**ids, **tasks), plain.generate(**ids))
     with_prompt = model(**inputs(method, task))[0]
     assert with_prompt.shape != plain(**given)[0].shape or not torch.allclose(with_prompt, plain(**given)[0])
 
