@@ -146,6 +146,30 @@ def test_scale_layer_reaches_embeddings():
     torch.testing.assert_close(model(x) - base, term, **TOLERANCE)
 
 
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith(("embedding", "conv")) and "dora" not in n])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_for_each_row(name, dtype):
+    """Also under autograd, and with one of another scale."""
+    ours, theirs, x = both(CASES[name], adapters=("default", "other", "third"))
+    x = x.to(dtype) if x.is_floating_point() else x
+    for model in (ours, theirs):
+        layer_of(model).base_layer.to(dtype)
+    names = (["default", "third", "other"] * 3)[: len(x)]
+    tolerance = {"atol": 5e-2, "rtol": 5e-2} if dtype == torch.bfloat16 else TOLERANCE
+    for scale in (1.0, 2.0):
+        layer_of(ours).set_scale("other", scale), layer_of(theirs).set_scale("other", scale)
+        actual, expected = ours.eval()(x, adapter_names=names), theirs.eval()(x, adapter_names=names)
+        assert actual.dtype == expected.dtype == dtype
+        torch.testing.assert_close(actual, expected, **tolerance)
+        for model, output in ((ours, actual), (theirs, expected)):
+            model.zero_grad()
+            output.float().square().mean().backward()
+        grads = [dict(model.named_parameters()) for model in (ours, theirs)]
+        for key, parameter in grads[0].items():
+            if parameter.grad is not None:
+                torch.testing.assert_close(parameter.grad, grads[1][key].grad, **tolerance)
+
+
 @pytest.mark.parametrize("name", [n for n in CASES if "dora" not in n and "mha" not in n and "parameter" not in n])
 def test_mixed_batch(name):
     ours, theirs, x = both(CASES[name], adapters=("default", "other"))

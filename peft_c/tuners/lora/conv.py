@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -73,6 +74,22 @@ class _ConvNd(_LoraModule):
 
     def _get_dora_factor_view(self) -> tuple[int, ...]:
         return (-1,) + (1,) * (self._kernel_dim - 1)
+
+    def _row_factors(self, x: torch.Tensor, names: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A of all rows as the groups of one convolution."""
+        base = self.get_base_layer()
+        A, B = ([container[name] for name in names] for container in (self.lora_A, self.lora_B))
+        plain = base.groups == 1 and base.padding_mode == "zeros" and x.dim() == self._kernel_dim
+        if self.training or not plain or not all(map(self._is_plain, A + B)):
+            return None
+        weight = torch.cat([part.weight for part in A])
+        groups = x.to(weight.dtype).reshape(1, -1, *x.shape[2:])
+        hidden = self.conv_fn(groups, weight, None, base.stride, base.padding, base.dilation, len(x))
+        return torch.stack([part.weight.flatten(1) for part in B]), hidden.view(len(x), self.r[names[0]], -1)
+
+    def _is_plain(self, part: nn.Module) -> bool:
+        hooks = part._forward_hooks or part._forward_pre_hooks
+        return type(part) is type(self.get_base_layer()) and part.bias is None and not hooks
 
     def _low_rank(self, adapter: str) -> law.LowRank:
         if self.get_base_layer().groups > 1:

@@ -373,6 +373,22 @@ class LoraLayer(BaseTunerLayer):
         hidden = self.lora_A[adapter](self.lora_dropout[adapter](x))
         return self.lora_B[adapter](hidden) * self.scaling[adapter]
 
+    def _row_factors(self, x: torch.Tensor, names: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(rows, m, r) and (rows, r, n), whose product, scaled, is what the adapters add to the output for the rows of
+        x; None where that is not so."""
+        return None
+
+    def _add_by_rows(self, x: torch.Tensor, result: torch.Tensor, names: list[str]) -> torch.Tensor | None:
+        """The output with an adapter for each row as one product; None where that is not to be had."""
+        alike = {(self.r[name], self.scaling[name], name in self.lora_variant) for name in names}
+        if len(alike) > 1 or next(iter(alike))[2]:
+            return None
+        factors = self._row_factors(x, names)
+        if factors is None or factors[0].dtype != factors[1].dtype:
+            return None
+        terms = torch.bmm(*factors).view(result.shape)
+        return torch.add(result, terms, alpha=self.scaling[names[0]]).to(result.dtype)
+
     def _mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
     ) -> torch.Tensor:
@@ -390,6 +406,10 @@ class LoraLayer(BaseTunerLayer):
         for row, name in enumerate(adapter_names):
             if name in own:  # "__base__", and adapters that other layers have
                 rows_of.setdefault(name, []).append(row)
+        if 2 * len(rows_of) >= len(x) > 2 and all(name in rows_of for name in adapter_names):  # few rows for each
+            together = self._add_by_rows(x, result, adapter_names)
+            if together is not None:
+                return together
         if rows_of and (type(self.base_layer).forward is not nn.Linear.forward or self.base_layer._forward_hooks):
             result = result.clone()  # somebody else may hold what this layer returned
         if in_c and _C.lowrank_mixed(self, x, result, list(adapter_names)) is not None:

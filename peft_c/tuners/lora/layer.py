@@ -209,6 +209,13 @@ class Embedding(_LoraModule):
         scale = self._get_embed_scale()
         return output if scale is None else output * scale.to(output.dtype)
 
+    def _row_factors(self, x: torch.Tensor, names: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if x.dim() != 2 or self._get_embed_scale() is not None:
+            return None
+        A, B = self.lora_embedding_A, self.lora_embedding_B
+        hidden = torch.stack([self._embed(row, A[name].T) for row, name in zip(x, names, strict=True)])
+        return hidden, torch.stack([B[name] for name in names]).mT
+
 
 def _is_conv1d(module: nn.Module) -> bool:
     """Is it transformers' Conv1D? If transformers has not been imported, nothing is."""
