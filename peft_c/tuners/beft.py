@@ -38,7 +38,7 @@ class Linear(AddRoom):
         self.beft_bias[name] = nn.Parameter(torch.zeros_like(vector) if config.init_weights else vector)
 
     def dense(self, name: str, x: torch.Tensor) -> bool:
-        return self.get_base_layer().bias is not None
+        return not torch.is_grad_enabled() and self.get_base_layer().bias is not None
 
     def adapter_dtype(self, name: str) -> None:
         return None

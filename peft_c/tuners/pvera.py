@@ -69,18 +69,18 @@ class Linear(SharedRoom):
     def terms(self, name: str, x: torch.Tensor) -> list[LowRank | None]:
         return [None] if self.training or self.sample_at_inference[name] else super().terms(name, x)
 
-    def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def halves(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         A, d, B, b = self.parts(name)
         if not (self.training or self.sample_at_inference[name]):
             r = self.r[name]
-            return b * linear(d[:r] * linear(x, A[:r]), B)
+            return linear(d[:r] * linear(x, A[:r]), B), b
         mean, log_variance = (d * linear(x, A)).chunk(2, dim=-1)
         generator = self.pvera_generator[name]
         if generator is None:
             noise = torch.randn_like(mean)
         else:
             noise = torch.randn(mean.shape, dtype=mean.dtype, generator=generator).to(mean.device)
-        return b * linear(mean + noise * torch.exp(0.5 * log_variance), B)
+        return linear(torch.addcmul(mean, noise, torch.exp(0.5 * log_variance)), B), b
 
 
 PveraLayer = Linear

@@ -67,8 +67,8 @@ class Linear(MapRoom):
         shape = (self.out_features // (2 * half), *VARIANTS[self.variant[name]], half)
         theta, alpha = (values[name].view(shape).expand(-1, 2, 2, -1) for values in (self.road_theta, self.road_alpha))
         cosine, sine = alpha[:, 0] * theta[:, 0].cos(), alpha[:, 1] * theta[:, 1].sin()
-        sine = torch.stack((-sine[:, 0], sine[:, 1]), dim=1)
-        exchanged = torch.stack(y.unflatten(-1, (-1, 2, half)).unbind(-2)[::-1], dim=-2).flatten(-3)
+        sine = sine * sine.new_tensor([[-1.0], [1.0]])
+        exchanged = y.unflatten(-1, (-1, 2, half)).roll(1, -2).flatten(-3)
         return torch.addcmul(y * cosine.flatten(), exchanged, sine.flatten())
 
     def after(self, name: str, y: torch.Tensor) -> torch.Tensor:

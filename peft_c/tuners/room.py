@@ -220,6 +220,18 @@ def multipliable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if multiplies_slowly(tensor) else tensor
 
 
+def add_product(y: torch.Tensor, inner: torch.Tensor, matrix: torch.Tensor, in_place: bool) -> torch.Tensor:
+    """y + inner @ matrix, or y + inner * matrix if that is a vector, all of one dtype."""
+    if matrix.dim() == 1:
+        return y.addcmul_(inner, matrix) if in_place else torch.addcmul(y, inner, matrix)
+    if not in_place or multiplies_slowly(y) or not y.is_contiguous():
+        return y.add_(product(inner, matrix)) if in_place else y + product(inner, matrix)
+    if y.dim() == 2:
+        return y.addmm_(inner, matrix)
+    y.view(-1, y.shape[-1]).addmm_(inner.reshape(-1, len(matrix)), matrix)
+    return y
+
+
 def einsum(equation: str, *tensors: torch.Tensor) -> torch.Tensor:
     """torch.einsum, in fp32 where that is faster."""
     return multiply(partial(torch.einsum, equation), *tensors)
@@ -400,9 +412,11 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         everywhere = (shared_hooks._global_forward_hooks, shared_hooks._global_forward_pre_hooks)
         return not any((*hooks, *everywhere)) and "forward" not in base.__dict__
 
-    def owns_output(self, x: torch.Tensor) -> bool:
-        """Whether nobody else can hold what `base_output` gives for x, so that it may be written to."""
-        return c_is_worth_asking(x) and type(self.base_layer) is nn.Linear and self.is_bare()
+    def owns_output(self, x: torch.Tensor, in_graph: bool = False) -> bool:
+        """Whether nobody else can hold what `base_output` gives for x, so that it may be written to: without autograd,
+        or `in_graph`, where it is no view that a write would make a graph of its own for."""
+        free = in_graph and x.dim() == 2 and x.is_cpu and not torch.compiler.is_compiling() and _C.may_act()
+        return (free or c_is_worth_asking(x)) and type(self.base_layer) is nn.Linear and self.is_bare()
 
     def _mixed_forward(self, x: torch.Tensor, rows: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         if len(x) != len(rows):
@@ -596,14 +610,14 @@ class AddRoom(Room):
         return self.term(name, x)
 
     def halves(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """`term` as the product of (..., r) and (r, out), in rooms where it is one."""
+        """`term` as the product of (..., r) and (r, out), or of (..., out) and (out,), in rooms where it is one."""
         return None
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """What the adapter adds to the output for x, which has its parameters' dtype, behind the dropout."""
         halves = self.halves(name, x)
         if halves is not None:
-            return product(*halves)
+            return product(*halves) if halves[1].dim() == 2 else halves[0] * halves[1]
         base = self.get_base_layer()
         factors = self.low_rank(name)
         if factors is not None and isinstance(base, CONVOLUTIONS) and base.groups == 1:
@@ -640,17 +654,14 @@ class AddRoom(Room):
             if result is not NotImplemented:
                 return result
         output = result = self.base_output(x, *args, **kwargs)
-        in_place = len(names) == 1 and self.owns_output(x)
-        fast = output.is_contiguous() and not multiplies_slowly(output)
+        in_place = len(names) == 1 and self.owns_output(x, type(self).term_beside is AddRoom.term_beside)
         for name in names:
             wanted = self.adapter_dtype(name)
             part = x if wanted is None else self._cast_input_dtype(x, wanted)
             part = getattr(self, self.dropout)[name](part) if self.drops(name) and part.is_floating_point() else part
-            halves = self.halves(name, part) if fast and part.dtype == result.dtype else None
+            halves = self.halves(name, part) if part.dtype == result.dtype else None
             if halves is not None:
-                flat, inner = (y if y.dim() == 2 else y.reshape(-1, y.shape[-1]) for y in (result, halves[0]))
-                flat = torch.addmm(flat, inner, halves[1], out=flat if in_place else None)
-                result = flat if result.dim() == 2 else flat.view(result.shape)
+                result = add_product(result, *halves, in_place)
                 continue
             term = self.term_beside(name, part, output)
             result = result.add_(term) if in_place else result + term

@@ -77,10 +77,15 @@ class TinyLoraLayer(SharedRoom):
         self.tinylora_P.persistent = config.save_projection
         self.tinylora_P[name] = torch.normal(0.0, 1 / r**0.5, size=(config.u, r, r), generator=generator)
 
-    def low_rank(self, name: str) -> LowRank:
+    def parts(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A, B, R."""
         v = wide(self.tinylora_v[name][self._tinylora_v_key[name]])
         A, B, P = (getattr(self, part)[name].to(v.device, v.dtype) for part in self.other_param_names[:3])
-        return LowRank(A, B @ (v @ P.flatten(1)).view(P.shape[1:]), 1.0)
+        return A, B, (v @ P.flatten(1)).view(P.shape[1:])
+
+    def low_rank(self, name: str) -> LowRank:
+        A, B, R = self.parts(name)
+        return LowRank(A, B @ R, 1.0)
 
 
 class Linear(TinyLoraLayer):
@@ -91,8 +96,8 @@ class Embedding(TinyLoraLayer):
     """TinyLoRA for nn.Embedding."""
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        A, B, _ = self.low_rank(name)
-        return self.tinylora_dropout[name](F.embedding(x, B)) @ A
+        A, B, R = self.parts(name)
+        return self.tinylora_dropout[name](F.embedding(x, B)) @ R @ A
 
 
 class TinyLoraModel(SharedRoomModel):

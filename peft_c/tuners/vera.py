@@ -62,14 +62,10 @@ class Linear(SharedRoom):
     def dense(self, name: str, x: torch.Tensor) -> bool:
         return x.dtype == torch.float32 and self.is_long(x)
 
-    def halves(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def halves(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         A, d, B, b = self.parts(name)
-        many = x.shape[:-1].numel() > self.r[name]  # then B is less to scale than the output
-        return (d * linear(x, A), (b.unsqueeze(1) * B).T) if many else None
-
-    def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        A, d, B, b = self.parts(name)
-        return b * linear(d * linear(x, A), B)
+        inner, many = d * linear(x, A), x.shape[:-1].numel() > self.r[name]  # then B is less to scale than the output
+        return (inner, (b.unsqueeze(1) * B).T) if many else (linear(inner, B), b)
 
 
 VeraLayer = Linear
