@@ -400,8 +400,9 @@ class _Existing:
                 state.pop("_adapter_ledger", None)
             for name in ledger[0] if ledger else ():
                 layer._may_be_trainable(name)
-            state.pop("_disabled_trainable", None)
-            if memory is not None:
+            if memory is None:
+                state.pop("_disabled_trainable", None)
+            else:
                 state["_disabled_trainable"] = memory
 
 
