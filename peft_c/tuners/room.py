@@ -281,7 +281,7 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
     exclusive: ClassVar[bool] = False  # whether only one adapter at a time can act or be merged
     adapter_kwargs: ClassVar[tuple[str, ...]] = ()  # keyword arguments of forward for `adapt`, not for the base layer
     input_name: ClassVar[str] = "input"  # the base layer's name for its first argument
-    returns_input_dtype: ClassVar[bool] = True  # or the base layer's, which is another one under autocast
+    returns_input_dtype: ClassVar[bool] = False  # or what the base layer returns, of another dtype under autocast
     never_merged: ClassVar[str] = ""  # why adapters of the method cannot be merged, if they cannot
     _merge_suspended = False  # see law.suspend
 
@@ -565,6 +565,7 @@ class AddRoom(Room):
     dropout: ClassVar[str] = ""  # the ModuleDict with the dropout in front of each adapter, if there is one
     converts_to_lora: ClassVar[bool] = True  # whether PEFT converts the method's adapters to LoRA
     factored: ClassVar[float] = 0  # up to how many rows of x a forward multiplies by `terms`, the cheapest way then
+    returns_input_dtype = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -711,6 +712,8 @@ class AddRoom(Room):
 
 class MapRoom(Room):
     """The laws ROTATE, SCALE, BLEND and SWAP: the adapted weight is a function of the base weight."""
+
+    returns_input_dtype = True
 
     def transform(
         self, name: str, weight: torch.Tensor, bias: torch.Tensor | None

@@ -104,3 +104,20 @@ def test_options_that_go_with_a_list_of_targets(kind, layers, targets):
             except ValueError:
                 raised.append(ValueError)
     assert raised[0] is raised[1]
+
+
+def test_layers_that_return_more_than_a_tensor():
+    class Norm(torch.nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x), x
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = Norm(4)
+
+        def forward(self, x):
+            return self.norm(x)[0]
+
+    model = peft_c.get_peft_model(Net(), peft_c.LNTuningConfig(target_modules=["norm"]))
+    assert model(torch.randn(2, 4)).shape == (2, 4)
