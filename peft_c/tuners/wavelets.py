@@ -80,8 +80,7 @@ def filters(family: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
         kind, n = ("db", int(family[2:])) if family.startswith("db") else ("sym", int(family[3:]))
         low = _factorise(n, SYMLETS[n] if kind == "sym" else 0)
     high = [(-1) ** i * tap for i, tap in enumerate(reversed(low))]
-    _filters[family] = tuple(low), tuple(high)
-    return _filters[family]
+    return _filters.setdefault(family, (tuple(low), tuple(high)))
 
 
 def _bank(family: str, like: torch.Tensor) -> tuple[torch.Tensor, int]:
