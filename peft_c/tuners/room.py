@@ -25,149 +25,77 @@ The law of a room is the class it derives from:
 
 from __future__ import annotations
 
-import inspect
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import copy
-from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .. import _C
 from ..config import PeftConfig
-from ..fast import product_in_graph
 from ..reexports import elsewhere
 from ..utils import constants
-from ..utils.matching import get_pattern_key
-from ..utils.peft_types import PeftType, add_peft_type, register_peft_method
+from ..utils.peft_types import add_peft_type, register_peft_method
 from ..utils.quantization_utils import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
 from . import kept, law
 from .base_view import BaseView, held
 from .changes import multiplies_slowly
+from .products import (
+    CONVOLUTIONS,
+    FEW,
+    add_product,
+    apply_weight,
+    c_is_worth_asking,
+    einsum,
+    linear,
+    multipliable,
+    multiply,
+    product,
+)
+from .room_options import RoomConfig, documented, option, pattern_value, positive, shared
 from .tuner_layer import BaseTunerLayer, _get_in_out_features, is_transformers_conv1d
 from .tuners_utils import BaseTuner, check_adapters_to_merge
 
+# the words in which rooms are written
+__all__ = [
+    "CONVOLUTIONS",
+    "FEW",
+    "AddRoom",
+    "MapRoom",
+    "Room",
+    "RoomConfig",
+    "RoomModel",
+    "State",
+    "Unscaled",
+    "apply_weight",
+    "dropout",
+    "einsum",
+    "kaiming",
+    "linear",
+    "multipliable",
+    "multiply",
+    "option",
+    "pattern_value",
+    "positive",
+    "product",
+    "register",
+    "shared",
+    "weight_view",
+]
+
 State = dict[str, torch.Tensor]
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 QUANTISED = {"linear": nn.Linear, "embedding": nn.Embedding, "conv2d": nn.Conv2d}  # a backend's layer type -> class
-LARGE = 2**15  # elements of a matrix from which on the kernels take products (SMALL_WEIGHT of linear.c)
-FEW = 64  # rows for which multiplying by large factors in C is faster than in torch
-
-
-# ------------------------------------------------------------------------------------------------------------ config
-
-
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A config field. Mutable defaults are copied for every config.
-
-    metadata: `positive=True` refuses numbers that are not, `choices=(...)` all other values.
-    """
-    metadata = {"help": help, **metadata}
-    if isinstance(default, (dict, list, set)):
-        return field(default_factory=partial(type(default), default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-# name -> (default, help) of the options that most methods have
-SHARED_OPTIONS: dict[str, tuple[Any, str]] = {
-    "target_modules": (
-        None,
-        "Modules to adapt: a list of names (a module's full name, or its ending), a regular expression for the full "
-        "name, or 'all-linear' for every linear layer but the output layer. None: the method's default for the "
-        "model's architecture.",
-    ),
-    "exclude_modules": (None, "Modules not to adapt: names or a regular expression, as in `target_modules`."),
-    "modules_to_save": (None, "Further modules to train in full and to save, such as a classification head."),
-    "layers_to_transform": (None, "Index or indices of the layers to adapt; None: all. Needs a list of targets."),
-    "layers_pattern": (None, "Name of the ModuleList that `layers_to_transform` counts in, if it is an unusual one."),
-    "fan_in_fan_out": (False, "Whether the adapted layers store their weight as (in, out), as Conv1D does."),
-    "init_weights": (True, "Whether new adapters start as no change; False: at random, for tests."),
-    "bias": ("none", "Biases to train: 'none', 'all' of the model's, or '<method>_only', those of adapted layers."),
-    "rank_pattern": ({}, "Module name or regular expression -> rank, where it differs from `r`."),
-    "projection_prng_key": (0, "Seed of the projections."),
-    "save_projection": (
-        True,
-        "Whether to save the projections; if not, they are drawn again from the seed when loading.",
-    ),
-    "alpha_pattern": ({}, "Module name or regular expression -> alpha, where it differs from `alpha`."),
-}
-
-
-def shared(name: str, default: Any = None) -> Any:
-    """The config field of that name in `SHARED_OPTIONS`, with another default if one is given."""
-    usual, help = SHARED_OPTIONS[name]
-    return option(usual if default is None else default, help)
-
-
-# methods that take, as in PEFT, `layers_to_transform` beside a regular expression, and `layers_pattern` alone, without
-# effect
-IGNORE_LAYERS = frozenset(
-    "adamss boft frod gralora lily loha lokr oft peanut pvera randlora tinylora vblora vera".split()
-)
-IGNORE_PATTERN = frozenset("adamss c3a gralora hira miss randlora unilora".split())
-
-
-def pattern_value(pattern: dict[str, Any] | None, key: str, default: Any) -> Any:
-    """The value for the module called `key` in an option such as `rank_pattern`."""
-    pattern = pattern or {}
-    return pattern.get(get_pattern_key(pattern.keys(), key), default)
-
-
-@dataclass
-class RoomConfig(PeftConfig):
-    """Base of the methods' configs: what every one of them normalises and checks.
-
-    Raises:
-        ValueError: a value that an option's metadata refuses; but for the methods that ignore them,
-            `layers_to_transform` or `layers_pattern` beside a regular expression in `target_modules`, or
-            `layers_pattern` without `layers_to_transform`.
-    """
-
-    method = ""  # the name under which it is registered
-    as_sets = ("target_modules", "exclude_modules")  # options whose lists become sets; no option itself
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType[self.method.upper()]
-        for name in self.as_sets:
-            value = getattr(self, name, None)
-            if isinstance(value, list):
-                setattr(self, name, set(value))
-        layers, pattern = getattr(self, "layers_to_transform", None), getattr(self, "layers_pattern", None)
-        for known in fields(self):
-            value, choices = getattr(self, known.name), known.metadata.get("choices")
-            if known.metadata.get("positive"):
-                positive(known.name, value)
-            if choices is not None and value not in choices:
-                raise ValueError(f"`{known.name}` must be one of {list(choices)}; got {value!r}.")
-        if isinstance(getattr(self, "target_modules", None), str) and self.method not in IGNORE_LAYERS:
-            for name, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
-                if value is not None:
-                    raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
-        if pattern and layers is None and self.method not in IGNORE_PATTERN:
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-
-
-# ------------------------------------------------------------------------------------------------------------- layers
 
 
 def dropout(p: float) -> nn.Module:
     """Dropout with probability p; nothing if that is 0."""
     return nn.Dropout(p) if p > 0 else nn.Identity()
-
-
-def positive(name: str, value: int) -> int:
-    """The value of an option; ValueError unless it is positive."""
-    if value <= 0:
-        raise ValueError(f"`{name}` should be a positive integer value but the value passed is {value}")
-    return value
 
 
 def kaiming(tensor: torch.Tensor) -> torch.Tensor:
@@ -178,94 +106,6 @@ def kaiming(tensor: torch.Tensor) -> torch.Tensor:
 def weight_view(base: nn.Module, name: str = "weight") -> BaseView:
     """The weight of a base layer as a matrix (out, in...): transposed for Conv1D."""
     return BaseView(base, name, name == "weight" and is_transformers_conv1d(base))
-
-
-def c_is_worth_asking(x: torch.Tensor) -> bool:
-    """Whether x is where C may act: on the CPU, outside of autograd and compilation."""
-    return x.is_cpu and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-
-
-def are_plain(*tensors: torch.Tensor) -> bool:
-    """Whether C may read these tensors here and now."""
-    plain = all(type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided for tensor in tensors)
-    return plain and _C.may_act()
-
-
-def c_takes(*tensors: torch.Tensor) -> bool:
-    """Whether C may multiply these tensors here and now."""
-    return c_is_worth_asking(tensors[0]) and are_plain(*tensors)
-
-
-def c_takes_in_graph(x: torch.Tensor, matrix: torch.Tensor) -> bool:
-    """Whether C may multiply x by the matrix here and now under autograd, and torch would take much longer."""
-    large = torch.is_grad_enabled() and matrix.dim() == 2 and matrix.numel() >= LARGE and x.dim() > 1
-    return large and not torch.compiler.is_compiling() and multiplies_slowly(x) and are_plain(x, matrix)
-
-
-def multiply(function: Callable[..., torch.Tensor], *tensors: torch.Tensor | None) -> torch.Tensor:
-    """function(*tensors), products of matrices, in the dtype of the first; half precision that the CPU multiplies
-    slowly is multiplied in fp32 and rounded once.
-
-    Microseconds on 2 threads of Zen 3, which has no bf16 instructions, bf16 / by fp32, for weights of 1024 x 1024:
-    F.linear of 1 row 105 / 255, 8 rows 881 / 661, 64 rows 6716 / 1999, 512 rows 57357 / 8138;
-    x @ W   of 1 row 2127 / 189, 8 rows 18113 / 1160, 64 rows 145606 / 2000.
-    """
-    if not multiplies_slowly(tensors[0]):
-        return function(*tensors)
-    return function(*[tensor if tensor is None else tensor.float() for tensor in tensors]).to(tensors[0].dtype)
-
-
-def multipliable(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in the dtype in which `multiply` multiplies it."""
-    return tensor.float() if multiplies_slowly(tensor) else tensor
-
-
-def add_product(y: torch.Tensor, inner: torch.Tensor, matrix: torch.Tensor, in_place: bool) -> torch.Tensor:
-    """y + inner @ matrix, or y + inner * matrix if that is a vector, all of one dtype."""
-    if matrix.dim() == 1:
-        return y.addcmul_(inner, matrix) if in_place else torch.addcmul(y, inner, matrix)
-    if not in_place or multiplies_slowly(y) or not y.is_contiguous():
-        return y.add_(product(inner, matrix)) if in_place else y + product(inner, matrix)
-    if y.dim() == 2:
-        return y.addmm_(inner, matrix)
-    y.view(-1, y.shape[-1]).addmm_(inner.reshape(-1, len(matrix)), matrix)
-    return y
-
-
-def einsum(equation: str, *tensors: torch.Tensor) -> torch.Tensor:
-    """torch.einsum, in fp32 where that is faster."""
-    return multiply(partial(torch.einsum, equation), *tensors)
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear(x, weight, bias); in C where that is faster: for few rows of x, and half precision on some CPUs."""
-    if weight.dtype == x.dtype and weight.numel() >= LARGE:
-        if c_takes(x, weight):
-            return _C.lowrank_linear(x, weight, bias, None, (), ())
-        if c_takes_in_graph(x, weight) and (bias is None or bias.dtype == x.dtype):
-            return product_in_graph(x, weight.T, bias)
-    return multiply(F.linear, x, weight, bias)
-
-
-def product(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """x @ matrix (k, n), for x (..., k); in C where that is faster, as in `linear`."""
-    if x.dtype == matrix.dtype:
-        if c_takes_in_graph(x, matrix):
-            return product_in_graph(x, matrix)
-        result = _C.linear_grad(x, matrix) if c_takes(x, matrix) else None
-        if result is not None:
-            return result
-    return multiply(torch.matmul, x, matrix)
-
-
-def apply_weight(base: nn.Module, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """What `base` computes from x, with other weights: `weight` has the shape of its own."""
-    if isinstance(base, CONVOLUTIONS):
-        return multiply(base._conv_forward, x, weight, bias)
-    if isinstance(base, nn.Embedding):
-        options = (base.padding_idx, base.max_norm, base.norm_type, base.scale_grad_by_freq, base.sparse)
-        return F.embedding(x, weight, *options)
-    return linear(x, weight.T if is_transformers_conv1d(base) else weight, bias)
 
 
 class Room(law.Merging, nn.Module, BaseTunerLayer):
@@ -908,16 +748,6 @@ class RoomModel(BaseTuner):
             config = config if self.corrects_config else copy(config)
             config.fan_in_fan_out = not config.fan_in_fan_out
         return room(target, adapter_name, config=config, quantization_backend=self.backend_of(base), **settings)
-
-
-def documented(config: type) -> str:
-    """The docstring of a config class: what it says itself, and the help of its options."""
-    options = [field for field in fields(config) if field.init and "help" in field.metadata]
-    rows = [
-        f"    {field.name} ({getattr(field.type, '__name__', field.type)}): {' '.join(field.metadata['help'].split())}"
-        for field in options
-    ]
-    return "\n".join([inspect.cleandoc(config.__doc__ or ""), "", "Args:", *rows, ""])
 
 
 def register(

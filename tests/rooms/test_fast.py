@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_c
 from peft_c import _C
-from peft_c.tuners import room
-from peft_c.tuners.room import einsum, linear, multipliable, product
+from peft_c.tuners import products, room
+from peft_c.tuners.products import einsum, linear, multipliable, product
 from tests.rooms.cases import PAIRS, config_of
 
 LINEAR = sorted({method for method, kind in PAIRS if kind == "Linear"} - {"poly"})
@@ -152,7 +152,7 @@ def test_products_in_a_graph_are_differentiated_twice():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_products_in_half_precision_are_rounded_once_on_cpus_that_multiply_it_slowly(monkeypatch, dtype):
-    monkeypatch.setattr(room, "multiplies_slowly", lambda tensor: tensor.dtype == dtype)
+    monkeypatch.setattr(products, "multiplies_slowly", lambda tensor: tensor.dtype == dtype)
     x, weight, bias = (torch.randn(size, dtype=dtype, requires_grad=True) for size in ((2, 5, 24), (24, 24), (24,)))
     expected = (x.float() @ weight.float()).to(dtype)
     assert torch.equal(product(x, weight), expected)
@@ -167,7 +167,8 @@ def test_products_in_half_precision_are_rounded_once_on_cpus_that_multiply_it_sl
 
 @torch.no_grad()
 def test_convolutions_in_half_precision_are_computed_in_fp32_unless_somebody_looks_at_them(monkeypatch):
-    monkeypatch.setattr(room, "multiplies_slowly", lambda tensor: tensor.dtype == torch.bfloat16)
+    for module in (products, room):
+        monkeypatch.setattr(module, "multiplies_slowly", lambda tensor: tensor.dtype == torch.bfloat16)
     base = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1)).to(torch.bfloat16)
     conv, x = base[0], torch.randn(2, 4, 5, 5, dtype=torch.bfloat16)
     wide = F.conv2d(x.float(), conv.weight.float(), conv.bias.float(), padding=1).to(torch.bfloat16)
