@@ -23,11 +23,11 @@ _HOMES = (
 
 
 def elsewhere(module: str, *more: str) -> Callable[[str], Any]:
-    """A `__getattr__` for the module of that name: a public name that it lacks is looked for where PEFT has most of
+    """A `__getattr__` for the module of that name: a name that it lacks is looked for where PEFT has most of
     those that its modules share, and in `more`. Raises `AttributeError` where it is in none of them."""
 
     def __getattr__(name: str) -> Any:
-        homes = () if name.startswith("_") else (*more, *_HOMES)
+        homes = () if name.startswith("__") else (*more, *_HOMES)
         for home in homes:
             found = importlib.import_module(f"{__package__}.{home}")
             if found.__name__ != module and name in vars(found):

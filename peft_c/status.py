@@ -126,10 +126,11 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
             for adapter, param in adapter_parameters(layer, trained)
             if isinstance(param, nn.Parameter)
         )
-        devices = _grouped(
-            (adapter, param.device.type)
-            for adapter, param in adapter_parameters(layer, (*trained, *layer.other_param_names))
-        )
+        names = (*trained, *layer.other_param_names)
+        modules = (getattr(layer, name) for name in names)
+        devices = {adapter: set() for held in modules if isinstance(held, nn.ModuleDict) for adapter in held}
+        for adapter, param in adapter_parameters(layer, names):
+            devices.setdefault(adapter, set()).add(param.device.type)
         backend = getattr(layer, "quantization_backend", None)
         statuses.append(
             TunerLayerStatus(
@@ -140,7 +141,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
                 merged_adapters=layer.merged_adapters,
                 requires_grad={adapter: _common(values) for adapter, values in grads.items()},
                 available_adapters=sorted(layer._get_available_adapters()),
-                devices={adapter: sorted(set(types)) for adapter, types in devices.items()},
+                devices={adapter: sorted(types) for adapter, types in devices.items()},
                 quantization_backend=None if backend is None else backend.backend_name,
             )
         )

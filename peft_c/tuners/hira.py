@@ -23,7 +23,7 @@ class HiraConfig(RoomConfig):
     fan_in_fan_out: bool = shared("fan_in_fan_out")
     modules_to_save: list[str] | None = shared("modules_to_save")
     init_weights: bool | Literal["gaussian"] | None = option(
-        True, "Start of A, beside B = 0: True: kaiming uniform, 'gaussian': normal; False: both at random, for tests."
+        True, "Start of A, beside B = 0: True: kaiming uniform, 'gaussian': normal; False: both random.", repr=False
     )
     layers_to_transform: list[int] | int | None = shared("layers_to_transform")
     layers_pattern: list[str] | str | None = shared("layers_pattern")

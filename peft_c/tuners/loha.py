@@ -8,16 +8,14 @@ import torch
 from torch import nn
 
 from .law import LowRank
-from .lycoris_utils import LycorisLayer, LycorisTuner
-from .room import RoomConfig, einsum, option, product, register, shared
+from .lycoris_utils import LycorisConfig, LycorisLayer, LycorisTuner
+from .room import einsum, option, product, register, shared
 
 
 @dataclass
-class LoHaConfig(RoomConfig):
+class LoHaConfig(LycorisConfig):
     """Options of LoHa."""
 
-    rank_pattern: dict | None = shared("rank_pattern")
-    alpha_pattern: dict | None = shared("alpha_pattern")
     r: int = option(8, "Rank of each of the two matrices; their product has a rank of up to r * r.")
     alpha: int = option(8, "The delta is scaled by alpha / r.")
     rank_dropout: float = option(0.0, "Probability of dropping a row of the delta in training.")

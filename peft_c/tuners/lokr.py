@@ -8,16 +8,14 @@ from typing import Literal
 import torch
 from torch import nn
 
-from .lycoris_utils import LycorisLayer, LycorisTuner
-from .room import RoomConfig, einsum, linear, option, product, register, shared
+from .lycoris_utils import LycorisConfig, LycorisLayer, LycorisTuner
+from .room import einsum, linear, option, product, register, shared
 
 
 @dataclass
-class LoKrConfig(RoomConfig):
+class LoKrConfig(LycorisConfig):
     """Options of LoKr."""
 
-    rank_pattern: dict | None = shared("rank_pattern")
-    alpha_pattern: dict | None = shared("alpha_pattern")
     r: int = option(
         8, "Rank of the second matrix (and of the first, with `decompose_both`), where that saves anything."
     )

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .room import AddRoom, RoomModel, apply_weight, kaiming, positive
+from .room import AddRoom, RoomConfig, RoomModel, apply_weight, kaiming, positive, shared
+
+
+@dataclass
+class LycorisConfig(RoomConfig):
+    """The options that LoHa and LoKr share."""
+
+    rank_pattern: dict | None = shared("rank_pattern")
+    alpha_pattern: dict | None = shared("alpha_pattern")
 
 
 class LycorisLayer(AddRoom):

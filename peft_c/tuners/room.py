@@ -326,6 +326,8 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """See `law.Merging.merge`; an `exclusive` room merges one adapter, in place of the one that is merged."""
+        if self.never_merged:
+            raise NotImplementedError(self.never_merged)
         kept.forget(self)
         if self.exclusive:
             adapter_names = check_adapters_to_merge(self, adapter_names)
@@ -334,7 +336,9 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
                     f"Trying to merge {len(adapter_names)} adapters, but {law.describe(self)} does not allow merging "
                     "more than one adapter at a time"
                 )
-            if adapter_names and self.merged:
+            if not adapter_names:
+                return
+            if self.merged:
                 warnings.warn(f"Already merged with {set(self.merged_adapters)}. Unmerging first.")
                 self.unmerge()
         if self.quantization_backend is None:

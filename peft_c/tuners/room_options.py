@@ -12,15 +12,15 @@ from ..utils.matching import get_pattern_key
 from ..utils.peft_types import PeftType
 
 
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A config field. Mutable defaults are copied for every config.
+def option(default: Any, help: str, repr: bool = True, **metadata: Any) -> Any:
+    """A config field, shown in the config's repr or not. Mutable defaults are copied for every config.
 
     metadata: `positive=True` refuses numbers that are not, `choices=(...)` all other values.
     """
     metadata = {"help": help, **metadata}
     if isinstance(default, (dict, list, set)):
-        return field(default_factory=partial(type(default), default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+        return field(default_factory=partial(type(default), default), repr=repr, metadata=metadata)
+    return field(default=default, repr=repr, metadata=metadata)
 
 
 # name -> (default, help) of the options that most methods have

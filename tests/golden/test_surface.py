@@ -1,0 +1,114 @@
+"""What programs see beside a layer's numbers: dtypes under autocast, reprs of configs, warnings, helpers. All is as
+with the installed peft."""
+
+import contextlib
+import dataclasses
+import importlib
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import peft_c
+from tests.rooms.cases import METHODS, NO_MERGE, call, config_of, kinds_of, layers, make, network, start
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_repr_of_configs(method):
+    ours, theirs = (repr(config_of(method, package=package)) for package in (peft_c, peft))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("state", ["active", "disabled", "merged", "none"])
+def test_the_dtype_of_a_layers_output_under_autocast(method, state):
+    if state == "merged" and method in NO_MERGE:
+        return
+    found, kind = [], kinds_of(method)[0]
+    for package in (peft_c, peft):
+        model = start(method, kind, package)
+        layer = layers(model)[0]
+        layer.register_forward_hook(lambda layer, args, output: found.append(output.dtype))
+        if state == "merged":
+            model.merge_adapter()
+        elif state == "none":
+            layer._active_adapter = []
+        disabled = model.disable_adapter() if state == "disabled" else contextlib.nullcontext()
+        with torch.no_grad(), disabled, torch.autocast("cpu", torch.bfloat16):
+            call(model, method, network(kind)[1])
+    assert found[0] is found[1]
+
+
+def test_the_status_of_a_saved_module_without_parameters():
+    found = []
+    for package in (peft_c, peft):
+        config = package.LoraConfig(target_modules=["0"], modules_to_save=["1"])
+        model = package.get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), config)
+        found.append([dataclasses.asdict(each) for each in (model.get_model_status(), *model.get_layer_status())])
+    assert found[0] == found[1]
+    assert found[0][2]["devices"] == {"default": []}
+
+
+def test_merging_layer_norms_again_warns_once_a_layer():
+    found = []
+    for package in (peft_c, peft):
+        model = make("ln_tuning", "LayerNorm", package)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in (model.unmerge_adapter, model.merge_adapter, model.merge_adapter, model.unmerge_adapter):
+                step()
+        found.append([str(warning.message) for warning in caught])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("method", sorted(NO_MERGE))
+def test_what_cannot_be_merged_refuses_an_empty_list_too(method):
+    for package in (peft_c, peft):
+        with pytest.raises(NotImplementedError):
+            make(method, package=package).merge_adapter(adapter_names=[])
+
+
+@pytest.mark.parametrize("init_weights", [True, False])
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [("Lora", (5, 4, 2)), ("Vector", (5,)), ("Vector", (5, False)), ("Scalar", ()), ("Empty", ((5, 1),))],
+)
+def test_supports_of_glora(name, args, init_weights):
+    options = {} if name == "Empty" else {"init_weights": init_weights}
+    found = []
+    for package in ("peft", "peft_c"):
+        torch.manual_seed(0)
+        module = importlib.import_module(f"{package}.tuners.glora.layer")
+        path = getattr(module, f"Glora{name}Path")(*args, **options)
+        path.reset_parameters(init_weights)
+        assert isinstance(path, module.GloraPath)
+        found.append((path.state_dict(), path().detach().squeeze()))
+    assert found[0][0].keys() == found[1][0].keys()
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_lycoris_configs():
+    for package in ("peft", "peft_c"):
+        base = importlib.import_module(f"{package}.tuners.lycoris_utils").LycorisConfig
+        for name in ("loha", "lokr"):
+            module = importlib.import_module(f"{package}.tuners.{name}.config")
+            assert module.LycorisConfig is base
+            assert issubclass(getattr(module, f"Lo{name[2:].title()}Config"), base)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("vera.model", "_get_in_out_features"),
+        ("ia3.model", "_get_submodules"),
+        ("lora.model", "_freeze_adapter"),
+        ("tuners_utils", "_set_adapter"),
+    ],
+)
+def test_helpers_that_modules_pass_on(path, name):
+    for package in ("peft", "peft_c"):
+        assert callable(getattr(importlib.import_module(f"{package}.tuners.{path}"), name))
