@@ -8,15 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from .glora_paths import (  # noqa: F401
-    GloraEmptyPath,
-    GloraLoraPath,
-    GloraPath,
-    GloraScalarPath,
-    GloraVectorPath,
-    path_of,
-)
-from .room import AddRoom, RoomConfig, RoomModel, linear, option, product, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, kaiming, linear, option, product, register, shared
 
 
 @dataclass
@@ -41,6 +33,33 @@ class GloraConfig(RoomConfig):
     init_weights: bool = shared("init_weights")
 
 
+class GloraPath(nn.Module):
+    """A support of the given shape: low-rank Xd Xu, a column X, one number X, or a buffer of zeros."""
+
+    def __init__(self, form: str, shape: tuple[int, ...], r: int, init_weights: bool) -> None:
+        super().__init__()
+        self.form = form
+        if form == "none":
+            self.register_buffer("zeros", torch.zeros(shape))
+        elif form == "lora":
+            self.Xd, self.Xu = nn.Parameter(torch.zeros(shape[0], r)), nn.Parameter(torch.zeros(r, shape[1]))
+            for factor in (self.Xu,) if init_weights else (self.Xu, self.Xd):
+                kaiming(factor)
+        else:
+            column = (shape[0], *(1 for _ in shape[1:]))
+            self.X = nn.Parameter(torch.zeros(1 if form == "constant" else column))
+            if not init_weights and form == "constant":
+                nn.init.normal_(self.X, mean=0.0, std=0.02)
+            elif not init_weights:
+                kaiming(self.X if self.X.ndim > 1 else self.X.unsqueeze(0))
+
+    def forward(self) -> torch.Tensor:
+        """The support, as a tensor that broadcasts to its shape."""
+        if self.form == "lora":
+            return product(self.Xd, self.Xu)
+        return self.zeros if self.form == "none" else self.X
+
+
 class GloraLinear(AddRoom):
     """W + W * A + B and b + b * D + E + W C for nn.Linear, with A and B (out, in), C (in, 1), D and E (out,)."""
 
@@ -57,7 +76,7 @@ class GloraLinear(AddRoom):
         forms = (config.config_A_B, config.config_C if biased else "none", config.config_D_E if biased else "none")
         shapes = ((out, self.in_features), (self.in_features, 1), (out,))
         for letter, kind in zip("ABCDE", (0, 0, 1, 2, 2), strict=True):
-            path = path_of(forms[kind], shapes[kind], config.r, config.init_weights)
+            path = GloraPath(forms[kind], shapes[kind], config.r, config.init_weights)
             getattr(self, f"glora_{letter}")[name] = path
 
     def support(self, letter: str, name: str) -> torch.Tensor:

@@ -9,18 +9,13 @@ from torch import nn
 
 from .law import LowRank
 from .lycoris_utils import LycorisConfig, LycorisLayer, LycorisTuner
-from .room import einsum, option, product, register, shared
+from .room import einsum, product, register, shared
 
 
 @dataclass
 class LoHaConfig(LycorisConfig):
-    """Options of LoHa."""
+    """Options of LoHa. `r` is the rank of each of the two matrices; their product has a rank of up to r * r."""
 
-    r: int = option(8, "Rank of each of the two matrices; their product has a rank of up to r * r.")
-    alpha: int = option(8, "The delta is scaled by alpha / r.")
-    rank_dropout: float = option(0.0, "Probability of dropping a row of the delta in training.")
-    module_dropout: float = option(0.0, "Probability of leaving out the adapter of a layer in training.")
-    use_effective_conv2d: bool = option(False, "Whether kernels larger than 1 get a factor of their own.")
     target_modules: list[str] | str | None = shared("target_modules")
     exclude_modules: list[str] | str | None = shared("exclude_modules")
     init_weights: bool = shared("init_weights")

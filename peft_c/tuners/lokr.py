@@ -14,15 +14,8 @@ from .room import einsum, linear, option, product, register, shared
 
 @dataclass
 class LoKrConfig(LycorisConfig):
-    """Options of LoKr."""
+    """Options of LoKr. The second matrix (with `decompose_both` both) is of rank `r`, where that saves anything."""
 
-    r: int = option(
-        8, "Rank of the second matrix (and of the first, with `decompose_both`), where that saves anything."
-    )
-    alpha: int = option(8, "The delta is scaled by alpha / r.")
-    rank_dropout: float = option(0.0, "Probability of dropping a row of the delta in training.")
-    module_dropout: float = option(0.0, "Probability of leaving out the adapter of a layer in training.")
-    use_effective_conv2d: bool = option(False, "Whether kernels larger than 1 get a factor of their own.")
     decompose_both: bool = option(False, "Whether the first matrix is factored as well.")
     decompose_factor: int = option(
         -1, "Size of the first matrix, where it divides the layer's; -1: as square as can be."

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .room import AddRoom, RoomConfig, RoomModel, apply_weight, kaiming, positive, shared
+from .room import AddRoom, RoomConfig, RoomModel, apply_weight, kaiming, option, positive, shared
 
 
 @dataclass
@@ -17,6 +17,11 @@ class LycorisConfig(RoomConfig):
 
     rank_pattern: dict | None = shared("rank_pattern")
     alpha_pattern: dict | None = shared("alpha_pattern")
+    r: int = option(8, "Rank of the factors.")
+    alpha: int = option(8, "The delta is scaled by alpha / r.")
+    rank_dropout: float = option(0.0, "Probability of dropping a row of the delta in training.")
+    module_dropout: float = option(0.0, "Probability of leaving out the adapter of a layer in training.")
+    use_effective_conv2d: bool = option(False, "Whether kernels larger than 1 get a factor of their own.")
 
 
 class LycorisLayer(AddRoom):

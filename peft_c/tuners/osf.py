@@ -73,7 +73,7 @@ class Linear(AddRoom):
 
     converts_to_lora = False
     factored = FEW
-    returns_input_dtype = False
+    returns_input_dtype = None
     adapter_layer_names = ("osf_svd_params",)
     other_param_names = (
         "_osf_U_low_init",
@@ -120,9 +120,6 @@ class Linear(AddRoom):
         U = self.guarded(U, self._osf_U_high[name] if name in self._osf_U_high else None, U0)
         V = self.guarded(V.T, self._osf_V_high[name].T if name in self._osf_V_high else None, V0.T).T
         return [U, S, V, U0, S0, V0]
-
-    def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return super().adapt(names, x, *args, **kwargs).to(x.dtype)  # what the base layer returns is left as it is
 
     def low_rank(self, name: str) -> LowRank:
         U, S, V, U0, S0, V0 = self.parts(name)

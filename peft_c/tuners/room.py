@@ -121,7 +121,8 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
     exclusive: ClassVar[bool] = False  # whether only one adapter at a time can act or be merged
     adapter_kwargs: ClassVar[tuple[str, ...]] = ()  # keyword arguments of forward for `adapt`, not for the base layer
     input_name: ClassVar[str] = "input"  # the base layer's name for its first argument
-    returns_input_dtype: ClassVar[bool] = False  # or what the base layer returns, of another dtype under autocast
+    # or what the base layer returns, of another dtype under autocast; None: or that, where no adapter acts
+    returns_input_dtype: ClassVar[bool | None] = False
     never_merged: ClassVar[str] = ""  # why adapters of the method cannot be merged, if they cannot
     _merge_suspended = False  # see law.suspend
 
@@ -220,7 +221,8 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
             result = self.adapt(names, x, *args, **kwargs, **own_kwargs)
         else:
             result = self.base_layer(x, *args, **kwargs)
-        if self.returns_input_dtype and result.dtype is not x.dtype and x.is_floating_point():
+        casts = self.returns_input_dtype or self.returns_input_dtype is None and names
+        if casts and result.dtype is not x.dtype and x.is_floating_point():
             result = result.to(x.dtype)
         return result
 

@@ -72,25 +72,6 @@ def test_what_cannot_be_merged_refuses_an_empty_list_too(method):
             make(method, package=package).merge_adapter(adapter_names=[])
 
 
-@pytest.mark.parametrize("init_weights", [True, False])
-@pytest.mark.parametrize(
-    ("name", "args"),
-    [("Lora", (5, 4, 2)), ("Vector", (5,)), ("Vector", (5, False)), ("Scalar", ()), ("Empty", ((5, 1),))],
-)
-def test_supports_of_glora(name, args, init_weights):
-    options = {} if name == "Empty" else {"init_weights": init_weights}
-    found = []
-    for package in ("peft", "peft_c"):
-        torch.manual_seed(0)
-        module = importlib.import_module(f"{package}.tuners.glora.layer")
-        path = getattr(module, f"Glora{name}Path")(*args, **options)
-        path.reset_parameters(init_weights)
-        assert isinstance(path, module.GloraPath)
-        found.append((path.state_dict(), path().detach().squeeze()))
-    assert found[0][0].keys() == found[1][0].keys()
-    torch.testing.assert_close(*found, rtol=0, atol=0)
-
-
 def test_lycoris_configs():
     for package in ("peft", "peft_c"):
         base = importlib.import_module(f"{package}.tuners.lycoris_utils").LycorisConfig
