@@ -5,8 +5,8 @@
 #include "record.h"
 
 enum {
-    PIECE = 1024,     /* elements that are worked on at once: few enough to stay in the L1 cache */
-    BLOCK = 4 * PIECE /* elements that are hashed together: few enough to stay in the L2 cache until they are written */
+    PIECE = 1024,      /* elements that are worked on at once: few enough to stay in the L1 cache */
+    BLOCK = 4 * PIECE, /* elements that are hashed together: few enough to stay in the L2 cache */
 };
 
 typedef struct {
