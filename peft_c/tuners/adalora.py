@@ -75,8 +75,9 @@ class AdaLoraLayer(AddRoom, LoraLayer):
     returns_input_dtype = False
     adapter_layer_names = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "ranknum")
-    containers = dict.fromkeys((*adapter_layer_names, "ranknum"), nn.ParameterDict)
+    containers = dict.fromkeys(("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"), nn.ParameterDict)
     containers["lora_magnitude_vector"] = nn.ModuleDict  # empty, for programs that look for DoRA
+    containers |= dict.fromkeys(("lora_E", "ranknum"), nn.ParameterDict)
     dropout = "lora_dropout"
 
     def prepare(self, base: nn.Module, config: AdaLoraConfig) -> None:

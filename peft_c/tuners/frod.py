@@ -56,7 +56,7 @@ class Linear(SharedRoom):
     other_param_names = (
         "r", "frod_V", "frod_U", "frod_s_indices", "frod_s_size", "frod_dropout", "runtime_offload_base_weight"
     )  # fmt: skip
-    containers = {"frod_U": BufferDict}
+    containers = {**dict.fromkeys(adapter_layer_names, nn.ParameterDict), "frod_U": BufferDict}
     own, dropout = "frod_lambda_l", "frod_dropout"
     converts_to_lora = False
 

@@ -17,7 +17,7 @@ class LycorisConfig(RoomConfig):
 
     rank_pattern: dict | None = shared("rank_pattern")
     alpha_pattern: dict | None = shared("alpha_pattern")
-    r: int = option(8, "Rank of the factors.")
+    r: int = option(8, "Rank of the factors. A LoHa delta has up to r * r; LoKr factors where that saves anything.")
     alpha: int = option(8, "The delta is scaled by alpha / r.")
     rank_dropout: float = option(0.0, "Probability of dropping a row of the delta in training.")
     module_dropout: float = option(0.0, "Probability of leaving out the adapter of a layer in training.")

@@ -23,6 +23,13 @@ def test_the_repr_of_configs(method):
     assert ours == theirs
 
 
+# those of the others for dropout and caches are not needed
+@pytest.mark.parametrize("method", sorted({*METHODS} - {"boft", "deft", "oft"}))
+def test_the_order_of_a_layers_modules(method):
+    ours, theirs = (layers(start(method, kinds_of(method)[0], package))[0] for package in (peft_c, peft))
+    assert [name for name, _ in ours.named_modules()] == [name for name, _ in theirs.named_modules()]
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("state", ["active", "disabled", "merged", "none"])
 def test_the_dtype_of_a_layers_output_under_autocast(method, state):
