@@ -50,7 +50,7 @@ class LNTuningLayer(Room):
         self.ln_tuning_layers[name] = copy.deepcopy(self.base_layer)
 
     def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.ln_tuning_layers[names[0]](x, *args, **kwargs)
+        return self._modules["ln_tuning_layers"]._modules[names[0]](x, *args, **kwargs)
 
     def _merge_targets(self) -> dict[str, BaseView]:
         return views_of(self.get_base_layer())

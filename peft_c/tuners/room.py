@@ -245,20 +245,23 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         """What the base layer computes from x with another weight and bias, in the dtype of x or autocast's."""
         bias = self._cast_input_dtype(bias, weight.dtype)
         result = apply_weight(self.get_base_layer(), self._cast_input_dtype(x, weight.dtype), weight, bias)
-        return result if torch.is_autocast_enabled(x.device.type) else result.to(x.dtype)
+        keeps = result.dtype is x.dtype or torch.is_autocast_enabled(x.device.type)
+        return result if keeps else result.to(x.dtype)
 
     def is_bare(self) -> bool:
         """Whether a call of the base layer is nothing but its operation: it has no hooks and no forward of its own."""
-        base, shared_hooks = self.base_layer, nn.modules.module
-        hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
-        everywhere = (shared_hooks._global_forward_hooks, shared_hooks._global_forward_pre_hooks)
-        return not any((*hooks, *everywhere)) and "forward" not in base.__dict__
+        base, everywhere = self._modules["base_layer"], nn.modules.module
+        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        hooked = hooked or everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
+        return not hooked and "forward" not in base.__dict__
 
     def owns_output(self, x: torch.Tensor, in_graph: bool = False) -> bool:
         """Whether nobody else can hold what `base_output` gives for x, so that it may be written to: without autograd,
         or `in_graph`, where it is no view that a write would make a graph of its own for."""
-        free = in_graph and x.dim() == 2 and x.is_cpu and not torch.compiler.is_compiling() and _C.may_act()
-        return (free or c_is_worth_asking(x)) and type(self.base_layer) is nn.Linear and self.is_bare()
+        if type(self._modules["base_layer"]) is not nn.Linear or not x.is_cpu or torch.compiler.is_compiling():
+            return False
+        free = in_graph and x.dim() == 2 and _C.may_act() if torch.is_grad_enabled() else True
+        return free and self.is_bare()
 
     def _mixed_forward(self, x: torch.Tensor, rows: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         if len(x) != len(rows):
@@ -321,7 +324,10 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
 
     def has_adapter(self, name: str) -> bool:
         """Whether `_merge_adapters` has the name."""
-        return any(name in self._modules[container] for container in self.adapter_layer_names)
+        for container in self.adapter_layer_names:
+            if name in self._modules[container]:
+                return True
+        return False
 
     def _base_view(self) -> BaseView:
         return weight_view(self.get_base_layer())
@@ -480,8 +486,8 @@ class AddRoom(Room):
         """The dtype an adapter wants its input in: that of its first parameter; None for token ids."""
         if isinstance(self.get_base_layer(), nn.Embedding):
             return None
-        entries = (self._modules[layer] for layer in self.adapter_layer_names)
-        entry = next(container[name] for container in entries if name in container)
+        container = next(layer for layer in self.adapter_layer_names if name in self._modules[layer])
+        entry = self.entry(container, name)
         return (entry if isinstance(entry, torch.Tensor) else next(entry.parameters())).dtype
 
     def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -512,7 +518,7 @@ class AddRoom(Room):
                 continue
             term = self.term_beside(name, part, output)
             result = result.add_(term) if in_place else result + term
-        return result.to(output.dtype)
+        return result if result.dtype is output.dtype else result.to(output.dtype)
 
     def may_act_in_c(self, base: nn.Module, x: torch.Tensor) -> bool:
         """Whether it is worthwhile to ask C for the forward with `terms`."""
@@ -599,7 +605,7 @@ class MapRoom(Room):
                 scaling = self.scale_vector(name) if in_place else None
                 fits = scaling is not None and scaling[0].dtype == dtype
                 result = result.mul_(scaling[0]) if fits else self.after(name, result)
-            return result.to(dtype)
+            return result if result.dtype is dtype else result.to(dtype)
         return self.run_with(x, *kept.adapted(self, names, partial(self.transformed, names, forward=True)))
 
     def _merge_changes(self, name: str) -> dict[str, law.Change]:
