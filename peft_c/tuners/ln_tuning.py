@@ -42,6 +42,7 @@ class LNTuningLayer(Room):
     adapter_layer_names = ("ln_tuning_layers",)
     containers = {"ln_tuning_layers": nn.ModuleDict}
     exclusive = True
+    returns_input_dtype = False
 
     def prepare(self, base: nn.Module, config: LNTuningConfig) -> None:
         self.in_features, self.out_features = (getattr(base, f"{side}_features", None) for side in ("in", "out"))
@@ -50,7 +51,7 @@ class LNTuningLayer(Room):
         self.ln_tuning_layers[name] = copy.deepcopy(self.base_layer)
 
     def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self._modules["ln_tuning_layers"]._modules[names[0]](x, *args, **kwargs)
+        return self.entry("ln_tuning_layers", names[0])(x, *args, **kwargs)
 
     def _merge_targets(self) -> dict[str, BaseView]:
         return views_of(self.get_base_layer())

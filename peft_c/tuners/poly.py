@@ -76,7 +76,6 @@ class Linear(Room):
     other_param_names = ("r", "n_tasks", "n_skills", "n_splits", "poly_type")
     containers = {"poly_router": nn.ModuleDict}
     adapter_kwargs = ("task_ids",)
-    returns_input_dtype = True
     never_merged = "Poly cannot be merged: what it adds depends on the task of each input."
 
     def create(self, name: str, config: PolyConfig) -> None:

@@ -121,8 +121,9 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
     exclusive: ClassVar[bool] = False  # whether only one adapter at a time can act or be merged
     adapter_kwargs: ClassVar[tuple[str, ...]] = ()  # keyword arguments of forward for `adapt`, not for the base layer
     input_name: ClassVar[str] = "input"  # the base layer's name for its first argument
-    # or what the base layer returns, of another dtype under autocast; None: or that, where no adapter acts
-    returns_input_dtype: ClassVar[bool | None] = False
+    # False: the layer returns the dtype it gets from the base layer, another one under autocast; None: where no
+    # adapter acts
+    returns_input_dtype: ClassVar[bool | None] = True
     never_merged: ClassVar[str] = ""  # why adapters of the method cannot be merged, if they cannot
     _merge_suspended = False  # see law.suspend
 
@@ -313,8 +314,10 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
     def entry(self, container: str, name: str) -> Any:
         """What a container has for an adapter: getattr(self, container)[name], without the long searches."""
         content = self._modules[container]
-        own = content._parameters
-        return own[name] if name in own else content[name]
+        for own in (content._parameters, content._modules):
+            if name in own:
+                return own[name]
+        return content[name]
 
     def _merge_adapters(self) -> Iterable[str]:
         """The adapters this layer has parameters for."""
@@ -417,7 +420,6 @@ class AddRoom(Room):
     dropout: ClassVar[str] = ""  # the ModuleDict with the dropout in front of each adapter, if there is one
     converts_to_lora: ClassVar[bool] = True  # whether PEFT converts the method's adapters to LoRA
     factored: ClassVar[float] = 0  # up to how many rows of x a forward multiplies by `terms`, the cheapest way then
-    returns_input_dtype = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -564,8 +566,6 @@ class AddRoom(Room):
 
 class MapRoom(Room):
     """The laws ROTATE, SCALE, BLEND and SWAP: the adapted weight is a function of the base weight."""
-
-    returns_input_dtype = True
 
     def transform(
         self, name: str, weight: torch.Tensor, bias: torch.Tensor | None

@@ -39,6 +39,7 @@ class ShadowLayer(Room):
     """A block: h' = h + alpha * up(down(dropout(h - s))) goes in; from its output o the shadow becomes
     s' = (1 - g) s + g T(o), g = sigmoid(G(o)). Without a ShadowCarrier as input it is the block alone."""
 
+    returns_input_dtype = False
     adapter_layer_names = (
         "shadow_down",
         "shadow_up",
