@@ -31,8 +31,8 @@ class AdamssConfig(RoomConfig):
         choices=("orthogonal", None),
     )
     modules_to_save: list[str] | None = shared("modules_to_save")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform", beside_regex=True)
+    layers_pattern: list[str] | str | None = shared("layers_pattern", alone=True)
     use_asa: bool = option(False, "Whether the least important subspaces are frozen in training (ASA).")
     asa_target_subspaces: int = option(50, "Number of subspaces, of all layers, that are trained in the end.")
     init_warmup: int = option(50, "The step from which on subspaces are frozen.")

@@ -28,7 +28,7 @@ class BOFTConfig(RoomConfig):
     bias: str = shared("bias")
     modules_to_save: list[str] | None = shared("modules_to_save")
     init_weights: bool = shared("init_weights")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform", beside_regex=True)
     layers_pattern: list[str] | str | None = shared("layers_pattern")
 
     def __post_init__(self) -> None:

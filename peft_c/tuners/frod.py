@@ -26,7 +26,7 @@ class FrodConfig(RoomConfig):
     bias: str = shared("bias")
     modules_to_save: list[str] | None = shared("modules_to_save")
     init_weights: bool = shared("init_weights")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform", beside_regex=True)
     layers_pattern: list[str] | str | None = shared("layers_pattern")
     sparse_rate: float = option(0.01, "Part of the entries off the diagonal that are trained, from 0 to 1.")
     regularization_alpha: float = option(1e-3, "Keeps the joint decomposition stable if weights are alike.")

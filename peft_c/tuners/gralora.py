@@ -28,8 +28,8 @@ class GraloraConfig(RoomConfig):
     bias: str = shared("bias")
     modules_to_save: list[str] | None = shared("modules_to_save")
     init_weights: bool = shared("init_weights")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform", beside_regex=True)
+    layers_pattern: list[str] | str | None = shared("layers_pattern", alone=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

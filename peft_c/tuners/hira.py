@@ -26,7 +26,7 @@ class HiraConfig(RoomConfig):
         True, "Start of A, beside B = 0: True: kaiming uniform, 'gaussian': normal; False: both random.", repr=False
     )
     layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
+    layers_pattern: list[str] | str | None = shared("layers_pattern", alone=True)
     rank_pattern: dict | None = shared("rank_pattern")
 
 

@@ -23,7 +23,7 @@ class LilyConfig(RoomConfig):
     target_modules: list[str] | str | None = shared("target_modules")
     exclude_modules: list[str] | str | None = shared("exclude_modules")
     modules_to_save: list[str] | None = shared("modules_to_save")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform", beside_regex=True)
     layers_pattern: list[str] | str | None = shared("layers_pattern")
     init_weights: bool = shared("init_weights")
 

@@ -19,7 +19,7 @@ class LoHaConfig(LycorisConfig):
     target_modules: list[str] | str | None = shared("target_modules")
     exclude_modules: list[str] | str | None = shared("exclude_modules")
     init_weights: bool = shared("init_weights")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform", beside_regex=True)
     layers_pattern: list[str] | str | None = shared("layers_pattern")
     modules_to_save: list[str] | None = shared("modules_to_save")
 

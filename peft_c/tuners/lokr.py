@@ -26,7 +26,7 @@ class LoKrConfig(LycorisConfig):
     init_weights: bool | Literal["lycoris"] = option(
         True, "True: the first matrix starts at zero; 'lycoris': the second does; False: none, which is for tests."
     )
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform", beside_regex=True)
     layers_pattern: list[str] | str | None = shared("layers_pattern")
     modules_to_save: list[str] | None = shared("modules_to_save")
 

@@ -26,7 +26,7 @@ class MissConfig(RoomConfig):
         True, "Form of the delta, starting at zero: True, 'bat' or 'mini'; False: that of True, starting at random."
     )
     layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
+    layers_pattern: list[str] | str | None = shared("layers_pattern", alone=True)
     bias: str = shared("bias")
     modules_to_save: list[str] | None = shared("modules_to_save")
 

@@ -26,7 +26,7 @@ class OFTConfig(RoomConfig):
     bias: Literal["none", "all", "oft_only"] = shared("bias")
     exclude_modules: list[str] | str | None = shared("exclude_modules")
     init_weights: bool = shared("init_weights")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform", beside_regex=True)
     layers_pattern: list[str] | str | None = shared("layers_pattern")
     modules_to_save: list[str] | None = shared("modules_to_save")
     coft: bool = option(False, "Whether to keep the rotations near the identity (constrained OFT).")

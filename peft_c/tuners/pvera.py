@@ -27,7 +27,7 @@ class PveraConfig(ProjectionConfig):
     bias: str = shared("bias")
     modules_to_save: list[str] | None = shared("modules_to_save")
     init_weights: bool = shared("init_weights")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform", beside_regex=True)
     layers_pattern: list[str] | str | None = shared("layers_pattern")
     sample_at_inference: bool = option(False, "Whether to sample in eval mode, too; if not, the mean is used.")
     generator_seed: int | None = option(None, "Seed of the sampling; None: torch's global generator.")

@@ -31,8 +31,8 @@ class RandLoraConfig(ProjectionConfig):
     bias: str = shared("bias")
     modules_to_save: list[str] | None = shared("modules_to_save")
     init_weights: bool = shared("init_weights")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform", beside_regex=True)
+    layers_pattern: list[str] | str | None = shared("layers_pattern", alone=True)
 
 
 class UniqueBaseGrad(torch.autograd.Function):

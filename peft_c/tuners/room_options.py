@@ -48,18 +48,14 @@ SHARED_OPTIONS: dict[str, tuple[Any, str]] = {
 }
 
 
-def shared(name: str, default: Any = None) -> Any:
-    """The config field of that name in `SHARED_OPTIONS`, with another default if one is given."""
+def shared(name: str, default: Any = None, **metadata: Any) -> Any:
+    """The config field of that name in `SHARED_OPTIONS`, with another default if one is given.
+
+    metadata: as `option`, and for methods that, as in PEFT, ignore what others refuse: `layers_to_transform` with
+    `beside_regex=True`, `layers_pattern` with `alone=True`.
+    """
     usual, help = SHARED_OPTIONS[name]
-    return option(usual if default is None else default, help)
-
-
-# methods that take, as in PEFT, `layers_to_transform` beside a regular expression, and `layers_pattern` alone, without
-# effect
-IGNORE_LAYERS = frozenset(
-    "adamss boft frod gralora lily loha lokr oft peanut pvera randlora tinylora vblora vera".split()
-)
-IGNORE_PATTERN = frozenset("adamss c3a gralora hira miss randlora unilora".split())
+    return option(usual if default is None else default, help, **metadata)
 
 
 def pattern_value(pattern: dict[str, Any] | None, key: str, default: Any) -> Any:
@@ -96,17 +92,19 @@ class RoomConfig(PeftConfig):
             if isinstance(value, list):
                 setattr(self, name, set(value))
         layers, pattern = getattr(self, "layers_to_transform", None), getattr(self, "layers_pattern", None)
+        metadata: set[str] = set()
         for known in fields(self):
             value, choices = getattr(self, known.name), known.metadata.get("choices")
+            metadata.update(known.metadata)
             if known.metadata.get("positive"):
                 positive(known.name, value)
             if choices is not None and value not in choices:
                 raise ValueError(f"`{known.name}` must be one of {list(choices)}; got {value!r}.")
-        if isinstance(getattr(self, "target_modules", None), str) and self.method not in IGNORE_LAYERS:
+        if isinstance(getattr(self, "target_modules", None), str) and "beside_regex" not in metadata:
             for name, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
                 if value is not None:
                     raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
-        if pattern and layers is None and self.method not in IGNORE_PATTERN:
+        if pattern and layers is None and "alone" not in metadata:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
 
 

@@ -34,7 +34,7 @@ class TinyLoraConfig(RoomConfig):
     bias: str = shared("bias")
     modules_to_save: list[str] | None = shared("modules_to_save")
     init_weights: bool | str = option(True, "True: start with zeros (no change); 'uniform' or False: uniform values.")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform", beside_regex=True)
     layers_pattern: list[str] | str | None = shared("layers_pattern")
 
     def __post_init__(self) -> None:

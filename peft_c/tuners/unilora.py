@@ -30,7 +30,7 @@ class UniLoraConfig(RoomConfig):
     init_weights: bool = option(True, "Whether the vector starts uniform; False: standard normal.")
     save_indices: bool = option(False, "Whether to save the assignment, too; if not, it is made from the seed again.")
     layers_to_transform: list[int] | int | None = shared("layers_to_transform")
-    layers_pattern: list[str] | str | None = shared("layers_pattern")
+    layers_pattern: list[str] | str | None = shared("layers_pattern", alone=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -32,7 +32,7 @@ class VBLoRAConfig(RoomConfig):
     modules_to_save: list[str] | None = shared("modules_to_save")
     init_vector_bank_bound: float = option(0.02, "The bank starts uniform in plus and minus this; not at zero.")
     init_logits_std: float = option(0.1, "Standard deviation of the initial logits.")
-    layers_to_transform: list[int] | int | None = shared("layers_to_transform")
+    layers_to_transform: list[int] | int | None = shared("layers_to_transform", beside_regex=True)
     layers_pattern: list[str] | str | None = shared("layers_pattern")
 
 
