@@ -46,8 +46,8 @@ static void outer_range(int64_t begin, int64_t end, void *ctx) {
                 mat_pack(o->isa, &o->x, p, j * nr, np, n, panel, nr, 1.0, o->wide);
                 for (int64_t i = 0; i < rows; i += MR) {
                     if (o->x.cs == 1 && (next || (j + 1) * nr < o->x.cols))
-                        mat_fetch(&o->x, next ? p + OUTER_DEPTH : 0, OUTER_DEPTH, (next ? j : j + 1) * nr, nr, i,
-                                  rows);
+                        mat_fetch(&o->x, next ? p + OUTER_DEPTH : 0, OUTER_DEPTH, (next ? j : j + 1) * nr, nr, i / MR,
+                                  (rows + MR - 1) / MR);
                     o->isa->tile[o->wide](np, o->u + (p * o->ldu + r0 + i) * size, o->ldu, panel, d + i * nr * size,
                                           nr, (int)min64(MR, rows - i), p > 0);
                 }
