@@ -7,6 +7,7 @@
 enum {
     PIECE = 1024,      /* elements that are worked on at once: few enough to stay in the L1 cache */
     BLOCK = 4 * PIECE, /* elements that are hashed together: few enough to stay in the L2 cache */
+    SPARSE = 256,      /* the same for elements that each have a cache line of their own */
 };
 
 typedef struct {
@@ -19,34 +20,43 @@ typedef struct {
     atomic_int bad;
 } exchange_job;
 
-/* How many of n elements from `at` on have their operand in wide: one for each or, without *step, one for all. */
-static int64_t operand_of(const exchange_job *job, int64_t at, int64_t n, int *step, void *wide) {
+/* Operands as they are computed with: PIECE from one on, or all that are left. */
+typedef struct {
+    int64_t first, n;
+    _Alignas(64) char wide[PIECE * 8];
+} operand_window;
+
+/* The operands from the i-th on. */
+static const char *operands_from(const exchange_job *job, operand_window *window, int64_t i) {
     const pk_operand *const by = job->by;
-    const int64_t i = at / by->run % by->count;
-    *step = by->run == 1;
-    n = min64(n, *step ? by->count - i : by->run - at % by->run);
-    job->isa->dtype[by->dtype].pack((const char *)by->values + i * pk_dtype_size(by->dtype), 0, 1, 1, *step ? n : 1,
-                                    wide, PIECE, 1.0);
-    return n;
+    const int64_t wide = acc_size(job->pair.dtype == PK_F64);
+    if (i < window->first || i >= window->first + window->n) {
+        window->first = i;
+        window->n = min64(PIECE, by->count - i);
+        job->isa->dtype[by->dtype].pack((const char *)by->values + i * pk_dtype_size(by->dtype), 0, 1, 1, window->n,
+                                        window->wide, PIECE, 1.0);
+    }
+    return window->wide + (i - window->first) * wide;
 }
 
 /* other = w, w = w op operand */
-static void combine_piece(const exchange_job *job, int64_t at, char *w, char *other, int64_t n) {
+static void combine_piece(const exchange_job *job, operand_window *window, int64_t at, char *w, char *other,
+                          int64_t n) {
     const pk_row_kernels *const rows = &job->isa->dtype[job->pair.dtype];
     const row_op op = job->by->multiply ? OP_MUL : OP_ADD;
-    const int64_t size = pk_dtype_size(job->pair.dtype);
+    const int64_t size = pk_dtype_size(job->pair.dtype), run = job->by->run;
     for (int64_t part, j = 0; j < n; j += part) {
-        _Alignas(64) char wide[PIECE * 8];
-        int step;
-        part = operand_of(job, at + j, n - j, &step, wide);
-        rows->keep(op, w + j * size, wide, step, other + j * size, part);
+        const int64_t i = (at + j) / run % job->by->count;
+        const char *const by = operands_from(job, window, i);
+        part = min64(n - j, run == 1 ? window->first + window->n - i : run - (at + j) % run);
+        rows->keep(op, w + j * size, by, run == 1, other + j * size, part);
     }
 }
 
-static void exchange_piece(exchange_job *job, int64_t at, char *w, char *other, int64_t n) {
+static void exchange_piece(exchange_job *job, operand_window *window, int64_t at, char *w, char *other, int64_t n) {
     const size_t bytes = (size_t)(n * pk_dtype_size(job->pair.dtype));
     if (job->by) {
-        combine_piece(job, at, w, other, n);
+        combine_piece(job, window, at, w, other, n);
     } else {
         char fresh[PIECE * 8]; /* one array after the other: going through both at once is slower */
         memcpy(fresh, other, bytes);
@@ -57,24 +67,37 @@ static void exchange_piece(exchange_job *job, int64_t at, char *w, char *other, 
         atomic_store_explicit(&job->bad, 1, memory_order_relaxed);
 }
 
-static int64_t place_of(const pk_pair *pair, int64_t i) {
-    return pair->narrow ? ((const int32_t *)pair->places)[i] : ((const int64_t *)pair->places)[i];
-}
+/* p, n elements, is what w has at the places i, or, with `back`, becomes that. */
+#define COPY(type, index) \
+    static void copy_##type##_##index(type *w, const index *i, type *p, int64_t n, int back) { \
+        for (int64_t j = 0; !back && j < n; j++) p[j] = w[i[j]]; \
+        for (int64_t j = 0; back && j < n; j++) w[i[j]] = p[j]; \
+    }
+COPY(uint16_t, int32_t)
+COPY(uint32_t, int32_t)
+COPY(uint64_t, int32_t)
+COPY(uint16_t, int64_t)
+COPY(uint32_t, int64_t)
+COPY(uint64_t, int64_t)
+#undef COPY
 
 /* Between w and `piece`, which holds n of its elements: those at the places from `at` on. */
-static void places_copy(const pk_pair *pair, int64_t at, char *piece, int64_t n, int back) {
-    const int64_t size = pk_dtype_size(pair->dtype);
+static void places_copy(const pk_pair *pair, int64_t at, void *piece, int64_t n, int back) {
+    const int32_t *const narrow = pair->narrow ? (const int32_t *)pair->places + at : NULL;
+    const int64_t *const wide = (const int64_t *)pair->places + at;
 #define COPY(type) \
-    for (int64_t j = 0; j < n; j++) { \
-        type *const w = (type *)pair->w + place_of(pair, at + j), *const p = (type *)(void *)piece + j; \
-        *(back ? w : p) = *(back ? p : w); \
+    (narrow ? copy_##type##_int32_t(pair->w, narrow, piece, n, back) \
+            : copy_##type##_int64_t(pair->w, wide, piece, n, back))
+    switch (pk_dtype_size(pair->dtype)) {
+    case 2:
+        COPY(uint16_t);
+        break;
+    case 4:
+        COPY(uint32_t);
+        break;
+    default:
+        COPY(uint64_t);
     }
-    if (size == 2)
-        COPY(uint16_t)
-    else if (size == 4)
-        COPY(uint32_t)
-    else
-        COPY(uint64_t)
 #undef COPY
 }
 
@@ -90,19 +113,21 @@ static void hash_piece(const pk_isa *isa, uint32_t *hash, const char *p, int64_t
 static void exchange_range(int64_t begin, int64_t end, void *ctx) {
     exchange_job *const job = ctx;
     const pk_pair *const pair = &job->pair;
-    const int64_t size = pk_dtype_size(pair->dtype);
+    const int64_t size = pk_dtype_size(pair->dtype), piece = pair->places ? SPARSE : PIECE;
+    operand_window window;
     uint64_t digest = 0;
+    window.first = window.n = 0;
     for (int64_t i = begin; i < end; i++) {
         const int64_t stop = min64(pair->n, (i + 1) * BLOCK);
         pk_trace hash;
         trace_start(&hash, NULL, NULL);
-        for (int64_t at = i * BLOCK; at < stop; at += PIECE) {
+        for (int64_t at = i * BLOCK; at < stop; at += piece) {
             _Alignas(64) char gathered[PIECE * 8];
-            const int64_t n = min64(PIECE, stop - at);
+            const int64_t n = min64(piece, stop - at);
             char *const w = pair->places ? gathered : (char *)pair->w + at * size;
             char *const other = pair->other ? (char *)pair->other + at * size : NULL;
             if (pair->places) places_copy(pair, at, gathered, n, 0);
-            if (other) exchange_piece(job, at, w, other, n);
+            if (other) exchange_piece(job, &window, at, w, other, n);
             if (pair->places) places_copy(pair, at, gathered, n, 1);
             if (job->hash) hash_piece(job->isa, hash.hash, job->old ? other : w, n * size);
         }
@@ -112,24 +137,28 @@ static void exchange_range(int64_t begin, int64_t end, void *ctx) {
     atomic_fetch_add_explicit(&job->digest, digest, memory_order_relaxed);
 }
 
-/* The largest place, where negative ones count as the largest of all; one loop for each type, to be vectorised. */
-static uint64_t last_place(const pk_pair *pair) {
-    uint32_t narrow = 0;
-    uint64_t wide = 0;
-    for (int64_t i = 0; pair->narrow && i < pair->n; i++) {
-        const uint32_t place = ((const uint32_t *)pair->places)[i];
-        narrow = place > narrow ? place : narrow;
+/* Whether all places are in w: no sign in any, nor in what is left to the last one. */
+static int places_valid(const pk_pair *pair) {
+    const int64_t last = pair->size - 1;
+    uint64_t signs = 0;
+    if (pair->narrow) {
+        uint32_t narrow = 0, limit = (uint32_t)min64(last, INT32_MAX);
+        for (int64_t i = 0; i < pair->n; i++) {
+            const uint32_t place = ((const uint32_t *)pair->places)[i];
+            narrow |= place | (limit - place);
+        }
+        return narrow <= INT32_MAX;
     }
-    for (int64_t i = 0; !pair->narrow && i < pair->n; i++) {
+    for (int64_t i = 0; i < pair->n; i++) {
         const uint64_t place = ((const uint64_t *)pair->places)[i];
-        wide = place > wide ? place : wide;
+        signs |= place | ((uint64_t)last - place);
     }
-    return pair->narrow && narrow > INT32_MAX ? UINT64_MAX : narrow | wide;
+    return signs <= INT64_MAX;
 }
 
 static int pair_valid(const pk_pair *pair) {
     if ((unsigned)pair->dtype >= PK_NDTYPES || pair->n < 0 || (!pair->w && pair->n)) return 0;
-    return !pair->places || !pair->n || last_place(pair) < (uint64_t)pair->size;
+    return !pair->places || places_valid(pair);
 }
 
 static int operand_valid(const pk_operand *by, const pk_pair *pair) {
@@ -168,6 +197,8 @@ int pk_exchange_back(const pk_pair *pair, uint64_t digest, pk_parallel_fn par) {
 static void uncombine_range(int64_t begin, int64_t end, void *ctx) {
     exchange_job *const job = ctx;
     const int64_t size = pk_dtype_size(job->pair.dtype);
+    operand_window window;
+    window.first = window.n = 0;
     for (int64_t i = begin; i < end; i++) {
         const int64_t from = i * BLOCK, n = min64(job->pair.n - from, BLOCK);
         char *const w = (char *)job->pair.w + from * size, *const other = (char *)job->pair.other + from * size;
@@ -182,7 +213,7 @@ static void uncombine_range(int64_t begin, int64_t end, void *ctx) {
                 atomic_store_explicit(&job->bad, 1, memory_order_relaxed);
         }
         for (int64_t at = 0; job->old && job->done[i] && at < n; at += PIECE)
-            combine_piece(job, from + at, w + at * size, other + at * size, min64(PIECE, n - at));
+            combine_piece(job, &window, from + at, w + at * size, other + at * size, min64(PIECE, n - at));
     }
 }
 

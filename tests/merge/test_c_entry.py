@@ -160,7 +160,7 @@ def test_restore_exchanges_what_has_the_digest(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(7, 5), (130, 301), (3, 4, 5, 6), (0, 3), (1, 20000)])
+@pytest.mark.parametrize("shape", [(7, 5), (130, 301), (3000, 7), (3, 4, 5, 6), (0, 3), (1, 20000)])
 def test_combine_with_vectors(dtype, shape):
     torch.manual_seed(0)
     for multiply in (False, True):
@@ -205,9 +205,17 @@ def test_combine_of_what_is_not_finite_and_what_it_refuses():
     assert _C.combine(w, old, values, 1, False, places, True, w) == (False, 0) and torch.equal(w, before)
     assert _C.combine(w, torch.empty(6, 5), torch.full((5,), float("inf")), 1, True, None, True, w) == (False, 0)
     assert torch.equal(w, before)
-    for outside in (30, -1, 2**40):
-        with pytest.raises(IndexError, match="outside of the weight"):
-            _C.combine(w, old, torch.ones(3), 1, False, torch.tensor([0, outside, 1]), False, w)
+    for outside, kind in (
+        (30, "int"),
+        (-1, "int"),
+        (-(2**31), "int"),
+        (2**31 - 1, "int"),
+        (30, "long"),
+        (2**40, "long"),
+    ):
+        for at in ([0, outside, 1], [outside, -1, 0]):
+            with pytest.raises(IndexError, match="outside of the weight"):
+                _C.combine(w, old, torch.ones(3), 1, False, getattr(torch.tensor(at), kind)(), False, w)
     with pytest.raises(IndexError):
         _C.combine(w, torch.empty(6, 5), torch.ones(5), 0, True, None, False, w)
     for refused in (
