@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from .room import AddRoom, RoomConfig, RoomModel, option, positive, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, option, positive, register, rows_of, shared
 
 
 @dataclass
@@ -78,7 +78,7 @@ class C3ALinear(AddRoom):
         return get_circulant_fast(kernel)
 
     def dense(self, name: str, x: torch.Tensor) -> bool:
-        return x.shape[:-1].numel() > 32 and not torch.is_grad_enabled()
+        return rows_of(x) > 32 and not torch.is_grad_enabled()
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return convolve(x.float(), self.c3a_kernel[name].float()) / self.in_features

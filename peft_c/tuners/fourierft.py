@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .room import AddRoom, RoomConfig, RoomModel, option, positive, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, option, positive, register, rows_of, shared
 
 
 @dataclass
@@ -56,7 +56,7 @@ class FourierFTLinear(AddRoom):
         spectrum = torch.randn(n_frequency)
         self.fourierft_spectrum[name] = nn.Parameter(torch.zeros_like(spectrum) if config.init_weights else spectrum)
 
-    def half(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def half_spectrum(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows and columns of the places, those beyond the middle column seen from the other end: there the spectrum
         of a real matrix has the conjugate values."""
         rows, columns = self.indices[name].to(self.fourierft_spectrum[name].device)
@@ -68,7 +68,7 @@ class FourierFTLinear(AddRoom):
 
     def delta(self, name: str) -> torch.Tensor:
         """The real part of the inverse transform: that of the spectrum's symmetric part, of which half is enough."""
-        spectrum, (rows, columns) = self.fourierft_spectrum[name], self.half(name)
+        spectrum, (rows, columns) = self.fourierft_spectrum[name], self.half_spectrum(name)
         size, width = (self.out_features, self.in_features), self.in_features // 2 + 1
         values = spectrum.float() * (self.fourierft_scaling[name] / 2)
         alone = (columns == 0) | (2 * columns == self.in_features)  # columns that have their conjugates in themselves
@@ -78,11 +78,11 @@ class FourierFTLinear(AddRoom):
         return torch.fft.irfft(columns, n=size[1], dim=1).to(spectrum.dtype)
 
     def dense(self, name: str, x: torch.Tensor) -> bool:
-        return not 0 < x.shape[:-1].numel() <= 128  # nothing has no transform
+        return not 0 < rows_of(x) <= 128  # nothing has no transform
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """The delta's product in three steps: transform x, multiply by the sparse spectrum, transform back."""
-        spectrum, (rows, columns) = self.fourierft_spectrum[name], self.half(name)
+        spectrum, (rows, columns) = self.fourierft_spectrum[name], self.half_spectrum(name)
         flat = torch.fft.rfft(x.reshape(-1, x.shape[-1]).float()).T
         scale = self.fourierft_scaling[name] / (self.in_features * self.out_features)
         parts = flat[columns] * (spectrum.float() * scale).unsqueeze(1)

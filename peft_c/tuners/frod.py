@@ -108,7 +108,7 @@ class Linear(SharedRoom):
     @staticmethod
     def _sparse_activation_mm(z: torch.Tensor, S: torch.Tensor) -> torch.Tensor:
         """z (n, in) times S^T; for few rows by a dense matrix. Half precision has no sparse product."""
-        if len(z) <= 64:
+        if torch.compiler.is_exporting() or len(z) <= 64:
             places, values = S._indices(), S._values()
             dense = S.to_dense() if S.is_coalesced() else values.new_zeros(S.shape).index_put_(tuple(places), values)
             return linear(z, dense)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .lycoris_utils import LycorisConfig, LycorisLayer, LycorisTuner
-from .room import einsum, linear, option, product, register, shared
+from .room import einsum, linear, option, product, register, rows_of, shared
 
 
 @dataclass
@@ -88,7 +88,7 @@ class LoKrLayer(LycorisLayer):
         return torch.kron(w1 * self.scaling[name], w2.contiguous()).reshape(self.out_features, -1)
 
     def dense(self, name: str, x: torch.Tensor) -> bool:
-        rows, linear = x.shape[:-1].numel(), isinstance(self.get_base_layer(), nn.Linear)
+        rows, linear = rows_of(x), isinstance(self.get_base_layer(), nn.Linear)
         return not (torch.is_grad_enabled() or self.training) and (rows > 128 or not linear)
 
     def activations(self, name: str, x: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@ half precision slowly."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -18,6 +19,11 @@ from .tuner_layer import is_transformers_conv1d
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LARGE = 2**15  # elements of a matrix from which on the kernels take products (SMALL_WEIGHT of linear.c)
 FEW = 64  # rows for which multiplying by large factors in C is faster than in torch
+
+
+def rows_of(x: torch.Tensor) -> float:
+    """How many rows x has, to choose by; infinitely many while a program is exported, which is to take any number."""
+    return math.inf if torch.compiler.is_exporting() else x.shape[:-1].numel()
 
 
 def c_is_worth_asking(x: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .law import LowRank
-from .room import linear, multipliable, option, positive, product, register, shared
+from .room import linear, multipliable, option, positive, product, register, rows_of, shared
 from .shared_room import ProjectionConfig, ProjectionModel, SharedRoom, wide
 
 
@@ -92,7 +92,7 @@ class Linear(SharedRoom):
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         r = self.r[name]
-        if x.shape[:-1].numel() > r:
+        if rows_of(x) > r:
             return super().term(name, x)
         A, scales, gamma, Q = self.parts(name)  # for few rows: scale the activations, do not build P
         A, x = A[:, 0], x.to(gamma.dtype)

@@ -57,6 +57,7 @@ from .products import (
     multipliable,
     multiply,
     product,
+    rows_of,
 )
 from .room_options import RoomConfig, documented, option, pattern_value, positive, shared
 from .tuner_layer import BaseTunerLayer, _get_in_out_features, is_transformers_conv1d
@@ -85,6 +86,7 @@ __all__ = [
     "positive",
     "product",
     "register",
+    "rows_of",
     "shared",
     "weight_view",
 ]
@@ -458,7 +460,7 @@ class AddRoom(Room):
     def is_long(self, x: torch.Tensor) -> bool:
         """Whether factors take less to multiply by each other than by x, without a gradient."""
         size = self.in_features + self.out_features
-        return not torch.is_grad_enabled() and x.shape[:-1].numel() * size >= self.in_features * self.out_features
+        return not torch.is_grad_enabled() and rows_of(x) * size >= self.in_features * self.out_features
 
     def term_beside(self, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """`term`, for rooms that can make use of the base layer's output for x."""
@@ -524,7 +526,7 @@ class AddRoom(Room):
 
     def may_act_in_c(self, base: nn.Module, x: torch.Tensor) -> bool:
         """Whether it is worthwhile to ask C for the forward with `terms`."""
-        few = x.numel() <= self.factored * x.shape[-1]
+        few = 0 < rows_of(x) <= self.factored
         worthwhile = self.factored == math.inf if torch.is_grad_enabled() else few  # a graph needs small factors
         at_hand = x.is_cpu and not torch.compiler.is_compiling()
         return worthwhile and at_hand and not isinstance(base, (*CONVOLUTIONS, nn.Embedding))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from . import kept, law
 from .base_view import held
-from .room import AddRoom, apply_weight
+from .room import AddRoom, apply_weight, rows_of
 
 
 @functools.cache
@@ -75,7 +75,7 @@ class SparseRoom(AddRoom):
     def is_cheap(self, name: str, x: torch.Tensor) -> bool:
         """Whether S x by elements takes less than a weight with S in it."""
         count = getattr(self, self.adapter_layer_names[0])[name].numel()
-        return x.numel() // x.shape[-1] * count <= self.in_features * self.out_features // 32
+        return rows_of(x) * count <= self.in_features * self.out_features // 32
 
     def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base, hooked = self.base_layer, not self.is_bare()

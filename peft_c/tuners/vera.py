@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .law import LowRank
-from .room import FEW, linear, multipliable, option, positive, register, shared
+from .room import FEW, linear, multipliable, option, positive, register, rows_of, shared
 from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, drawn
 
 
@@ -64,7 +64,7 @@ class Linear(SharedRoom):
 
     def halves(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         A, d, B, b = self.parts(name)
-        inner, many = d * linear(x, A), x.shape[:-1].numel() > self.r[name]  # then B is less to scale than the output
+        inner, many = d * linear(x, A), rows_of(x) > self.r[name]  # then B is less to scale than the output
         return (inner, (b.unsqueeze(1) * B).T) if many else (linear(inner, B), b)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from . import wavelets
 from .fourierft import random_places
-from .room import AddRoom, RoomConfig, RoomModel, option, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, option, register, rows_of, shared
 from .targets import check_target_module_exists
 from .tuner_layer import BaseTunerLayer, _get_in_out_features
 
@@ -112,17 +112,17 @@ class WaveFTLinear(AddRoom):
         return delta
 
     def dense(self, name: str, x: torch.Tensor) -> bool:
-        return x.shape[:-1].numel() > 128 and not torch.is_grad_enabled()
+        return rows_of(x) > 128 and not torch.is_grad_enabled()
 
     def term(self, name: str, x: torch.Tensor) -> torch.Tensor:
         spectrum, flat = self.waveft_spectrum[name], x.reshape(-1, x.shape[-1])
-        if not len(flat) or 16 * len(spectrum) > self.in_features * self.out_features:  # then the matrix is less work
+        if not rows_of(x) or 16 * len(spectrum) > self.in_features * self.out_features:  # then the matrix is less work
             return super().term(name, x)
         rows, columns, shape = self.entries(name)
         family, transform = self.waveft_wavelet_family[name], self.waveft_use_idwt[name]
         flat = wavelets.analyse(flat, family) if transform else flat
         parts = flat.T[columns] * (spectrum * self.waveft_scaling[name]).unsqueeze(1)
-        result = parts.new_zeros(shape[0], len(flat)).index_add(0, rows, parts).T
+        result = parts.new_zeros(shape[0], flat.shape[0]).index_add(0, rows, parts).T
         result = wavelets.synthesise(result, self.out_features, family) if transform else result
         return result.reshape(*x.shape[:-1], -1)
 

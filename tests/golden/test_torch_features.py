@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 LINEAR = [method for method in METHODS if "Linear" in kinds_of(method)]
 # where PEFT raises, or the output for one row depends on the others
 NO_SINGLE_ROW = {"adamss", "gralora", "lily", "poly"}
-NO_EMPTY = {"adamss", "c3a", "gralora", "lily", "poly"}
+NO_EMPTY = {"adamss", "c3a", "gralora", "poly"}
 
 
 def close(left, right, tolerance=1e-4):
@@ -71,6 +71,22 @@ def test_channels_last(method, kind):
 def test_export(method):
     model, x = make(method), network("Linear")[1]
     assert close(torch.export.export(model, (x,), strict=False).module()(x), model(x))
+
+
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("method", ["c3a", "fourierft", "frod", "lokr", "randlora", "shira", "vera", "waveft"])
+def test_export_for_any_number_of_rows(method, graph):
+    model, x = make(method).base_model.model, network("Linear")[1]
+    with torch.set_grad_enabled(graph):
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("rows")},), strict=False)
+    for rows in (x[:2], x.repeat(60, 1, 1)):
+        assert close(exported.module()(rows), model(rows))
+
+
+def test_a_layer_alone_becomes_half_precision():
+    model = make("fourierft")
+    model.base_model.model[0].half()
+    assert {p.dtype for p in model.base_model.model[0].parameters()} == {torch.float16}
 
 
 @pytest.mark.filterwarnings("error:Dynamo detected")
