@@ -15,10 +15,12 @@ typedef struct {
     int64_t ld; /* in elements */
 } block;
 
+/* What a thread works with. at .. end: what it has of the arena and has not filled. */
 typedef struct {
     _Alignas(64) char delta[MR * SEGMENT * 8];
     _Alignas(64) char bits[UNIT_SIZE * 8];
     unsigned char code[CODE_MAX + CODE_SLACK + UNIT_SIZE * 8];
+    uint64_t at, end;
 } unit_buffers;
 
 /* What a pass over a unit does with w op delta: store it; store it and code what undoing would miss; store it corrected
@@ -217,16 +219,40 @@ static void restore_unit(engine_job *job, const unit_place *u, block w, unit_buf
     if (job->in) atomic_store_explicit(&job->changed, 1, memory_order_relaxed);
 }
 
+/* Takes room of the arena for a unit: as much as a copy would need, enough for many that are coded, so that threads
+ * seldom wait for each other. 0: there is none. */
+static int arena_take(engine_job *job, const unit_place *u, uint64_t size, unit_buffers *b) {
+    const uint64_t whole = (uint64_t)(u->rows * u->cols * element_size(job));
+    uint64_t used = atomic_load(&job->used), from, end;
+    do {
+        from = used == b->end ? b->at : used; /* goes on where it ends, if nobody has taken that */
+        if (job->room - from < size) {
+            atomic_store_explicit(&job->status, PK_FULL_RECORD, memory_order_relaxed);
+            return 0;
+        }
+        end = used + whole < job->room ? used + whole : job->room;
+    } while (!atomic_compare_exchange_weak(&job->used, &used, end));
+    if (from != b->at) memset(arena_at(job->out->data, engine_units(job), b->at), 0, (size_t)(b->end - b->at));
+    b->at = from;
+    b->end = end;
+    return 1;
+}
+
+/* gives back what is left, if nobody has taken what follows */
+static void arena_leave(engine_job *job, const unit_buffers *b) {
+    uint64_t end = b->end;
+    if (b->at < end && !atomic_compare_exchange_strong(&job->used, &end, b->at))
+        memset(arena_at(job->out->data, engine_units(job), b->at), 0, (size_t)(b->end - b->at));
+}
+
 /* room in the arena for a unit's record, NULL if there is none */
-static char *reserve(engine_job *job, const unit_place *u, uint32_t hash, unsigned mode, int64_t size) {
-    const uint64_t offset = atomic_fetch_add_explicit(&job->used, (uint64_t)size, memory_order_relaxed);
-    if (offset + (uint64_t)size > job->room) {
-        atomic_store_explicit(&job->status, PK_FULL_RECORD, memory_order_relaxed);
-        return NULL;
-    }
-    const unit_entry e = {hash, mode | (uint32_t)size << 2, offset};
+static char *reserve(engine_job *job, const unit_place *u, uint32_t hash, unsigned mode, int64_t size,
+                     unit_buffers *b) {
+    if (b->end - b->at < (uint64_t)size && !arena_take(job, u, (uint64_t)size, b)) return NULL;
+    const unit_entry e = {hash, mode | (uint32_t)size << 2, b->at};
+    b->at += (uint64_t)size;
     entry_set(job->out->data, u->id, &e);
-    return arena_at(job->out->data, engine_units(job), offset);
+    return arena_at(job->out->data, engine_units(job), e.offset);
 }
 
 static int block_finite(const engine_job *job, const unit_place *u, block w) {
@@ -240,7 +266,7 @@ static int block_finite(const engine_job *job, const unit_place *u, block w) {
 static int record_copy(engine_job *job, const unit_place *u, block w, unit_buffers *b) {
     const int64_t size = u->rows * u->cols * element_size(job);
     const pass a = {job, job->new_, job->op, PLAIN, NULL, b->delta};
-    char *const to = reserve(job, u, 0, UNIT_COPIED, size);
+    char *const to = reserve(job, u, 0, UNIT_COPIED, size, b);
     if (!to) return 0;
     copy_block(job, u, w, (block){to, u->cols});
     run_pass(&a, u, w);
@@ -262,7 +288,7 @@ static int record_unit(engine_job *job, const unit_place *u, block w, unit_buffe
     const int coded = !bad && code + wide <= u->rows * u->cols * element_size(job);
     if (!job->out && !refused) return 1;
     if (coded) {
-        char *const to = reserve(job, u, trace_hash(&t), UNIT_CODED, code + wide);
+        char *const to = reserve(job, u, trace_hash(&t), UNIT_CODED, code + wide, b);
         if (to) {
             memcpy(to, b->code, (size_t)code);
             memcpy(to + code, t.wide, (size_t)wide);
@@ -297,6 +323,7 @@ static void run_unit(engine_job *job, const unit_place *u, unit_buffers *b) {
 static void run_range(int64_t begin, int64_t end, void *ctx) {
     engine_job *const job = ctx;
     unit_buffers b;
+    b.at = b.end = 0;
     for (int64_t i = begin; i < end; i++) {
         if (atomic_load_explicit(&job->status, memory_order_relaxed) != PK_OK) return;
         const unit_place u = place_of(job, i);
@@ -305,6 +332,7 @@ static void run_range(int64_t begin, int64_t end, void *ctx) {
             continue; /* taking back a merge that stopped: this unit was not written */
         run_unit(job, &u, &b);
     }
+    arena_leave(job, &b);
 }
 
 static int64_t source_rank(const delta_source *s) {

@@ -452,6 +452,26 @@ def test_record_size(isa, dtype):
     assert np.array_equal(bits(weight.w), bits(old))
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("shape", [(3000, 12), (200, 600), (61, 1100)])
+def test_a_record_of_any_threads_fits_into_the_bound(dtype, shape, threads):
+    """Units coded and copied side by side: threads take more than they need, but never more than copies would."""
+    rng = np.random.default_rng(18)
+    n, k = shape
+    old = random(rng, shape, dtype, 0.02)
+    b = random(rng, (n, 2), F32, 0.001)
+    b[rng.random(n) < 0.2] *= 1e6
+    d, weight = klib.lowrank([(random(rng, (2, k), F32), F32, b, F32, 1.0)]), Weight(old.copy(), dtype)
+    alone, rec = weight.record(), weight.record()
+    LIB.shim_threads(threads)
+    assert weight.merge(d, 0, alone) == OK and weight.unmerge(d, alone) == OK
+    assert weight.merge(d, 0, rec, PAR) == OK
+    assert alone.size <= rec.size <= weight.capacity
+    assert weight.unmerge(d, rec, PAR) == OK
+    assert np.array_equal(bits(weight.w), bits(old))
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.integers(1, 40), shapes, dtypes, seeds, st.sampled_from(ISAS))
 def test_forward(m, shape, dtype, seed, name):
