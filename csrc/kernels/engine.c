@@ -125,7 +125,7 @@ static void segments_delta(const pass *a, const unit_place *u, block w, int64_t 
         const pk_strip s = strip_at(a, u, w, i, j + q);
         char *const to = a->delta + q * size;
         if (a->source->pairs)
-            job->isa->pairs(s.depth, s.row, s.ldrow, s.panel, (float *)(void *)to, SEGMENT, s.scale, s.mr, 0);
+            job->isa->pairs(s.depth, s.row, s.ldrow, 1, s.panel, (float *)(void *)to, SEGMENT, s.scale, s.mr, 0);
         else
             job->isa->tile[job->wide](s.depth, s.row, s.ldrow, s.panel, to, SEGMENT, s.mr, 0);
     }

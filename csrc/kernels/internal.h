@@ -80,11 +80,11 @@ typedef struct {
      * on from d; 2, it is added to d. */
     void (*tile[2])(int64_t depth, const void *row, int64_t ldrow, const void *panel, void *d, int64_t ldd, int mr,
                     int add);
-    /* NULL, or the same for pairs of bf16: scale times the sum over both halves of row[p * ldrow + i] panel[p * nr + j] is
+    /* NULL, or the same for pairs of bf16: scale times the sum over both halves of row[p * sp + i * si] panel[p * nr + j] is
      * written to d, or with `add` added to it. And their packing: dst[p * ld + j] = src[2 p * sp + j * sj] and, unless
      * 2 p + 1 == np, the next in p above it, 2 p < np, j < nj. */
-    void (*pairs)(int64_t depth, const uint32_t *row, int64_t ldrow, const uint32_t *panel, float *d, int64_t ldd,
-                  float scale, int mr, int add);
+    void (*pairs)(int64_t depth, const uint32_t *row, int64_t sp, int64_t si, const uint32_t *panel, float *d,
+                  int64_t ldd, float scale, int mr, int add);
     void (*pack_pairs)(const uint16_t *src, int64_t sp, int64_t sj, int64_t np, int64_t nj, uint32_t *dst, int64_t ld);
     /* goes on with the hash by so many bytes, a multiple of 64 */
     void (*hash)(uint32_t *state, const void *p, int64_t bytes);

@@ -6,14 +6,14 @@ PK_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx512
 #define WORDS_BF16
 #include "words_avx512.h"
 
-static INLINE void pairs_sum(int64_t depth, const uint32_t *row, int64_t ldrow, const uint32_t *panel, float scale,
-                             vf (*c)[NV], const int mr) {
+static INLINE void pairs_sum(int64_t depth, const uint32_t *row, int64_t sp, int64_t si, const uint32_t *panel,
+                             float scale, vf (*c)[NV], const int mr) {
 #pragma GCC unroll 4
-    for (int64_t p = 0; p < depth; p++, row += ldrow, panel += NV * VFN) {
+    for (int64_t p = 0; p < depth; p++, row += sp, panel += NV * VFN) {
         __m512bh b[NV];
         for (int v = 0; v < NV; v++) b[v] = (__m512bh)_mm512_loadu_si512(panel + v * VFN);
         for (int i = 0; i < mr; i++) {
-            const __m512bh a = (__m512bh)_mm512_set1_epi32((int)row[i]);
+            const __m512bh a = (__m512bh)_mm512_set1_epi32((int)row[i * si]);
             for (int v = 0; v < NV; v++) c[i][v] = _mm512_dpbf16_ps(c[i][v], a, b[v]);
         }
     }
@@ -22,16 +22,16 @@ static INLINE void pairs_sum(int64_t depth, const uint32_t *row, int64_t ldrow, 
 }
 
 static INLINE void pairs_strip_sum(const pk_strip *s, int64_t j, const int i0, vf (*c)[NV], const int mr) {
-    pairs_sum(s->depth, (const uint32_t *)s->row + i0, s->ldrow, (const uint32_t *)s->panel + j * s->depth, s->scale,
-              c, mr);
+    pairs_sum(s->depth, (const uint32_t *)s->row + i0, s->ldrow, 1, (const uint32_t *)s->panel + j * s->depth,
+              s->scale, c, mr);
 }
 
-static INLINE void pairs_rows(int64_t depth, const uint32_t *row, int64_t ldrow, const uint32_t *panel, float *d,
-                              int64_t ldd, float scale, const int mr, int add) {
+static INLINE void pairs_rows(int64_t depth, const uint32_t *row, int64_t sp, int64_t si, const uint32_t *panel,
+                              float *d, int64_t ldd, float scale, const int mr, int add) {
     vf c[MR][NV];
     for (int i = 0; i < mr; i++)
         for (int v = 0; v < NV; v++) c[i][v] = vf_set1(0);
-    pairs_sum(depth, row, ldrow, panel, scale, c, mr);
+    pairs_sum(depth, row, sp, si, panel, scale, c, mr);
     for (int i = 0; i < mr; i++)
         for (int v = 0; v < NV; v++) {
             float *const to = d + i * ldd + v * VFN;
@@ -39,14 +39,14 @@ static INLINE void pairs_rows(int64_t depth, const uint32_t *row, int64_t ldrow,
         }
 }
 
-static void pairs(int64_t depth, const uint32_t *row, int64_t ldrow, const uint32_t *panel, float *d, int64_t ldd,
-                  float scale, int mr, int add) {
+static void pairs(int64_t depth, const uint32_t *row, int64_t sp, int64_t si, const uint32_t *panel, float *d,
+                  int64_t ldd, float scale, int mr, int add) {
     if (mr == MR) {
-        pairs_rows(depth, row, ldrow, panel, d, ldd, scale, MR, add);
+        pairs_rows(depth, row, sp, si, panel, d, ldd, scale, MR, add);
         return;
     }
-    for (; mr >= 2; mr -= 2, row += 2, d += 2 * ldd) pairs_rows(depth, row, ldrow, panel, d, ldd, scale, 2, add);
-    if (mr) pairs_rows(depth, row, ldrow, panel, d, ldd, scale, 1, add);
+    for (; mr >= 2; mr -= 2, row += 2 * si, d += 2 * ldd) pairs_rows(depth, row, sp, si, panel, d, ldd, scale, 2, add);
+    if (mr) pairs_rows(depth, row, sp, si, panel, d, ldd, scale, 1, add);
 }
 
 /* 16 x 16 pairs whose halves lie side by side */
@@ -60,8 +60,8 @@ static INLINE void turn_pairs(const uint16_t *src, int64_t sj, uint32_t *dst, in
 static void pack_pairs(const uint16_t *src, int64_t sp, int64_t sj, int64_t np, int64_t nj, uint32_t *dst,
                        int64_t ld) {
     const int64_t turned = sp == 1 ? np / 2 / VFN * VFN : 0, cols = sp == 1 ? nj / VFN * VFN : 0;
-    for (int64_t p = 0; p < turned; p += VFN)
-        for (int64_t j = 0; j < cols; j += VFN) turn_pairs(src + 2 * p + j * sj, sj, dst + p * ld + j, ld);
+    for (int64_t j = 0; j < cols; j += VFN) /* along the rows: they may share cache sets */
+        for (int64_t p = 0; p < turned; p += VFN) turn_pairs(src + 2 * p + j * sj, sj, dst + p * ld + j, ld);
     for (int64_t p = 0; p < (np + 1) / 2; p++) {
         const uint16_t *const low = src + 2 * p * sp;
         const int both = 2 * p + 1 < np;

@@ -21,8 +21,10 @@ typedef struct {
     const pk_lowrank *parts;
     int nparts, pairs; /* pairs: a word is two bf16, else a float */
     int64_t panels, depth, words, rank;
-    char *rows;           /* x in groups of MR rows, (words, MR) each */
-    const dots_job *dots; /* few rows, instead of the five above */
+    char *
+        rows; /* x, as it is or packed: groups of MR rows, `group` words apart; word p of row i is the p * sp + i * si-th */
+    int64_t group, sp, si;
+    const dots_job *dots; /* few rows, instead of what stands from `pairs` on */
     char *turned;         /* (rank, m): x A^T times the scales */
 } linear_job;
 
@@ -34,6 +36,11 @@ static void pack_words(const linear_job *e, const pk_mat *a, int64_t p, int64_t 
                            min64(2 * np, a->rows - 2 * p), nj, (uint32_t *)(void *)to, ld);
     else
         mat_pack(e->isa, a, p, j, np, nj, to, ld, 1.0, 0);
+}
+
+/* Are the rows of a bf16 matrix words already? */
+static int rows_are_words(const pk_mat *x) {
+    return x->cs == 1 && x->rs % 2 == 0 && x->cols % 2 == 0 && (uintptr_t)x->data % 4 == 0;
 }
 
 static void pack_rows(int64_t begin, int64_t end, void *ctx) {
@@ -65,15 +72,15 @@ static void base_panels(const linear_job *e, int64_t j0, int64_t n, float *d, in
             if (n - j < nr) memset(panel, 0, sizeof panel);
             pack_words(e, &e->w, p, np, j0 + j, min64(nr, n - j), panel, nr);
             for (int64_t g = 0; g < groups; g++) {
-                const char *const row = e->rows + (g * e->words + p) * MR * 4;
+                const char *const row = e->rows + (g * e->group + p * e->sp) * 4;
                 float *const to = d + g * MR * ld + j;
                 const int mr = (int)min64(MR, m - g * MR), add = p > 0 ? 2 : 0;
                 if (next_j < e->w.cols) mat_fetch(&e->w, next_p * each, e->depth * each, next_j, nr, g, groups);
                 if (e->pairs)
-                    e->isa->pairs(np, (const uint32_t *)(const void *)row, MR, (const uint32_t *)(const void *)panel,
-                                  to, ld, 1.0f, mr, add);
+                    e->isa->pairs(np, (const uint32_t *)(const void *)row, e->sp, e->si,
+                                  (const uint32_t *)(const void *)panel, to, ld, 1.0f, mr, add);
                 else
-                    e->isa->tile[0](np, row, MR, panel, to, ld, mr, add);
+                    e->isa->tile[0](np, row, e->sp, panel, to, ld, mr, add);
             }
         }
     }
@@ -152,8 +159,18 @@ static int linear(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_ma
         const int wide = m <= WIDE_ROWS && w->rs == 1;
         e.panels = NR_MAX / nr * (wide ? WIDE_PANELS : 1);
         e.depth = wide ? WIDE_DEPTH : PANEL_DEPTH;
-        e.rows = work_take(area, groups * MR * e.words * 4);
-        if (area->base) rc = run_parallel(par, groups, MR * e.words, pack_rows, &e);
+        if (e.pairs && rows_are_words(x)) {
+            e.rows = x->data;
+            e.group = MR * x->rs / 2;
+            e.sp = 1;
+            e.si = x->rs / 2;
+        } else {
+            e.rows = work_take(area, groups * MR * e.words * 4);
+            e.group = MR * e.words;
+            e.sp = MR;
+            e.si = 1;
+            if (area->base) rc = run_parallel(par, groups, MR * e.words, pack_rows, &e);
+        }
     }
     if (rc == PK_OK) rc = shrink_terms(&e, acc, area, par);
     if (rc != PK_OK || !area->base) return rc;
