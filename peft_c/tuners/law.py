@@ -38,7 +38,7 @@ from .base_view import BaseView, held
 from .changes import Change, Elements, LowRank, Replace, Times
 from .merging import check_adapters_to_merge
 from .offloaded import onload_layer
-from .undo import Difference, Merge, Places, Product, Saved, meta_of, records, wider_sum, write
+from .undo import Difference, Merge, Places, Product, Saved, is_sharded, meta_of, records, wider_sum, write
 
 SMALL = 1 << 12  # elements; copying them takes less than asking whose memory they are in
 LARGE = 1 << 16  # elements; a full delta with more is not kept for undoing, a copy of the old weight is
@@ -113,6 +113,8 @@ def _add(view: BaseView, tensor: torch.Tensor, changes: list[Any], check: bool, 
         new = wider_sum(new, delta, 1)
     if check and not torch.isfinite(new).all():
         return False, None
+    if record and is_sharded(tensor):
+        return True, Difference.exchange(view, tensor, new, False, False)
     undo = None
     if record:
         back = new

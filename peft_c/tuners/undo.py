@@ -97,6 +97,11 @@ def record_bytes(layer: Any) -> int:
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor, of which a process has a part."""
+    return hasattr(tensor, "to_local")
+
+
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().view(_BITS[tensor.element_size()]).flatten()
 
@@ -111,6 +116,7 @@ class Difference:
 
     @staticmethod
     def digest_of(tensor: torch.Tensor) -> int:
+        tensor = tensor.to_local() if is_sharded(tensor) else tensor
         digest = _C.digest(tensor)
         if digest is not None:
             return digest
@@ -167,7 +173,7 @@ class Difference:
     def restore(self, tensor: torch.Tensor, undone: torch.Tensor | None) -> torch.Tensor:
         """The old values, given the merged `tensor` less its change (`undone`; None: they are all here)."""
         if self.index is None:
-            return self.old.view(tensor.dtype).view(tensor.shape)
+            return self.old if is_sharded(tensor) else self.old.view(tensor.dtype).view(tensor.shape)
         bits = _bits(undone).clone()
         bits[self.index] = self.old
         return bits.view(tensor.dtype).view(tensor.shape)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import peft_c
-from tests.rooms.cases import METHODS, NO_MERGE, PAIRS, call, kinds_of, make, network, same, weights
+from tests.rooms.cases import METHODS, NO_MERGE, PAIRS, call, kinds_of, layers, make, network, same, weights
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -137,3 +137,36 @@ def test_layers_that_return_more_than_a_tensor():
 
     model = peft_c.get_peft_model(Net(), peft_c.LNTuningConfig(target_modules=["norm"]))
     assert model(torch.randn(2, 4)).shape == (2, 4)
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    dist = pytest.importorskip("torch.distributed")
+    if not dist.is_gloo_available():
+        pytest.skip("no gloo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", ["lora", "loha", "hira"])
+def test_sharded_weights(one_process, method):
+    from torch.distributed.fsdp import fully_shard
+
+    model, x = make(method), network("Linear")[1]
+    for layer in layers(model):
+        fully_shard(layer)
+    fully_shard(model)
+    with torch.no_grad():
+        with model.disable_adapter():
+            base = model(x)
+        wanted = model(x)
+        before = [weight.full_tensor() for weight in weights(model)]
+        for safe in (False, True):
+            model.merge_adapter(safe_merge=safe)
+            torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
+            model.unmerge_adapter()
+            assert same([weight.full_tensor() for weight in weights(model)], before)
+        with model.disable_adapter():
+            assert torch.equal(model(x), base)
