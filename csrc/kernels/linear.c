@@ -7,10 +7,10 @@
 #include "lowrank.h"
 
 enum {
-    PANEL_DEPTH = 256, /* words of a panel: sums of so many products are added to what came before */
-    WIDE_DEPTH = 64, /* of one of WIDE_PANELS panels side by side, for a w whose rows would be read in short pieces */
-    WIDE_PANELS = 4,
-    WIDE_ROWS = LINEAR_ROWS / WIDE_PANELS,
+    PANEL_WORDS = 256, /* of all panels side by side; sums of so many products are added to what came before */
+    WIDE_PANELS = 4,   /* side by side for a w whose rows would be read in short pieces, up to WIDE_ROWS rows of x */
+    MOST_PANELS = 2,   /* for more rows */
+    WIDE_ROWS = LINEAR_ROWS / 4,
     FEW_UNMEASURED = 16 /* rows */
 };
 
@@ -63,7 +63,7 @@ static void pack_rows(int64_t begin, int64_t end, void *ctx) {
 /* d (m, n), rows ld apart = x w for n columns from j0 on, zeros up to a whole panel */
 static void base_panels(const linear_job *e, int64_t j0, int64_t n, float *d, int64_t ld) {
     const int64_t nr = e->isa->nr[0], m = e->y->rows, groups = (m + MR - 1) / MR, each = e->pairs ? 2 : 1;
-    _Alignas(64) char panel[PANEL_DEPTH * NR_MAX * 4];
+    _Alignas(64) char panel[PANEL_WORDS * NR_MAX * 4];
     for (int64_t p = 0; p == 0 || p < e->words; p += e->depth) { /* once even for no words: sums of nothing */
         const int64_t np = min64(e->depth, e->words - p);
         for (int64_t j = 0; j < n; j += nr) {
@@ -116,7 +116,7 @@ static void add_terms(const linear_job *e, int64_t j, int64_t n, float *d, int64
 static void linear_columns(int64_t begin, int64_t end, void *ctx) {
     const linear_job *const e = ctx;
     const int64_t nr = e->isa->nr[0], block = e->panels * nr, ld = block, m = e->y->rows;
-    _Alignas(64) float d[LINEAR_ROWS * NR_MAX];
+    _Alignas(64) float d[LINEAR_ROWS * MOST_PANELS * NR_MAX];
     _Alignas(64) float bias[WIDE_PANELS * NR_MAX];
     for (int64_t b = begin; b < end; b++) {
         const int64_t j0 = b * block, n = min64(block, e->y->cols - j0);
@@ -156,9 +156,9 @@ static int linear(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_ma
     } else {
         e.pairs = e.isa->pairs && x->dtype == PK_BF16 && w->dtype == PK_BF16;
         e.words = e.pairs ? (x->cols + 1) / 2 : x->cols;
-        const int wide = m <= WIDE_ROWS && w->rs == 1;
-        e.panels = NR_MAX / nr * (wide ? WIDE_PANELS : 1);
-        e.depth = wide ? WIDE_DEPTH : PANEL_DEPTH;
+        const int across = w->rs != 1 ? 1 : m <= WIDE_ROWS ? WIDE_PANELS : MOST_PANELS;
+        e.panels = NR_MAX / nr * across;
+        e.depth = PANEL_WORDS / across;
         if (e.pairs && rows_are_words(x)) {
             e.rows = x->data;
             e.group = MR * x->rs / 2;
@@ -192,15 +192,15 @@ static int are_few(const pk_mat *w, int64_t m) {
 }
 
 /* Rows at once: even shares. */
-static int64_t linear_step(const pk_mat *w, int64_t m) {
-    const int64_t most = w->rs == 1 && m <= WIDE_ROWS ? WIDE_ROWS : LINEAR_ROWS, parts = (m + most - 1) / most;
+static int64_t linear_step(int64_t m) {
+    const int64_t parts = (m + LINEAR_ROWS - 1) / LINEAR_ROWS;
     return max64(1, round_up((m + parts - 1) / max64(parts, 1), MR));
 }
 
 size_t pk_linear_work(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_lowrank *f, int nf) {
     work_area area = {NULL, 0, 0};
     if (!linear_valid(y, x, w, f, nf)) return 0;
-    const int64_t m = min64(y->rows, linear_step(w, y->rows));
+    const int64_t m = min64(y->rows, linear_step(y->rows));
     const pk_mat ym = mat_rows(*y, 0, m), xm = mat_rows(*x, 0, m);
     linear(&ym, &xm, w, NULL, f, nf, NULL, are_few(w, y->rows), &area, NULL);
     return work_total(&area);
@@ -212,7 +212,7 @@ int pk_linear(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_mat *b
     if (!linear_valid(y, x, w, f, nf)) return PK_EINVAL;
     if (bias && bias->data && (!mat_valid(bias) || bias->rows != 1 || bias->cols != y->cols)) return PK_EINVAL;
     if (t && t->data && (!mat_valid(t) || t->rows != y->rows || t->cols != rank_of(f, nf))) return PK_EINVAL;
-    const int64_t step = linear_step(w, y->rows);
+    const int64_t step = linear_step(y->rows);
     for (int64_t i = 0; i < y->rows && rc == PK_OK; i += step) {
         const int64_t m = min64(step, y->rows - i);
         const pk_mat none = {0}, ym = mat_rows(*y, i, m), xm = mat_rows(*x, i, m), tm = mat_rows(t ? *t : none, i, m);
