@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .room import MapRoom, RoomConfig, RoomModel, Unscaled, einsum, option, register, shared
+from .block_dropout import MultiplicativeDropoutLayer
+from .room import MapRoom, RoomConfig, RoomModel, Unscaled, dropout, einsum, option, register, shared
 
 
 @dataclass
@@ -57,6 +58,7 @@ class BOFTLayer(Unscaled, MapRoom):
     title = "BOFT"
     adapter_layer_names = ("boft_R", "boft_s")
     other_param_names = ("boft_block_size", "boft_block_num", "boft_dropout")
+    containers = {"boft_dropout": nn.ModuleDict}
 
     def create(self, name: str, config: BOFTConfig) -> None:
         base, factors = self.get_base_layer(), config.boft_n_butterfly_factor
@@ -74,8 +76,7 @@ class BOFTLayer(Unscaled, MapRoom):
         if factors > 1 and (block_size % 2 or blocks % 2 ** (factors - 1)):
             warnings.warn(
                 f"{blocks} blocks of size {block_size} cannot be mixed by {factors} butterfly factors: the size must "
-                f"be even and the number a multiple of {2 ** (factors - 1)}. Using boft_n_butterfly_factor=1 for "
-                "this layer."
+                f"be even and the number a multiple of {2 ** (factors - 1)}. Using boft_n_butterfly_factor=1 here."
             )
             factors = 1
         R = torch.zeros(factors, blocks, block_size, block_size)
@@ -87,21 +88,15 @@ class BOFTLayer(Unscaled, MapRoom):
             raise ValueError(f"Unknown initialization init_weights={config.init_weights!r}: give True or False.")
         self.boft_R[name], self.boft_s[name] = nn.Parameter(R), nn.Parameter(s)
         self.boft_block_size[name], self.boft_block_num[name] = block_size, blocks
-        self.boft_dropout[name] = config.boft_dropout
+        self.boft_dropout[name] = dropout(config.boft_dropout, MultiplicativeDropoutLayer)
 
-    def rotations(self, name: str, dropout: bool = False) -> torch.Tensor:
+    def rotations(self, name: str, drop: bool = False) -> torch.Tensor:
         """The blocks of all D_i (n, blocks, b, b); with dropout some of one D_i are left out in training."""
         R = self.boft_R[name]
         skew = (R - R.mT) / 2
         eye = torch.eye(R.shape[-1], device=R.device)
         blocks = torch.linalg.solve(eye + skew, eye - skew, left=False).to(R.dtype)
-        if not (dropout and self.training and self.boft_dropout[name] > 0):
-            return blocks
-        factors, number = R.shape[:2]
-        factor = torch.randint(0, factors, (1,)).item()
-        mask = torch.zeros(factors, number, 1, 1, device=R.device)
-        mask[factor, torch.randperm(number) < int(self.boft_dropout[name] * number)] = 1
-        return (1 - mask) * blocks + mask * eye
+        return self.boft_dropout[name](blocks) if drop else blocks
 
     @staticmethod
     def rotate(x: torch.Tensor, blocks: torch.Tensor, transposed: bool) -> torch.Tensor:
@@ -116,8 +111,8 @@ class BOFTLayer(Unscaled, MapRoom):
                 x = x.unflatten(-1, (-1, 2**i, 2, size // 2)).transpose(-2, -3).flatten(-4)
         return x
 
-    def transform(self, name: str, weight: torch.Tensor, bias: Any, dropout: bool = False) -> tuple[torch.Tensor, Any]:
-        blocks = self.rotations(name, dropout)
+    def transform(self, name: str, weight: torch.Tensor, bias: Any, drop: bool = False) -> tuple[torch.Tensor, Any]:
+        blocks = self.rotations(name, drop)
         weight = self.rotate(self._cast_input_dtype(weight, blocks.dtype), blocks, transposed=True)
         return weight * self.boft_s[name].view(-1, 1), bias
 
@@ -132,7 +127,7 @@ class Linear(BOFTLayer):
     """BOFT for nn.Linear: x R goes into the base layer, what comes out is scaled."""
 
     def before(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return self.rotate(x, self.rotations(name, dropout=True).to(x.dtype), transposed=False)
+        return self.rotate(x, self.rotations(name, drop=True).to(x.dtype), transposed=False)
 
     def after(self, name: str, y: torch.Tensor) -> torch.Tensor:
         scale, bias = self.boft_s[name].view(-1), self.get_base_layer().bias
@@ -143,7 +138,7 @@ class Conv2d(BOFTLayer):
     """BOFT for nn.Conv2d: the kernel is rotated and scaled."""
 
     def transform_in_forward(self, name: str, weight: torch.Tensor, bias: Any) -> tuple[torch.Tensor, Any]:
-        return self.transform(name, weight, bias, dropout=True)
+        return self.transform(name, weight, bias, drop=True)
 
 
 class BOFTModel(RoomModel):

@@ -48,7 +48,7 @@ def _move_weight(base: nn.Module, to: torch.device | tuple) -> None:
         base.weight.data = base.weight.data.to(device)
 
 
-class Linear(SharedRoom):
+class Linear(SharedRoom, nn.Linear):
     """U (S + diag(l)) V^T in place of W = U diag(l) V^T: V (in, in) is shared by the layers of a category, U (out, in)
     has normalised columns; l (in,) and the values of the sparse S (in, in), at shared places, are trained."""
 

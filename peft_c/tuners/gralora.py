@@ -37,7 +37,7 @@ class GraloraConfig(RoomConfig):
             raise ValueError(f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}")
 
 
-class Linear(AddRoom):
+class Linear(AddRoom, nn.Linear):
     """GraLoRA for nn.Linear and Conv1D: A (k, in / k, r), B (k, r, out / k).
 
     With s = r / k, the block from input part n to output part j is A[n][:, js:(j+1)s] B[j][ns:(n+1)s]; the plain term

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from .block_dropout import MultiplicativeDropoutLayer
 from .room import MapRoom, RoomConfig, RoomModel, State, Unscaled, multipliable, option, positive, register, shared
 
 
@@ -136,7 +137,7 @@ class OFTLayer(Unscaled, MapRoom):
     title = "OFT"
     adapter_layer_names = ("oft_R", "oft_embedding_R")
     other_param_names = ("r", "oft_block_size", "oft_dropout")
-    containers = {"oft_R": nn.ModuleDict, "oft_embedding_R": nn.ModuleDict}
+    containers = dict.fromkeys(("oft_R", "oft_embedding_R", "oft_dropout"), nn.ModuleDict)
     home = "oft_R"
 
     def create(self, name: str, config: OFTConfig) -> None:
@@ -155,7 +156,10 @@ class OFTLayer(Unscaled, MapRoom):
         elif config.init_weights is not True:
             raise ValueError(f"Unknown initialization init_weights={config.init_weights!r}: give True or False.")
         getattr(self, self.home)[name] = rotation
-        self.r[name], self.oft_block_size[name], self.oft_dropout[name] = blocks, block_size, config.module_dropout
+        self.r[name], self.oft_block_size[name] = blocks, block_size
+        if self.home == "oft_R":
+            p = config.module_dropout
+            self.oft_dropout[name] = MultiplicativeDropoutLayer(p) if p > 0 else nn.Identity()
 
     def rotated_size(self) -> int:
         """Length of the vectors that are rotated."""

@@ -77,7 +77,8 @@ class OrthLayer(nn.Module):
         super().__init__()
         self.size, self.orth, self.eps = r, config.psoft_orth, config.cayley_neumann_eps
         self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
-        self.register_buffer("places", torch.triu_indices(r, r, 1), persistent=False)
+        for name, places in zip(("rows", "cols"), torch.triu_indices(r, r, 1), strict=True):
+            self.register_buffer(name, places, persistent=False)
         self.weight = nn.Parameter(torch.zeros(r * (r - 1) // 2) if self.orth else torch.eye(r))
         self.vector_b = nn.Parameter(torch.ones(r)) if config.psoft_mag_b else None
         self.vector_a = nn.Parameter(torch.ones(r)) if config.psoft_mag_a else None
@@ -85,7 +86,7 @@ class OrthLayer(nn.Module):
     def cayley(self, dtype: torch.dtype) -> torch.Tensor:
         """C."""
         r = self.size
-        upper = self.weight.new_zeros(r, r, dtype=dtype).index_put(tuple(self.places), self.weight.to(dtype))
+        upper = self.weight.new_zeros(r, r, dtype=dtype).index_put((self.rows, self.cols), self.weight.to(dtype))
         Q, identity = upper - upper.T, torch.eye(r, dtype=dtype, device=upper.device)
         if self.terms is None:
             return torch.sub(torch.linalg.inv(identity - Q), identity, alpha=0.5) * 2  # I + Q = 2 I - (I - Q)

@@ -33,7 +33,7 @@ class PveraConfig(ProjectionConfig):
     generator_seed: int | None = option(None, "Seed of the sampling; None: torch's global generator.")
 
 
-class Linear(SharedRoom):
+class Linear(SharedRoom, nn.Linear):
     """diag(b) B z with mean and log variance of z given by the halves of diag(d) A x: A (2 r, in), B (out, r) are the
     corners of the shared matrices, b (out,), which starts at zero, and d (2 r,) are trained. Merged: z is its mean."""
 

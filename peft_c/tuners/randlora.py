@@ -50,7 +50,7 @@ class UniqueBaseGrad(torch.autograd.Function):
         return None, torch.einsum("kbj,bj->kb", weighted, gamma), torch.einsum("kbj,kb->bj", weighted, scales)
 
 
-class Linear(SharedRoom):
+class Linear(SharedRoom, nn.Linear):
     """scaling * Q P, or its transpose if the layer's output is the smaller side, for `small` and `large` sides.
 
     P (r * bases, small) has the rows lambda[k, b] A[k] gamma[b], and Q (large, bases * r) is the shared B as a matrix;

@@ -95,9 +95,9 @@ State = dict[str, torch.Tensor]
 QUANTISED = {"linear": nn.Linear, "embedding": nn.Embedding, "conv2d": nn.Conv2d}  # a backend's layer type -> class
 
 
-def dropout(p: float) -> nn.Module:
+def dropout(p: float, kind: type[nn.Module] = nn.Dropout) -> nn.Module:
     """Dropout with probability p; nothing if that is 0."""
-    return nn.Dropout(p) if p > 0 else nn.Identity()
+    return kind(p) if p > 0 else nn.Identity()
 
 
 def kaiming(tensor: torch.Tensor) -> torch.Tensor:
@@ -153,7 +153,7 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         quantization_backend: QuantizationBackend | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # of some methods, as in PEFT, the layer is an nn.Linear in name
         self.base_layer = base_layer
         self.quantization_backend = quantization_backend
         usual = dict.fromkeys(self.other_param_names, dict) | dict.fromkeys(self.adapter_layer_names, nn.ParameterDict)

@@ -88,7 +88,7 @@ class TinyLoraLayer(SharedRoom):
         return LowRank(A, B @ R, 1.0)
 
 
-class Linear(TinyLoraLayer):
+class Linear(TinyLoraLayer, nn.Linear):
     """TinyLoRA for nn.Linear and Conv1D."""
 
 

@@ -43,7 +43,7 @@ class UniLoraConfig(RoomConfig):
                 raise ValueError(f"`{name}` should be {what}, got {getattr(self, name)}.")
 
 
-class Linear(SharedRoom):
+class Linear(SharedRoom, nn.Linear):
     """B A with A (r, in) and B (out, r): theta[indices] * scales, where an entry of theta that is used n times has the
     scale 1 / sqrt(n)."""
 

@@ -36,7 +36,7 @@ class VBLoRAConfig(RoomConfig):
     layers_pattern: list[str] | str | None = shared("layers_pattern")
 
 
-class Linear(SharedRoom):
+class Linear(SharedRoom, nn.Linear):
     """B A for nn.Linear and Conv1D, in pieces of length v: each is the mixture of the topk vectors of the bank
     (vectors, v) with the largest logits, weighted by their softmax.
 

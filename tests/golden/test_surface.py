@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import peft_c
-from tests.rooms.cases import METHODS, NO_MERGE, call, config_of, kinds_of, layers, make, network, start
+from tests.rooms.cases import METHODS, NO_MERGE, PAIRS, call, config_of, kinds_of, layers, make, network, start
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -23,11 +23,51 @@ def test_the_repr_of_configs(method):
     assert ours == theirs
 
 
-# those of the others for dropout and caches are not needed
-@pytest.mark.parametrize("method", sorted({*METHODS} - {"boft", "deft", "oft"}))
+# those of PEFT's for caches are not needed
+@pytest.mark.parametrize("method", sorted({*METHODS} - {"deft"}))
 def test_the_order_of_a_layers_modules(method):
     ours, theirs = (layers(start(method, kinds_of(method)[0], package))[0] for package in (peft_c, peft))
     assert [name for name, _ in ours.named_modules()] == [name for name, _ in theirs.named_modules()]
+
+
+@pytest.mark.parametrize(("method", "kind"), PAIRS)
+def test_what_a_layer_is_an_instance_of(method, kind):
+    found = [layers(start(method, kind, package))[0] for package in (peft_c, peft)]
+    ours, theirs = ({c for c in type(layer).__mro__ if c.__module__.startswith("torch.")} for layer in found)
+    assert ours == theirs
+
+
+# the other layers' begin with their method's name, and what they have inside says less
+@pytest.mark.parametrize(
+    "method", sorted({*METHODS} - {"beft", "deft", "glora", "ia3", "psoft", "supertuning", "unilora"})
+)
+def test_the_repr_of_layers(method):
+    ours, theirs = (repr(start(method, kinds_of(method)[0], package)) for package in (peft_c, peft))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(("method", "kind"), PAIRS)
+def test_buffers(method, kind):
+    models = [start(method, kind, package) for package in (peft_c, peft)]
+    ours, theirs = ([(name, b.shape, b.dtype) for name, b in model.named_buffers()] for model in models)
+    assert ours == [buffer for buffer in theirs if "boft_P" not in buffer[0]]
+
+
+@pytest.mark.parametrize(("method", "option"), [("boft", "boft_dropout"), ("oft", "module_dropout")])
+def test_the_modules_of_block_dropout(method, option):
+    found = []
+    for package in (peft_c, peft):
+        layer = layers(start(method, package=package, **{option: 0.5}))[0].train()
+        dropout = getattr(layer, f"{method}_dropout")["default"]
+        shape = (2, 6, 4, 4) if method == "boft" else (6, 4, 4)
+        torch.manual_seed(3)
+        found.append(
+            (type(dropout).__name__, dropout.p, dropout(torch.ones(shape)), dropout.eval()(torch.ones(shape)))
+        )
+        with pytest.raises(ValueError, match="should be the same"):
+            dropout.train()(torch.ones(*shape[:-1], 3))
+    assert found[0][:2] == found[1][:2]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][2:], found[1][2:], strict=True))
 
 
 @pytest.mark.parametrize("method", METHODS)
