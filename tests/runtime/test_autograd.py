@@ -369,7 +369,8 @@ def test_large_layers(rows, dropout):
 
 def test_the_base_layer_below_a_dropout_is_a_node_of_its_own():
     layer, x = make(k=200, n=200, dropout=0.5).train(), torch.randn(5, 200).requires_grad_()
-    nodes = [node for node, _ in layer(x).grad_fn.next_functions if node is not None]
+    y = layer(x)  # torch 2.10's nodes do not outlive their tensor
+    nodes = [node for node, _ in y.grad_fn.next_functions if node is not None]
     in_c = _C.info()["isa"].startswith("avx")
     assert (nodes[0].name() == "_LowRankBackward") == in_c
     x = torch.randn(5, 200)
