@@ -9,8 +9,9 @@
 enum {
     PANEL_WORDS = 256, /* of all panels side by side; sums of so many products are added to what came before */
     WIDE_PANELS = 4,   /* side by side for a w whose rows would be read in short pieces, up to WIDE_ROWS rows of x */
-    MOST_PANELS = 2,   /* for more rows */
-    WIDE_ROWS = LINEAR_ROWS / 4,
+    WIDE_ROWS = 48,
+    MORE_PANELS = 2, /* for more rows, up to MORE_ROWS */
+    MORE_ROWS = LINEAR_ROWS / MORE_PANELS,
     FEW_UNMEASURED = 16 /* rows */
 };
 
@@ -36,11 +37,6 @@ static void pack_words(const linear_job *e, const pk_mat *a, int64_t p, int64_t 
                            min64(2 * np, a->rows - 2 * p), nj, (uint32_t *)(void *)to, ld);
     else
         mat_pack(e->isa, a, p, j, np, nj, to, ld, 1.0, 0);
-}
-
-/* Are the rows of a bf16 matrix words already? */
-static int rows_are_words(const pk_mat *x) {
-    return x->cs == 1 && x->rs % 2 == 0 && x->cols % 2 == 0 && (uintptr_t)x->data % 4 == 0;
 }
 
 static void pack_rows(int64_t begin, int64_t end, void *ctx) {
@@ -116,7 +112,7 @@ static void add_terms(const linear_job *e, int64_t j, int64_t n, float *d, int64
 static void linear_columns(int64_t begin, int64_t end, void *ctx) {
     const linear_job *const e = ctx;
     const int64_t nr = e->isa->nr[0], block = e->panels * nr, ld = block, m = e->y->rows;
-    _Alignas(64) float d[LINEAR_ROWS * MOST_PANELS * NR_MAX];
+    _Alignas(64) float d[LINEAR_ROWS * NR_MAX];
     _Alignas(64) float bias[WIDE_PANELS * NR_MAX];
     for (int64_t b = begin; b < end; b++) {
         const int64_t j0 = b * block, n = min64(block, e->y->cols - j0);
@@ -139,6 +135,15 @@ static int shrink_terms(linear_job *e, char *t, work_area *area, pk_parallel_fn 
     return rc;
 }
 
+static int takes_pairs(const pk_mat *x, const pk_mat *w) {
+    return pk_isa_now()->pairs && x->dtype == PK_BF16 && w->dtype == PK_BF16;
+}
+
+/* Are the rows of x words as they lie? */
+static int takes_rows(const pk_mat *x, const pk_mat *w) {
+    return takes_pairs(x, w) && x->cs == 1 && x->rs % 2 == 0 && x->cols % 2 == 0 && (uintptr_t)x->data % 4 == 0;
+}
+
 static int linear(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_mat *bias, const pk_lowrank *f, int nf,
                   const pk_mat *t, int few, work_area *area, pk_parallel_fn par) {
     const int64_t m = y->rows, nr = pk_isa_now()->nr[0], groups = (m + MR - 1) / MR;
@@ -154,12 +159,12 @@ static int linear(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_ma
         rc = dots_prepare(&dots, x, w, 0, area, par);
         e.dots = &dots;
     } else {
-        e.pairs = e.isa->pairs && x->dtype == PK_BF16 && w->dtype == PK_BF16;
+        e.pairs = takes_pairs(x, w);
         e.words = e.pairs ? (x->cols + 1) / 2 : x->cols;
-        const int across = w->rs != 1 ? 1 : m <= WIDE_ROWS ? WIDE_PANELS : MOST_PANELS;
+        const int across = w->rs != 1 || m > MORE_ROWS ? 1 : m <= WIDE_ROWS ? WIDE_PANELS : MORE_PANELS;
         e.panels = NR_MAX / nr * across;
         e.depth = PANEL_WORDS / across;
-        if (e.pairs && rows_are_words(x)) {
+        if (takes_rows(x, w)) {
             e.rows = x->data;
             e.group = MR * x->rs / 2;
             e.sp = 1;
@@ -192,15 +197,15 @@ static int are_few(const pk_mat *w, int64_t m) {
 }
 
 /* Rows at once: even shares. */
-static int64_t linear_step(int64_t m) {
-    const int64_t parts = (m + LINEAR_ROWS - 1) / LINEAR_ROWS;
+static int64_t linear_step(const pk_mat *x, const pk_mat *w) {
+    const int64_t most = takes_rows(x, w) ? LINEAR_ROWS : PACKED_ROWS, m = x->rows, parts = (m + most - 1) / most;
     return max64(1, round_up((m + parts - 1) / max64(parts, 1), MR));
 }
 
 size_t pk_linear_work(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_lowrank *f, int nf) {
     work_area area = {NULL, 0, 0};
     if (!linear_valid(y, x, w, f, nf)) return 0;
-    const int64_t m = min64(y->rows, linear_step(y->rows));
+    const int64_t m = min64(y->rows, linear_step(x, w));
     const pk_mat ym = mat_rows(*y, 0, m), xm = mat_rows(*x, 0, m);
     linear(&ym, &xm, w, NULL, f, nf, NULL, are_few(w, y->rows), &area, NULL);
     return work_total(&area);
@@ -212,7 +217,7 @@ int pk_linear(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_mat *b
     if (!linear_valid(y, x, w, f, nf)) return PK_EINVAL;
     if (bias && bias->data && (!mat_valid(bias) || bias->rows != 1 || bias->cols != y->cols)) return PK_EINVAL;
     if (t && t->data && (!mat_valid(t) || t->rows != y->rows || t->cols != rank_of(f, nf))) return PK_EINVAL;
-    const int64_t step = linear_step(y->rows);
+    const int64_t step = linear_step(x, w);
     for (int64_t i = 0; i < y->rows && rc == PK_OK; i += step) {
         const int64_t m = min64(step, y->rows - i);
         const pk_mat none = {0}, ym = mat_rows(*y, i, m), xm = mat_rows(*x, i, m), tm = mat_rows(t ? *t : none, i, m);
@@ -246,6 +251,14 @@ int pk_linear(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_mat *b
  *         256 x 256    10/22    16/25     23/30      34/40      39/47      65/79      98/97                 272/184
  *   f16: torch takes 20 to 200 times as long.
  *
+ * On 2 threads of Zen 5, bf16, torch with the terms; gradients vary by a third with where the pages lie:
+ *
+ *   rows                  8         16        32        64         128        192        256         512
+ *   y    2816 x 1024   205/347   302/423   384/401   573/569   1002/1181  1351/1541  1802/1960   3469/3880
+ *        1024 x 2816   208/273   266/318   358/359   577/560    944/934   1363/1297  1804/1716   3333/3379
+ *        1024 x 1024    74/98    106/114   135/156   212/222    361/371    518/508    665/652    1231/1272
+ *   g w  1024 x 1024   121/140   133/160   148/200   225/274    474/417    499/546    775/698    1358/1339
+ *
  * The same on 2 threads of Zen 3, with AVX2 alone, where oneDNN has no product of bf16 or f16. y = x w^T:
  *
  *   rows               1        8         16         32         64         128        192        256          512
@@ -276,7 +289,7 @@ static int64_t linear_limit(pk_dtype dtype, int large) {
     if (dtype == PK_F64 || (!is_wide && !isa->takes_halves)) return 0;
     if (dtype == PK_F32) return !is_measured ? FEW_UNMEASURED : is_wide ? (large ? 512 : 64) : large ? 256 : 192;
     if (isa->takes_halves) return INT64_MAX;
-    if (dtype == PK_BF16 && isa->pairs) return is_measured ? 128 : FEW_UNMEASURED;
+    if (dtype == PK_BF16 && isa->pairs) return !is_measured ? FEW_UNMEASURED : large ? 512 : 128;
     return 0;
 }
 

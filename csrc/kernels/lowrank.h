@@ -5,7 +5,8 @@
 #include "internal.h"
 
 enum {
-    LINEAR_ROWS = 192,      /* at most that many rows go through a linear layer at once */
+    LINEAR_ROWS = 516,      /* at most that many rows go through a linear layer at once */
+    PACKED_ROWS = 192,      /* or that many, if they are packed before */
     SMALL_WEIGHT = 1 << 15, /* elements: up to there a layer's time is that of the calls around it */
     LARGE_WEIGHT = 1 << 18  /* larger than a core's own cache */
 };
