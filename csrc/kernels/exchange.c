@@ -199,7 +199,7 @@ static void uncombine_range(int64_t begin, int64_t end, void *ctx) {
     const int64_t size = pk_dtype_size(job->pair.dtype);
     operand_window window;
     window.first = window.n = 0;
-    for (int64_t i = begin; i < end; i++) {
+    for (int64_t i = end; i-- > begin;) { /* what combining wrote last is still in the cache */
         const int64_t from = i * BLOCK, n = min64(job->pair.n - from, BLOCK);
         char *const w = (char *)job->pair.w + from * size, *const other = (char *)job->pair.other + from * size;
         if (!job->old) {

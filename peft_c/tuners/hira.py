@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .room import AddRoom, RoomConfig, RoomModel, kaiming, linear, option, positive, product, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, into, kaiming, linear, option, positive, product, register, shared
 
 
 @dataclass
@@ -67,7 +67,7 @@ class HiraLayer(AddRoom):
 
     def delta(self, name: str) -> torch.Tensor:
         A, B = self.factors(name)
-        return product(B, A) * self.bare_weight()
+        return into(torch.mul, product(B, A), self.bare_weight())
 
 
 class Linear(HiraLayer):
@@ -100,7 +100,7 @@ class Embedding(HiraLayer):
 
     def delta(self, name: str) -> torch.Tensor:
         A, B = self.factors(name)
-        return self.bare_weight() * product(A.T, B.T)
+        return into(torch.mul, product(A.T, B.T), self.bare_weight())
 
     def term_beside(self, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         A, B = self.factors(name)

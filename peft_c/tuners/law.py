@@ -26,7 +26,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from itertools import takewhile
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -101,10 +100,11 @@ def _kernel_operands(view: BaseView, tensor: torch.Tensor, changes: list[Any]) -
         return None
 
 
-def _add(view: BaseView, tensor: torch.Tensor, changes: list[Any], check: bool, record: bool) -> tuple[bool, Any]:
-    """tensor += the changes. (True, record or None), or (False, None) with `check` if a result is not finite."""
+def _add(view: BaseView, weight: torch.Tensor, changes: list[Any], check: bool, record: bool) -> tuple[bool, Any]:
+    """weight += the changes. (True, record or None), or (False, None) with `check` if a result is not finite."""
+    tensor = weight.data
     operands = _kernel_operands(view, tensor, changes)
-    done = None if operands is None else _C.merge_add(*operands, check, record, view.tensor)
+    done = None if operands is None else _C.merge_add(*operands, check, record, weight)
     if done is not None:
         return done
     deltas = [_delta(view, change, tensor.shape) for change in changes]
@@ -121,17 +121,17 @@ def _add(view: BaseView, tensor: torch.Tensor, changes: list[Any], check: bool, 
         for delta in reversed(deltas):
             back = wider_sum(back, delta, -1)
         undo = Difference.between(tensor, new, back)
-    write(view, tensor, new)
+    write(weight, tensor, new)
     return True, undo
 
 
-def _subtract(view: BaseView, tensor: torch.Tensor, saved: Saved) -> str | None:
-    """Undo `saved` on tensor. None when its old bits are back (or were never to be), else what happened to it."""
+def _subtract(view: BaseView, weight: torch.Tensor, saved: Saved) -> str | None:
+    """Undo `saved` on the weight. None when its old bits are back (or were never to be), else what happened to it."""
+    tensor, undo = weight.data, saved.undo
     fits = saved.meta == meta_of(tensor)
-    undo = saved.undo
     if not isinstance(undo, Difference):
         operands = _kernel_operands(view, tensor, saved.changes)
-        same = None if operands is None else _C.merge_subtract(*operands, undo if fits else None, view.tensor)
+        same = None if operands is None else _C.merge_subtract(*operands, undo if fits else None, weight)
         if same is not None:
             return None if undo is None else "was cast or reshaped" if not fits else None if same else "was written to"
     undone = tensor
@@ -143,7 +143,7 @@ def _subtract(view: BaseView, tensor: torch.Tensor, saved: Saved) -> str | None:
         undone = undone if reason else undo.restore(tensor, undone)
     elif undo is not None:
         reason = "was moved"
-    write(view, tensor, undone)
+    write(weight, tensor, undone)
     return reason
 
 
@@ -209,13 +209,14 @@ def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None 
         broken = [name for name in plans if not _finite(plans[name].values())]
         if broken:
             raise _broken(broken)
-    start = len(records(layer))
     with transaction(layer) as way_back:
         for step in _steps(layer, plans):
             _merge_step(layer, step, targets, plans, safe_merge)
+            way_back.now.append(step)
+            layer.merged_adapters.extend(step.adapters)
             way_back.let_through()
     if not exact_unmerge.enabled:
-        _drop_records(layer, plans, start)
+        _drop_records(layer, plans, len(way_back.steps))
 
 
 def _steps(layer: Any, plans: dict) -> list[Merge]:
@@ -251,7 +252,8 @@ class transaction(undivided):
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
-        self.names, self.steps = list(layer.merged_adapters), list(records(layer))
+        self.now = records(layer)
+        self.names, self.steps = list(layer.merged_adapters), list(self.now)
         self.suspended = layer.__dict__.get("_merge_suspended", False)
 
     def __exit__(self, kind: Any, *_: Any) -> None:
@@ -264,7 +266,7 @@ class transaction(undivided):
     @_without_grad
     def go_back(self) -> None:
         """Take the steps back that were made since, and make those again that were taken back: the same bits."""
-        layer, now = self.layer, records(self.layer)
+        layer, now = self.layer, self.now
         same = sum(1 for _ in takewhile(lambda pair: pair[0] is pair[1], zip(now, self.steps, strict=False)))
         if [*now, *layer.merged_adapters] != [*self.steps, *self.names]:
             targets = layer._merge_targets()
@@ -288,8 +290,6 @@ def _merge_step(layer: Any, step: Merge, targets: dict, plans: dict, safe_merge:
     except BaseException:
         _undo(layer, step, targets)
         raise
-    records(layer).append(step)
-    layer.merged_adapters.extend(step.adapters)
 
 
 def _variant(layer: Any, step: Merge) -> Any:
@@ -309,31 +309,33 @@ def _merge_group(layer: Any, step: Merge, targets: dict, plans: dict, safe_merge
 
 def _merge_one(layer: Any, label: str, view: BaseView, changes: list[Change], check: bool) -> Saved | None:
     """Add the changes of one weight; what undoes it, or None if `check` found a result that is not finite."""
-    tensor = view.tensor.data
+    weight = view.tensor
+    tensor = weight.data
     record, full = exact_unmerge.enabled or check, not _are_low_rank(changes)
     large = full and tensor.numel() > LARGE
     few = len(changes) == 1 and isinstance(changes[0], Elements) and tensor.is_contiguous()
     if record and (few or large or (full and tensor.ndim == 1)):
-        undo = Places.of(view, tensor, changes[0], check) if few else _add_full(view, tensor, changes, check, layer)
+        undo = Places.of(weight, tensor, changes[0], check) if few else _add_full(view, weight, changes, check, layer)
         return None if undo is None else Saved(label, [], undo, meta_of(tensor))
     kept = [change.snapshot() if isinstance(change, LowRank) else _values_of(change) for change in changes]
-    finite, undo = _add(view, tensor, kept, check, record)
+    finite, undo = _add(view, weight, kept, check, record)
     return Saved(label, [] if large else kept, undo, meta_of(tensor)) if finite else None
 
 
 def _add_full(
-    view: BaseView, tensor: torch.Tensor, changes: list[Change], check: bool, layer: Any
+    view: BaseView, weight: torch.Tensor, changes: list[Change], check: bool, layer: Any
 ) -> Difference | None:
-    """tensor += the changes; the record is a copy of the old values. None as in `Difference.exchange`."""
+    """weight += the changes; the record is a copy of the old values. None as in `Difference.exchange`."""
+    tensor = weight.data
     deltas = [_delta(view, change if isinstance(change, LowRank) else change(), tensor.shape) for change in changes]
-    if len(deltas) == 1 and tensor.ndim == 1:
-        return Difference.adding(view, tensor, deltas[0], check)
-    if len(deltas) == 1 and deltas[0].dtype == tensor.dtype:
-        return Difference.exchange(view, tensor, _own(deltas[0], tensor, layer), True, check)
+    if len(deltas) == 1 and tensor.ndim > 1 and deltas[0].dtype == tensor.dtype:
+        return Difference.exchange(weight, tensor, _own(deltas[0], tensor, layer), True, check)
+    if len(deltas) == 1:
+        return Difference.adding(weight, tensor, deltas[0], check)
     new = tensor
     for delta in deltas:
         new = wider_sum(new, delta, 1)
-    return Difference.exchange(view, tensor, new, False, check)
+    return Difference.exchange(weight, tensor, new, False, check)
 
 
 def _own(value: torch.Tensor, tensor: torch.Tensor, layer: Any) -> torch.Tensor:
@@ -355,8 +357,7 @@ def _own(value: torch.Tensor, tensor: torch.Tensor, layer: Any) -> torch.Tensor:
 def _merge_variant(layer: Any, step: Merge, targets: dict, plans: dict, safe_merge: bool) -> None:
     """Let a variant merge its adapter; the record is a copy of the weight, whose storage is kept."""
     (name,) = step.adapters
-    view, variant = targets["weight"], layer.lora_variant[name]
-    weight = view.tensor
+    weight, variant = targets["weight"].tensor, layer.lora_variant[name]
     home, before = weight.data, weight.data.clone()
     saved = Saved("weight", [], Difference(None, None, before), meta_of(home))
     try:
@@ -384,14 +385,14 @@ def _merge_replacement(layer: Any, step: Merge, targets: dict, plans: dict, safe
     """Give weights the values an adapter computes from the present ones; the record is a copy of these."""
     (name,) = step.adapters
     for label, merged in _replacement(plans[name]).merged(targets).items():
-        view = targets[label]
-        tensor = view.tensor.data
+        weight = targets[label].tensor
+        tensor = weight.data
         if isinstance(merged, Times):
-            undo = Product.of(view, tensor, merged, safe_merge)
+            undo = Product.of(weight, tensor, merged, safe_merge)
         elif merged.data_ptr() == tensor.data_ptr() and merged.stride() == tensor.stride():  # it does not change
             continue
         else:
-            undo = Difference.exchange(view, tensor, _own(merged, tensor, layer), False, safe_merge)
+            undo = Difference.exchange(weight, tensor, _own(merged, tensor, layer), False, safe_merge)
         if undo is None:
             raise _broken(step.adapters, "bias" if label == "bias" else "weights")
         step.saved.append(Saved(label, [], undo, meta_of(tensor)))
@@ -403,9 +404,8 @@ def _undo(layer: Any, step: Merge, targets: dict) -> list[str]:
     try:
         for saved in reversed(step.saved):
             view = targets[saved.label]
-            tensor = view.tensor.data
-            undo = _subtract(view, tensor, saved) if saved.changes else _restore(layer, step, view, tensor, saved)
-            reasons.append(undo)
+            back = _subtract(view, view.tensor, saved) if saved.changes else _restore(layer, step, view, saved)
+            reasons.append(back)
             undone.append(saved)
     except BaseException:
         _redo(layer, Merge(step.adapters, undone[::-1], step.alone), targets)
@@ -420,20 +420,20 @@ def _redo(layer: Any, step: Merge, targets: dict) -> None:
     """Make a step again that `_undo` took back, of its own snapshots, so that the weights get the same bits again."""
     for saved in step.saved:
         view = targets[saved.label]
-        tensor = view.tensor.data
+        weight = view.tensor
         variant = _variant(layer, step) if saved.label == "weight" else None
         if saved.changes:
-            saved.undo = _add(view, tensor, saved.changes, False, saved.undo is not None)[1]
+            saved.undo = _add(view, weight, saved.changes, False, saved.undo is not None)[1]
         elif variant is not None:  # makes, too, what it keeps until it is unmerged
-            before = tensor.clone()
-            variant.merge_unsafe(layer, step.adapters[0], view.tensor)
+            before = weight.data.clone()
+            variant.merge_unsafe(layer, step.adapters[0], weight)
             if saved.undo is not None:
-                write(view, tensor, before)
+                write(weight, weight.data, before)
         if saved.undo is not None and not saved.changes:
-            saved.undo.swap(view, tensor)
+            saved.undo.swap(weight, weight.data)
         elif not saved.changes and variant is None:
             changes = [change for change in _changes_now(layer, step, saved.label) if not isinstance(change, Replace)]
-            _add(view, tensor, changes, False, False)
+            _add(view, weight, changes, False, False)
 
 
 def _changes_now(layer: Any, step: Merge, label: str) -> list[Any]:
@@ -443,31 +443,32 @@ def _changes_now(layer: Any, step: Merge, label: str) -> list[Any]:
     return [change if isinstance(change, (LowRank, Replace)) else change() for change in changes]
 
 
-def _restore(layer: Any, step: Merge, view: BaseView, tensor: torch.Tensor, saved: Saved) -> str | None:
+def _restore(layer: Any, step: Merge, view: BaseView, saved: Saved) -> str | None:
     """Undo a merge of which no change was kept: from the copy, or, where that does not fit any more, by asking the
     variant or the adapters as they are now."""
-    undo, undone = saved.undo, None
+    weight, undo, undone = view.tensor, saved.undo, None
+    tensor = weight.data
     variant = _variant(layer, step) if saved.label == "weight" else None
     if variant is not None and step.adapters[0] in layer.merged_adapters:  # drops what the variant keeps, too
         kept = dict(layer._caches)
         try:
-            undone = variant.unmerge(layer, step.adapters[0], view.tensor)
+            undone = variant.unmerge(layer, step.adapters[0], weight)
         except BaseException:
             layer._caches.update(kept)
             raise
-    reason = "" if undo is None else undo.put_back(view, tensor, saved.meta == meta_of(tensor))
+    reason = "" if undo is None else undo.put_back(weight, tensor, saved.meta == meta_of(tensor))
     if reason is None:
         return None
     if undo is not None:
         saved.undo = Difference(None, None, tensor.clone())
     if undone is not None:
-        write(view, tensor, undone)
+        write(weight, tensor, undone)
         return reason
     for change in reversed(_changes_now(layer, step, saved.label)):
         if isinstance(change, Replace):  # nothing to subtract: what was written since is lost
-            write(view, tensor, undo.old.view(saved.meta[0]).view(saved.meta[1]))
+            write(weight, tensor, undo.old.view(saved.meta[0]).view(saved.meta[1]))
         else:
-            _subtract(view, tensor, Saved(saved.label, [change]))
+            _subtract(view, weight, Saved(saved.label, [change]))
     return reason
 
 
@@ -550,7 +551,7 @@ def _switch_in_one(layer: Any, names: list[str], plans: dict, safe_merge: bool) 
             changes = [plans[name][label] for name in names if label in plans[name]]
             changes = [change.snapshot() if isinstance(change, LowRank) else _values_of(change) for change in changes]
             before = next((saved for saved in old.saved if saved.label == label), Saved(label, []))
-            after, reason = _switch_one(view, view.tensor.data, before, changes, safe_merge)
+            after, reason = _switch_one(view, view.tensor, before, changes, safe_merge)
             if after is None:
                 raise _broken(names)
             new.saved.append(after)
@@ -559,7 +560,7 @@ def _switch_in_one(layer: Any, names: list[str], plans: dict, safe_merge: bool) 
         for after in reversed(new.saved):
             before = next((saved for saved in old.saved if saved.label == after.label), Saved(after.label, []))
             view = targets[after.label]
-            _switch_one(view, view.tensor.data, after, before.changes, False)
+            _switch_one(view, view.tensor, after, before.changes, False)
         raise
     new.saved = [saved for saved in new.saved if saved.changes]
     records(layer)[:] = [new]
@@ -584,28 +585,29 @@ def _is_one_pass(layer: Any, plans: dict) -> bool:
 
 
 def _switch_one(
-    view: BaseView, tensor: torch.Tensor, old: Saved, changes: list[Any], check: bool
+    view: BaseView, weight: torch.Tensor, old: Saved, changes: list[Any], check: bool
 ) -> tuple[Saved | None, str | None]:
     """Undo `old` on a weight and add `changes`. (None, None): not finite, nothing has changed; else what undoes the
     new changes, and the reason why the old bits were not there."""
     record = exact_unmerge.enabled or check
-    label, meta = old.label, meta_of(tensor)
+    tensor, label = weight.data, old.label
+    meta = meta_of(tensor)
     if old.changes and changes and isinstance(old.undo, tuple) and old.meta == meta:
         before, after = (_kernel_operands(view, tensor, part) for part in (old.changes, changes))
         if before is not None and after is not None:
-            done = _C.merge_switch(*before, old.undo, after[1], check, record, view.tensor)
+            done = _C.merge_switch(*before, old.undo, after[1], check, record, weight)
             if done is not None:
                 finite, undo, same = done
                 after = Saved(label, changes, undo, meta) if finite else None
                 return after, None if same or not finite else "was written to"
-    reason = _subtract(view, tensor, old) if old.changes else None
+    reason = _subtract(view, weight, old) if old.changes else None
     if not changes:
         return Saved(label, [], None, meta), reason
-    finite, undo = _add(view, tensor, changes, check, record)
+    finite, undo = _add(view, weight, changes, check, record)
     if finite:
         return Saved(label, changes, undo, meta), reason
     if old.changes:
-        _add(view, tensor, old.changes, False, False)
+        _add(view, weight, old.changes, False, False)
     return None, None
 
 
@@ -624,10 +626,9 @@ def bare_weight(layer: Any, label: str = "weight") -> torch.Tensor | None:
     weight = view.tensor.data.clone()
     if layer.__dict__.get("_merge_suspended"):
         return weight
-    copy = view._replace(owner=SimpleNamespace(**{view.name: weight}))
     for saved in reversed(saved_steps):
         if saved.changes:
-            _subtract(copy, weight, saved)
+            _subtract(view, weight, saved)
         else:
             weight.copy_(saved.undo.restore(weight, None))
     return weight

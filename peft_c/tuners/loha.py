@@ -9,7 +9,7 @@ from torch import nn
 
 from .law import LowRank
 from .lycoris_utils import LycorisConfig, LycorisLayer, LycorisTuner
-from .room import einsum, product, register, shared
+from .room import einsum, into, product, register, shared
 
 
 @dataclass
@@ -61,8 +61,7 @@ class LoHaLayer(LycorisLayer):
     def delta(self, name: str) -> torch.Tensor:
         a1, b1, a2, b2 = self.factors(name)
         if name not in self.hada_t1:
-            first, second = product(a1, b1), product(a2 * self.scaling[name], b2)
-            return first * second if torch.is_grad_enabled() else first.mul_(second)
+            return into(torch.mul, product(a1, b1), product(a2 * self.scaling[name], b2))
         both = zip((self.hada_t1[name], self.hada_t2[name]), (a1, a2), (b1, b2), strict=True)
         first, second = (einsum("ijkl,jc,io->ockl", t, b, a) for t, a, b in both)
         return (first * second * self.scaling[name]).flatten(1)

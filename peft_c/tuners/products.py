@@ -78,6 +78,12 @@ def add_product(y: torch.Tensor, inner: torch.Tensor, matrix: torch.Tensor, in_p
     return y
 
 
+def into(operation: Callable[..., torch.Tensor], y: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """operation(y, other), in the memory of y, which nobody else holds, where that can be."""
+    free = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    return operation(y, other, out=y if free and torch.result_type(y, other) is y.dtype else None)
+
+
 def einsum(equation: str, *tensors: torch.Tensor) -> torch.Tensor:
     """torch.einsum, in fp32 where that is faster."""
     return multiply(partial(torch.einsum, equation), *tensors)

@@ -53,6 +53,7 @@ from .products import (
     apply_weight,
     c_is_worth_asking,
     einsum,
+    into,
     linear,
     multipliable,
     multiply,
@@ -77,6 +78,7 @@ __all__ = [
     "apply_weight",
     "dropout",
     "einsum",
+    "into",
     "kaiming",
     "linear",
     "multipliable",
@@ -107,7 +109,8 @@ def kaiming(tensor: torch.Tensor) -> torch.Tensor:
 
 def weight_view(base: nn.Module, name: str = "weight") -> BaseView:
     """The weight of a base layer as a matrix (out, in...): transposed for Conv1D."""
-    return BaseView(base, name, name == "weight" and is_transformers_conv1d(base))
+    transposed = name == "weight" and type(base) is not nn.Linear and is_transformers_conv1d(base)
+    return BaseView(base, name, transposed)
 
 
 class Room(law.Merging, nn.Module, BaseTunerLayer):
@@ -535,10 +538,7 @@ class AddRoom(Room):
         weight, bias = self.get_base_weight(), getattr(self.get_base_layer(), "bias", None)
         for name in names:
             if "weight" in self.adds:
-                delta = self.get_delta_weight(name)
-                free = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-                in_place = free and torch.result_type(delta, weight) == delta.dtype
-                weight = delta.add_(weight) if in_place else weight + delta
+                weight = into(torch.add, self.get_delta_weight(name), weight)
             if bias is not None and "bias" in self.adds:
                 bias = bias + self.bias_delta(name)
         return weight, bias
@@ -614,7 +614,7 @@ class MapRoom(Room):
         def merged(targets: dict[str, BaseView]) -> dict[str, torch.Tensor | law.Times]:
             scaling = self.scale_vector(name)
             if scaling is not None:
-                vector, dim = scaling[0].detach().clone(), scaling[1]
+                vector, dim = scaling[0].clone(), scaling[1]
                 times = {"weight": law.Times(vector, 1 - dim if targets["weight"].transposed else dim)}
                 return times | {"bias": law.Times(vector, 0)} if dim == 0 and "bias" in targets else times
             weight, bias = self.transformed([name])

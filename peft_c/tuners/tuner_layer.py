@@ -119,7 +119,7 @@ class BaseTunerLayer(_C.Layer, ABC):
 
     def get_base_layer(self) -> nn.Module:
         """The wrapped module, below all tuner layers that may be nested in each other."""
-        layer = self
+        layer = self.__dict__.get("_modules", {}).get("base_layer", self)
         while type(layer) not in INNERMOST:
             inner = layer.__dict__.get("_modules", {}).get("base_layer")  # where getattr would look last
             if inner is None:

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from .. import _C
-from .base_view import BaseView
 from .changes import Elements, LowRank, Times
 
 FEW = 64  # elements with one value of a vector, which are better given a value each
@@ -34,15 +33,14 @@ def wider_sum(tensor: torch.Tensor, delta: torch.Tensor, alpha: int) -> torch.Te
     return torch.add(tensor.to(delta.dtype), delta, alpha=alpha).clamp(info.min, info.max).to(tensor.dtype)
 
 
-def write(view: BaseView, tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """Set the values of `tensor`, the data of the view's weight, and let autograd know."""
+def write(weight: torch.Tensor, tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Set the values of `tensor`, the data of `weight`, and let autograd know."""
     tensor.copy_(value)
-    _wrote(view)
+    _wrote(weight)
 
 
-def _wrote(view: BaseView) -> None:
-    """Let autograd know that the view's weight has been written to."""
-    weight = view.tensor
+def _wrote(weight: torch.Tensor) -> None:
+    """Let autograd know that the weight has been written to."""
     if not weight.is_inference():
         torch.autograd.graph.increment_version(weight)
 
@@ -140,11 +138,11 @@ class Difference:
 
     @classmethod
     def exchange(
-        cls, view: BaseView, tensor: torch.Tensor, value: torch.Tensor, add: bool, check: bool
+        cls, weight: torch.Tensor, tensor: torch.Tensor, value: torch.Tensor, add: bool, check: bool
     ) -> Difference | None:
         """tensor = value (`add`: tensor + value) and the record of what it was, made in the memory of `value`, which
         nobody else may hold; None with `check` if a result is not finite: nothing has changed then."""
-        done = _C.exchange(tensor, value, add, check, view.tensor)
+        done = _C.exchange(tensor, value, add, check, weight)
         if done is not None:
             finite, digest = done
             return cls(digest, None, value) if finite else None
@@ -152,17 +150,17 @@ class Difference:
         if check and not torch.isfinite(new).all():
             return None
         old = tensor.clone()
-        write(view, tensor, new)
+        write(weight, tensor, new)
         return cls(cls.digest_of(tensor), None, old)
 
     @classmethod
-    def adding(cls, view: BaseView, tensor: torch.Tensor, delta: torch.Tensor, check: bool) -> Difference | None:
+    def adding(cls, weight: torch.Tensor, tensor: torch.Tensor, delta: torch.Tensor, check: bool) -> Difference | None:
         """tensor += delta, which stays as it is; for small ones. Otherwise as `exchange`."""
         old = torch.empty_like(tensor)
-        done = _C.combine(tensor, old, delta, 1, False, None, check, view.tensor)
+        done = _C.combine(tensor, old, delta, 1, False, None, check, weight)
         if done is not None:
             return cls(done[1], None, old) if done[0] else None
-        return cls.exchange(view, tensor, wider_sum(tensor, delta, 1), False, check)
+        return cls.exchange(weight, tensor, wider_sum(tensor, delta, 1), False, check)
 
     def mismatch(self, tensor: torch.Tensor, fits: bool) -> str | None:
         """What has happened to `tensor` since the merge, if anything; `fits`: it has the dtype and shape it had."""
@@ -178,22 +176,22 @@ class Difference:
         bits[self.index] = self.old
         return bits.view(tensor.dtype).view(tensor.shape)
 
-    def put_back(self, view: BaseView, tensor: torch.Tensor, fits: bool) -> str | None:
+    def put_back(self, weight: torch.Tensor, tensor: torch.Tensor, fits: bool) -> str | None:
         """`swap`, or nothing if there is a `mismatch`, which is returned."""
         known = fits and self.digest is not None
-        done = _C.restore(tensor, self.old, self.digest, view.tensor, self.index) if known else None
+        done = _C.restore(tensor, self.old, self.digest, weight, self.index) if known else None
         if done is not None:
             return None if done else "was written to"
         reason = self.mismatch(tensor, fits)
         if reason is None:
-            self.swap(view, tensor)
+            self.swap(weight, tensor)
         return reason
 
-    def swap(self, view: BaseView, tensor: torch.Tensor) -> None:
+    def swap(self, weight: torch.Tensor, tensor: torch.Tensor) -> None:
         """Write the old values, which are all here, to `tensor` and keep those that were there."""
-        if _C.exchange(tensor, self.old, False, False, view.tensor) is None:
+        if _C.exchange(tensor, self.old, False, False, weight) is None:
             before = tensor.clone()
-            write(view, tensor, self.restore(tensor, None))
+            write(weight, tensor, self.restore(tensor, None))
             self.old = before
 
     def nbytes(self) -> int:
@@ -204,11 +202,11 @@ class Places(Difference):
     """The record of changed elements: their places and old values. What others write elsewhere does not matter."""
 
     @classmethod
-    def of(cls, view: BaseView, tensor: torch.Tensor, change: Elements, check: bool) -> Places | None:
+    def of(cls, weight: torch.Tensor, tensor: torch.Tensor, change: Elements, check: bool) -> Places | None:
         """Make the change of `tensor`; the record, or None as in `exchange`."""
         places = change.places.clone()  # others may write to the adapter's
         old = torch.empty_like(change.values, dtype=tensor.dtype)
-        done = _C.combine(tensor, old, change.values, 1, False, places, check, view.tensor)
+        done = _C.combine(tensor, old, change.values, 1, False, places, check, weight)
         if done is None:
             flat, places = tensor.view(-1), places.long()
             old = flat.index_select(0, places)
@@ -216,7 +214,7 @@ class Places(Difference):
             done = not check or bool(torch.isfinite(new).all()), cls.digest_of(new)
             if done[0]:
                 flat.index_copy_(0, places, new)
-                _wrote(view)
+                _wrote(weight)
         return cls(done[1], places, old) if done[0] else None
 
     def restore(self, tensor: torch.Tensor, undone: torch.Tensor | None) -> torch.Tensor:
@@ -227,12 +225,12 @@ class Places(Difference):
             tensor = tensor.view(-1).index_select(0, self.index)
         return super().mismatch(tensor, fits)
 
-    def swap(self, view: BaseView, tensor: torch.Tensor) -> None:
+    def swap(self, weight: torch.Tensor, tensor: torch.Tensor) -> None:
         flat = tensor.view(-1)
         before = flat.index_select(0, self.index)
         flat.index_copy_(0, self.index.long(), self.old)
         self.old = before
-        _wrote(view)
+        _wrote(weight)
 
 
 @dataclass
@@ -244,14 +242,14 @@ class Product(Difference):
     run: int
 
     @classmethod
-    def of(cls, view: BaseView, tensor: torch.Tensor, change: Times, check: bool) -> Difference | None:
+    def of(cls, weight: torch.Tensor, tensor: torch.Tensor, change: Times, check: bool) -> Difference | None:
         """Make the change of `tensor`; the record, or None as in `exchange`."""
         run, vector = tensor.shape[change.dim + 1 :].numel(), change.vector
         vector, run = (vector.repeat_interleave(run), 1) if 1 < run < FEW else (vector, run)
         product = cls(None, None, torch.empty_like(tensor), vector, run)
-        done = _C.combine(tensor, product.old, vector, run, True, None, check, view.tensor)
+        done = _C.combine(tensor, product.old, vector, run, True, None, check, weight)
         if done is None:
-            return Difference.exchange(view, tensor, product.times(tensor), False, check)
+            return Difference.exchange(weight, tensor, product.times(tensor), False, check)
         product.digest = done[1]
         return product if done[0] else None
 
@@ -265,16 +263,16 @@ class Product(Difference):
             return "was cast, reshaped or moved"
         return None if torch.equal(_bits(tensor), _bits(self.times(self.old))) else "was written to"
 
-    def put_back(self, view: BaseView, tensor: torch.Tensor, fits: bool) -> str | None:
-        done = _C.uncombine(tensor, self.old, self.vector, self.run, self.digest, view.tensor) if fits else None
+    def put_back(self, weight: torch.Tensor, tensor: torch.Tensor, fits: bool) -> str | None:
+        done = _C.uncombine(tensor, self.old, self.vector, self.run, self.digest, weight) if fits else None
         reason = self.mismatch(tensor, fits) if done is None else None if done else "was written to"
         if done is None and reason is None:
-            write(view, tensor, self.old)
+            write(weight, tensor, self.old)
         return reason
 
-    def swap(self, view: BaseView, tensor: torch.Tensor) -> None:
-        if _C.combine(tensor, self.old, self.vector, self.run, True, None, False, view.tensor) is None:
-            write(view, tensor, self.times(self.old))
+    def swap(self, weight: torch.Tensor, tensor: torch.Tensor) -> None:
+        if _C.combine(tensor, self.old, self.vector, self.run, True, None, False, weight) is None:
+            write(weight, tensor, self.times(self.old))
 
     def nbytes(self) -> int:
         return super().nbytes() + self.vector.nbytes
