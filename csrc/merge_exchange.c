@@ -96,7 +96,7 @@ static PyObject *exchange_run(const module_state *state, const pk_pair *pair, co
     int status;
     if (view_bump_version(state, owner) < 0) return NULL;
     Py_BEGIN_ALLOW_THREADS status =
-        pk_exchange(pair, by, check ? PK_CHECK : 0, &digest, state->torch.torch_parallel_for);
+        pk_exchange(pair, by, check ? PK_CHECK : 0, pair->other ? &digest : NULL, state->torch.torch_parallel_for);
     Py_END_ALLOW_THREADS if (is_error(status)) return NULL;
     if (status == PK_NONFINITE) return Py_BuildValue("(Oi)", Py_False, 0);
     return Py_BuildValue("(OK)", Py_True, (unsigned long long)digest);
@@ -180,6 +180,35 @@ static PyObject *combine(PyObject *module, PyObject *const *args, Py_ssize_t nar
     }
     Py_DECREF(hashes);
     return done;
+}
+
+PyDoc_STRVAR(accumulate_doc,
+             "accumulate(y, values, multiply, /)\n--\n\n"
+             "y += values or, with multiply, y *= values, rounded once. Both are contiguous; values, of any\n"
+             "dtype, have the shape of y, or that of its last dimension. Autograd does not see it.\n\n"
+             "Returns whether that was done; if not, C may not act here.");
+
+static PyObject *accumulate(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    const module_state *state = state_of(module);
+    TensorView y, v;
+    unsigned multiply;
+    if (nargs != 3) {
+        PyErr_SetString(PyExc_TypeError, "accumulate(y, values, multiply)");
+        return NULL;
+    }
+    if (answer_truth(args[2], &multiply) < 0) return NULL;
+    if (!merge_is_possible(state, false) || !array_view(state, args[0], &y) || !array_view(state, args[1], &v) ||
+        !is_flat(&y) || !is_flat(&v) || (v.dtype == PK_F64) != (y.dtype == PK_F64) || view_may_overlap(&y, &v))
+        Py_RETURN_FALSE;
+    for (int i = 1; i <= v.ndim; i++)
+        if (i > y.ndim || v.shape[v.ndim - i] != y.shape[y.ndim - i]) Py_RETURN_FALSE;
+    if (v.ndim != y.ndim && v.ndim != 1) Py_RETURN_FALSE;
+    const pk_pair pair = {.dtype = y.dtype, .w = y.data, .n = y.numel, .size = y.numel};
+    const pk_operand by = {v.data, v.dtype, 1, v.numel, (int)multiply};
+    PyObject *const done = exchange_run(state, &pair, &by, 0, args[0]);
+    if (done == NULL) return NULL;
+    Py_DECREF(done);
+    Py_RETURN_TRUE;
 }
 
 PyDoc_STRVAR(uncombine_doc, "uncombine(weight, old, values, run, hashes, owner, /)\n--\n\n"
@@ -318,6 +347,7 @@ static PyObject *fingerprint(PyObject *module, PyObject *tensors) {
 PyMethodDef exchange_methods[] = {
     {"exchange", (PyCFunction)(void (*)(void))exchange, METH_FASTCALL, exchange_doc},
     {"combine", (PyCFunction)(void (*)(void))combine, METH_FASTCALL, combine_doc},
+    {"accumulate", (PyCFunction)(void (*)(void))accumulate, METH_FASTCALL, accumulate_doc},
     {"uncombine", (PyCFunction)(void (*)(void))uncombine, METH_FASTCALL, uncombine_doc},
     {"restore", (PyCFunction)(void (*)(void))restore, METH_FASTCALL, restore_doc},
     {"digest", digest, METH_O, digest_doc},

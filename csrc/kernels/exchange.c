@@ -12,7 +12,7 @@ enum {
 
 typedef struct {
     const pk_isa *isa;
-    pk_pair pair; /* other NULL: only the digest */
+    pk_pair pair; /* other NULL: nothing is kept; without `by`, only the digest */
     const pk_operand *by;
     int check, hash, old; /* old: the digest is of what w was, not of what it becomes */
     unsigned char *done;  /* blocks that pk_uncombine has restored */
@@ -49,7 +49,10 @@ static void combine_piece(const exchange_job *job, operand_window *window, int64
         const int64_t i = (at + j) / run % job->by->count;
         const char *const by = operands_from(job, window, i);
         part = min64(n - j, run == 1 ? window->first + window->n - i : run - (at + j) % run);
-        rows->keep(op, w + j * size, by, run == 1, other + j * size, part);
+        if (other)
+            rows->keep(op, w + j * size, by, run == 1, other + j * size, part);
+        else
+            rows->apply(op, w + j * size, by, w + j * size, part);
     }
 }
 
@@ -127,7 +130,7 @@ static void exchange_range(int64_t begin, int64_t end, void *ctx) {
             char *const w = pair->places ? gathered : (char *)pair->w + at * size;
             char *const other = pair->other ? (char *)pair->other + at * size : NULL;
             if (pair->places) places_copy(pair, at, gathered, n, 0);
-            if (other) exchange_piece(job, &window, at, w, other, n);
+            if (other || job->by) exchange_piece(job, &window, at, w, other, n);
             if (pair->places) places_copy(pair, at, gathered, n, 1);
             if (job->hash) hash_piece(job->isa, hash.hash, job->old ? other : w, n * size);
         }
@@ -172,8 +175,9 @@ static int exchange_run(exchange_job *job, pk_parallel_fn par) {
 }
 
 int pk_exchange(const pk_pair *pair, const pk_operand *by, unsigned flags, uint64_t *digest, pk_parallel_fn par) {
-    exchange_job job = {.pair = *pair, .by = by, .check = (flags & PK_CHECK) != 0, .hash = digest || pair->hashes};
-    if (!pair_valid(pair) || (!pair->other && pair->n) || (by && !operand_valid(by, pair))) return PK_EINVAL;
+    exchange_job job = {.pair = *pair, .by = by, .check = flags & PK_CHECK, .hash = digest || pair->hashes};
+    const int kept = !by || by->run != 1 || job.check;
+    if (!pair_valid(pair) || (kept && !pair->other && pair->n) || (by && !operand_valid(by, pair))) return PK_EINVAL;
     int rc = exchange_run(&job, par);
     if (rc != PK_OK) return rc;
     if (digest) *digest = atomic_load(&job.digest);

@@ -170,9 +170,9 @@ typedef struct {
     int multiply;
 } pk_operand;
 
-/* by: NULL to exchange w with other; else other gets what w was, whatever is in it. digest: that of the new w; NULL if
- * it is not asked for. With PK_CHECK and a result that is not finite: PK_NONFINITE, w has its old bits again, and other holds what was not wanted.
- */
+/* by: NULL to exchange w with other; else other gets what w was, whatever is in it: it may be NULL without PK_CHECK and
+ * with a run of 1. digest: that of the new w; NULL if it is not asked for. With PK_CHECK and a result that is not
+ * finite: PK_NONFINITE, w has its old bits again, and other holds what was not wanted. */
 int pk_exchange(const pk_pair *pair, const pk_operand *by, unsigned flags, uint64_t *digest, pk_parallel_fn par);
 
 /* The exchange for an old w of this digest; PK_CHANGED: it has another one, and nothing has changed. */

@@ -49,6 +49,7 @@ from .changes import multiplies_slowly
 from .products import (
     CONVOLUTIONS,
     FEW,
+    accumulate,
     add_product,
     apply_weight,
     c_is_worth_asking,
@@ -524,7 +525,7 @@ class AddRoom(Room):
                 result = add_product(result, *halves, in_place)
                 continue
             term = self.term_beside(name, part, output)
-            result = result.add_(term) if in_place else result + term
+            result = accumulate(result, term) if in_place else result + term
         return result if result.dtype is output.dtype else result.to(output.dtype)
 
     def may_act_in_c(self, base: nn.Module, x: torch.Tensor) -> bool:
@@ -605,8 +606,7 @@ class MapRoom(Room):
             dtype, in_place = result.dtype, self.owns_output(x)
             for name in names if self.after is not None else ():
                 scaling = self.scale_vector(name) if in_place else None
-                fits = scaling is not None and scaling[0].dtype == dtype
-                result = result.mul_(scaling[0]) if fits else self.after(name, result)
+                result = self.after(name, result) if scaling is None else accumulate(result, scaling[0], True)
             return result if result.dtype is dtype else result.to(dtype)
         return self.run_with(x, *kept.adapted(self, names, partial(self.transformed, names, forward=True)))
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from peft_c import _C
+from peft_c.tuners.products import accumulate
 
 
 def factors(n, k, r=3, dtype=torch.float32):
@@ -236,6 +237,46 @@ def test_combine_of_what_is_not_finite_and_what_it_refuses():
             function(w, old)
 
 
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_accumulate(dtype, inference):
+    torch.manual_seed(0)
+    for kind in (torch.float64,) if dtype == torch.float64 else (torch.float32, torch.bfloat16, torch.float16):
+        for shape, own in (
+            ((3, 70, 1000), (3, 70, 1000)),
+            ((7, 5), (5,)),
+            ((40, 3001), (3001,)),
+            ((0, 4), (4,)),
+            ((), ()),
+        ):
+            for multiply in (False, True):
+                with torch.inference_mode(inference):
+                    y, values = torch.randn(shape).to(dtype), torch.randn(own).to(kind)
+                    wide = torch.promote_types(dtype, torch.float32)
+                    wanted = (y.to(wide) * values if multiply else y.to(wide) + values).to(dtype)
+                    before = values.clone()
+                    assert _C.accumulate(y, values, multiply) is True
+                    assert torch.equal(y, wanted) and torch.equal(values, before)
+                    assert inference or y._version == 1
+
+
+def test_what_accumulate_refuses():
+    y, leaf = torch.randn(4, 6), torch.zeros(4, 6, requires_grad=True)
+    before = y.clone()
+    for values in (y, y[0], torch.ones(4), torch.ones(4, 1), torch.ones(1, 6), torch.ones(()), torch.ones(6, 4).T, 3):
+        assert _C.accumulate(y, values, False) is False
+    assert _C.accumulate(y, torch.ones(4, 6).double(), False) is False
+    assert _C.accumulate(y.T, torch.ones(6, 4), False) is False
+    assert _C.accumulate(y.to_sparse(), torch.ones(4, 6), False) is False
+    assert torch.equal(y, before)
+    with pytest.raises(TypeError):
+        _C.accumulate(y, y)
+    assert accumulate(y, torch.ones(4, 1)).equal(before + 1)
+    assert accumulate(y.double(), torch.ones(6), True).equal(y.double())
+    (accumulate(leaf * 2, torch.full((4, 6), 3.0).bfloat16(), True)).sum().backward()
+    assert leaf.grad.equal(torch.full((4, 6), 6.0))
+
+
 def test_what_exchange_refuses():
     w = torch.randn(6, 5)
     before = w.clone()
@@ -296,6 +337,7 @@ def test_versions_and_threads():
 LEAK_ROUNDS = """
 import gc, sys, torch
 from peft_c import _C
+from peft_c.tuners.products import accumulate
 
 A, B, w, scale = torch.randn(4, 48), torch.randn(64, 4), torch.randn(64, 48), 0.25
 operands, bad = [(A, B, scale)], [(A.T, B, scale)]

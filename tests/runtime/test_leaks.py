@@ -93,6 +93,7 @@ BODIES = {
     "terms-refused": "_C.lowrank_terms(layer, leaf, [(A, B, 1)], (), {}); fails(_C.lowrank_terms, layer, x, [3])",
     "exchange": "_C.exchange(y, g.clone(), True, True, y); _C.digest(A); _C.digest(array); fails(_C.exchange, A)",
     "combine": "_C.uncombine(y, g, A, 1, _C.combine(y, g, A, 1, True, None, True, y)[1], y); fails(_C.combine, A)",
+    "accumulate": "_C.accumulate(y, g, True); _C.accumulate(y, A, False); fails(_C.accumulate, A)",
     "combine-refused": "_C.combine(*range(3), 1, *range(4)); _C.uncombine(*range(6)); fails(_C.uncombine, A)",
     "fingerprint": "_C.fingerprint([A, B, x]); _C.fingerprint([A, 3]); fails(_C.fingerprint, A)",
     "exchange-refused": "_C.exchange(A, A, False, True, A); _C.exchange(A, B, False, True, A); _C.exchange(*range(5))",
