@@ -19,14 +19,14 @@ import torch
 
 from .base_view import BaseView
 
+FAST_BF16: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 WIDE = 128  # rank
 
 
 def multiplies_slowly(tensor: torch.Tensor) -> bool:
     """Whether matrices like it are better multiplied in fp32: half precision on CPUs without instructions for it."""
     dtype = tensor.dtype
-    slow = dtype is torch.float16 or (dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return slow and tensor.is_cpu
+    return (dtype is torch.float16 or (dtype is torch.bfloat16 and not FAST_BF16)) and tensor.is_cpu
 
 
 class LowRank(NamedTuple):

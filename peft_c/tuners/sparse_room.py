@@ -49,7 +49,7 @@ class SparseRoom(AddRoom):
 
     def add_to(self, weight: torch.Tensor, name: str) -> torch.Tensor:
         places, values = self.elements(name)
-        return weight.reshape(-1).scatter_add(0, places.long(), values.to(weight.dtype)).view(weight.shape)
+        return weight.reshape(-1).index_add(0, places, values.to(weight.dtype)).view(weight.shape)
 
     def delta(self, name: str) -> torch.Tensor:
         values, lora = self.elements(name)[1], self.lora(name)
