@@ -222,6 +222,27 @@ static void take_back(const merge_job *job, const change *old, PyObject *made, i
     }
 }
 
+typedef struct {
+    const char *from;
+    char *to;
+} copy_job;
+
+static void copy_range(int64_t begin, int64_t end, void *ctx) {
+    const copy_job *const copy = ctx;
+    memcpy(copy->to + begin, copy->from + begin, (size_t)(end - begin));
+}
+
+/* A record as a new bytearray; NULL: exception. Memory that is used for the first time takes long, so all threads share. */
+static PyObject *record_bytes(const merge_job *job, const pk_record *record) {
+    PyObject *const bytes = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)record->size);
+    if (bytes == NULL) return NULL;
+    copy_job copy = {record->data, PyByteArray_AsString(bytes)};
+    int32_t failed;
+    Py_BEGIN_ALLOW_THREADS failed = job->parallel(0, (int64_t)record->size, 1 << 15, copy_range, &copy);
+    Py_END_ALLOW_THREADS if (failed) memcpy(copy.to, copy.from, record->size);
+    return bytes;
+}
+
 /* Merges the new change into matrix `at`, in place of `old` unless that is NULL (`read`: its records, or NULL). The
  * new record goes into the tuple `made` unless that is NULL. 1: done; 2: done, but what was taken out was not what
  * `read` says; 0: not finite, the matrix is as before; -1: exception, as before. */
@@ -234,7 +255,7 @@ static int add_one(merge_job *job, int64_t at, const change *old, PyObject *read
     if (made == NULL) return got;
     if (used > job->used) job->used = used;
     if (got <= 0) return got;
-    PyObject *const bytes = PyByteArray_FromStringAndSize(record.data, (Py_ssize_t)record.size);
+    PyObject *const bytes = record_bytes(job, &record);
     if (bytes == NULL) {
         (void)run(job, at, &job->new_, &record, old, 0, NULL);
         return -1;
