@@ -61,8 +61,9 @@ from .products import (
     product,
     rows_of,
 )
+from .resets import RESETS, reset_method
 from .room_options import RoomConfig, documented, option, pattern_value, positive, shared
-from .tuner_layer import BaseTunerLayer, _get_in_out_features, is_transformers_conv1d
+from .tuner_layer import BaseTunerLayer, _get_in_out_features, is_transformers_conv1d, tensors_of
 from .tuners_utils import BaseTuner, check_adapters_to_merge
 
 # the words in which rooms are written
@@ -130,6 +131,7 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
     # False: the layer returns the dtype it gets from the base layer, another one under autocast; None: where no
     # adapter acts
     returns_input_dtype: ClassVar[bool | None] = True
+    resets: ClassVar[tuple[str, ...]] = ()  # PEFT's names for `reset`, if it has one
     never_merged: ClassVar[str] = ""  # why adapters of the method cannot be merged, if they cannot
     _merge_suspended = False  # see law.suspend
 
@@ -188,7 +190,38 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
                     with suppress(AttributeError):  # ParameterDicts note a name before they refuse it
                         del container[adapter_name]
             raise
+        if self.resets:
+            self.__dict__.setdefault("_made", {})[adapter_name] = config, settings
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def reset(self, adapter_name: str, **options: Any) -> None:
+        """Give the parameters of an adapter new initial values, in place, as if it had been made with these options.
+        Nothing happens where the layer has no such adapter. `resets` lists the names that PEFT has for it."""
+        if not self.has_adapter(adapter_name):
+            return
+        config, settings = self._made[adapter_name]
+        config = copy(config)
+        vars(config).update(options)
+        settings = {name: options.get(name, value) for name, value in settings.items()}
+        kept.forget(self)
+        trained, others = (
+            [container for container in map(partial(getattr, self), names) if adapter_name in container]
+            for names in (self.adapter_layer_names, self.other_param_names)
+        )
+        before = [(container, container[adapter_name]) for container in trained + others]
+        new: list[Any] = []
+        try:
+            self.create(adapter_name, config, **settings)
+            self._move_adapter_to_device_of_base_layer(adapter_name)
+            self.complete(adapter_name, config)
+            new = [container[adapter_name] for container in trained]
+        finally:
+            for container, entry in before:
+                container[adapter_name] = entry
+        with torch.no_grad():
+            for (_, entry), made in zip(before, new, strict=False):
+                for tensor, value in zip(tensors_of(entry), tensors_of(made), strict=True):
+                    tensor.copy_(value)
 
     def refuse_groups(self) -> None:
         """NotImplementedError for a convolution with groups."""
@@ -301,6 +334,7 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes the adapter; the first of those that are left becomes active if it was the only active one."""
         kept.forget(self)
+        self.__dict__.get("_made", {}).pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     # --- merging: see law ---
@@ -792,7 +826,12 @@ def register(
     config.method, config.__doc__ = name, documented(config)
     if issubclass(model, RoomModel):
         first, *others = dict.fromkeys(model.rooms.values())
-        defaults["tuner_layer_cls"] = next(c for c in first.__mro__ if all(issubclass(room, c) for room in others))
+        common = next(c for c in first.__mro__ if all(issubclass(room, c) for room in others))
+        defaults["tuner_layer_cls"] = common
+        if name in RESETS:
+            common.resets = tuple(RESETS[name])
+            for reset, options in RESETS[name].items():
+                setattr(common, reset, reset_method(reset, options))
     for attribute in defaults.keys() - vars(model).keys():
         setattr(model, attribute, defaults[attribute])
     register_peft_method(name=name, config_cls=config, model_cls=model, prefix=model.prefix, is_mixed_compatible=mixed)

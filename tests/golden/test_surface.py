@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import peft_c
-from tests.rooms.cases import METHODS, NO_MERGE, PAIRS, call, config_of, kinds_of, layers, make, network, start
+from peft_c.tuners.resets import RESETS
+from tests.rooms.cases import METHODS, NO_MERGE, PAIRS, call, config_of, kinds_of, layers, make, network, same, start
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -140,3 +141,49 @@ def test_lycoris_configs():
 def test_helpers_that_modules_pass_on(path, name):
     for package in ("peft", "peft_c"):
         assert callable(getattr(importlib.import_module(f"{package}.tuners.{path}"), name))
+
+
+# what PEFT's take beside the name
+RESET_ARGUMENTS = {"boft": (False,), "c3a": (False,), "delora": (True, 3.0), "hira": (True,), "oft": (False,)}
+RESET_ARGUMENTS |= {"poly": (True,), "pvera": (0.3,), "road": (False,), "vblora": (0.1,), "vera": (0.3,)}
+# PEFT draws in another order than where it makes an adapter, or less
+DRAWN_OTHERWISE = {"delora", "hira", "lily", "peanut"}
+
+
+@pytest.mark.parametrize(("method", "name"), [(method, name) for method in RESETS for name in RESETS[method]])
+def test_resetting_an_adapter(method, name):
+    found, kind = [], kinds_of(method)[0]
+    for package in (peft_c, peft):
+        model = make(method, kind, package)
+        layer = layers(model)[0]
+        addresses = {key: p.data_ptr() for key, p in layer.named_parameters()}
+        flags = {key: p.requires_grad for key, p in layer.named_parameters()}
+        torch.manual_seed(3)
+        getattr(layer, name)("default", *RESET_ARGUMENTS.get(method, ()))
+        getattr(layer, name)("default", *RESET_ARGUMENTS.get(method, ()))
+        found.append([p.detach() for _, p in sorted(layer.named_parameters())])
+        if package is peft_c:
+            assert {key: p.data_ptr() for key, p in layer.named_parameters()} == addresses
+            assert {key: p.requires_grad for key, p in layer.named_parameters()} == flags
+            getattr(layer, name)("nope", *RESET_ARGUMENTS.get(method, ()))
+    for ours, theirs in zip(*found, strict=True):
+        if method in DRAWN_OTHERWISE and ours.unique().numel() > 1:
+            assert 0.7 < ours.std() / theirs.std() < 1.4
+        else:
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_a_reset_that_fails_changes_nothing():
+    layer = layers(make("boft"))[0]
+    before = [p.clone() for p in layer.parameters()]
+    with pytest.raises(ValueError, match="Unknown initialization"):
+        layer.reset_boft_parameters("default", "nope")
+    assert same(before, list(layer.parameters()))
+
+
+def test_a_reset_keeps_the_scale():
+    layer = layers(make("loha"))[0]
+    layer.set_scale("default", 3.0)
+    scaling = layer.scaling["default"]
+    layer.reset_adapter_parameters("default")
+    assert layer.scaling["default"] == scaling
