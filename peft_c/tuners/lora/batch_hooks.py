@@ -42,21 +42,20 @@ def _get_encoder(model: nn.Module) -> nn.Module | None:
     return None if encoder is model else encoder
 
 
-def _has_adapter(layer: nn.Module, name: str) -> bool:
-    if not isinstance(layer, BaseTunerLayer):
-        return False
-    containers = (getattr(layer, each) for each in (*layer.adapter_layer_names, *layer.other_param_names))
-    return any(hasattr(container, "keys") and name in container for container in containers)
-
-
 def _check_adapter_names(adapter_names: Any, layers: list[nn.Module], training: bool) -> None:
     if training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
     if not isinstance(adapter_names, (list, tuple)):
         raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
     # a single layer need not have every adapter, but some layer must, or it is a mistyped name
-    names = dict.fromkeys(adapter_names)
-    unknown = [name for name in names if name != "__base__" and not any(_has_adapter(layer, name) for layer in layers)]
+    unknown = set(adapter_names) - {"__base__"}
+    for layer in layers:
+        if not unknown:
+            break
+        if isinstance(layer, BaseTunerLayer):
+            for each in (*layer.adapter_layer_names, *layer.other_param_names):
+                if hasattr(container := getattr(layer, each), "keys"):
+                    unknown.difference_update(container.keys())
     if unknown:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
 

@@ -386,6 +386,8 @@ class LoraLayer(BaseTunerLayer):
         factors = self._row_factors(x, names)
         if factors is None or factors[0].dtype != factors[1].dtype:
             return None
+        if result.dim() == 3 and result.dtype == factors[0].dtype:
+            return torch.baddbmm(result, *factors, alpha=self.scaling[names[0]])
         terms = torch.bmm(*factors).view(result.shape)
         return torch.add(result, terms, alpha=self.scaling[names[0]]).to(result.dtype)
 

@@ -210,11 +210,12 @@ class Embedding(_LoraModule):
         return output if scale is None else output * scale.to(output.dtype)
 
     def _row_factors(self, x: torch.Tensor, names: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if x.dim() != 2 or self._get_embed_scale() is not None:
+        options = torch.is_grad_enabled() or self.get_base_layer().max_norm is not None  # see _embed
+        if x.dim() != 2 or options or self._get_embed_scale() is not None:
             return None
         A, B = self.lora_embedding_A, self.lora_embedding_B
-        hidden = torch.stack([self._embed(row, A[name].T) for row, name in zip(x, names, strict=True)])
-        return hidden, torch.stack([B[name] for name in names]).mT
+        hidden = torch.stack([A[name].index_select(1, row) for row, name in zip(x, names, strict=True)])
+        return hidden.mT, torch.stack([B[name] for name in names]).mT
 
 
 def _is_conv1d(module: nn.Module) -> bool:
