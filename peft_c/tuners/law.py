@@ -114,7 +114,7 @@ def _add(view: BaseView, weight: torch.Tensor, changes: list[Any], check: bool, 
     if check and not torch.isfinite(new).all():
         return False, None
     if record and is_sharded(tensor):
-        return True, Difference.exchange(view, tensor, new, False, False)
+        return True, Difference.exchange(weight, tensor, new, False, False)
     undo = None
     if record:
         back = new
