@@ -12,17 +12,22 @@ static void replace(PyObject **slot, PyObject *value) {
     Py_XDECREF(old);
 }
 
-/* The names of one string or of an iterable, each once: new tuple. */
+/* The names of one string or of an iterable, each once and interned, as those of the adapters of a model are (see
+ * inject.py), so that they are found by identity: new tuple. */
 static PyObject *names_once(PyObject *names) {
-    PyObject *tuple = PyUnicode_Check(names) ? PyTuple_Pack(1, names) : PySequence_Tuple(names), *once = NULL;
-    const Py_ssize_t size = tuple ? PyTuple_Size(tuple) : 0;
-    if (size < 2 || (once = PyDict_New()) == NULL) return size < 2 ? tuple : (Py_DECREF(tuple), NULL);
-    int rc = 0;
-    for (Py_ssize_t i = 0; rc == 0 && i < size; i++) rc = PyDict_SetItem(once, PyTuple_GetItem(tuple, i), Py_None);
-    Py_DECREF(tuple);
-    tuple = rc == 0 ? PySequence_Tuple(once) : NULL;
-    Py_DECREF(once);
-    return tuple;
+    PyObject *all = PyUnicode_Check(names) ? PyTuple_Pack(1, names) : PySequence_Tuple(names), *result = NULL;
+    PyObject *once = all ? PyDict_New() : NULL;
+    int rc = once ? 0 : -1;
+    for (Py_ssize_t i = 0; rc == 0 && i < PyTuple_Size(all); i++) {
+        PyObject *name = Py_NewRef(PyTuple_GetItem(all, i));
+        if (PyUnicode_CheckExact(name)) PyUnicode_InternInPlace(&name);
+        rc = PyDict_SetItem(once, name, Py_None);
+        Py_DECREF(name);
+    }
+    if (rc == 0) result = PySequence_Tuple(once);
+    Py_XDECREF(all);
+    Py_XDECREF(once);
+    return result;
 }
 
 int switch_names(switch_call *call, PyObject *names) {

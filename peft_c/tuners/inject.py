@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -61,7 +62,8 @@ class Injection:
     ) -> None:
         self.tuner = tuner
         self.model = model
-        self.adapter_name = adapter_name
+        # interned, as in C, so that switching finds it by identity
+        self.adapter_name = sys.intern(adapter_name) if type(adapter_name) is str else adapter_name
         self.state_dict = state_dict
         self.config = tuner.peft_config[adapter_name]
         self.context = init_empty_weights if low_cpu_mem_usage else nullcontext

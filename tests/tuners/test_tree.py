@@ -292,6 +292,43 @@ def test_a_switch_that_fails_halfway_changes_nothing():
     assert model.active_adapter == model.base_model.active_adapter == "other"
 
 
+class Name(str):
+    """No plain string, so it cannot be interned."""
+
+
+@pytest.mark.parametrize("kind", (str, Name))
+def test_adapters_are_found_by_any_equal_name(kind):
+    model = adapted(("default", kind("other")))
+    config = peft_c.LoraConfig(r=2, target_modules=["0"])
+    model.add_adapter(kind("".join(["thi", "rd"])), config)
+    for name in ("third", "other"):
+        model.set_adapter(kind("".join(list(name))))
+        assert {key.split(".")[-2] for key in trainable(model)} == {name}
+        with model.disable_adapter():
+            assert not trainable(model)
+        assert {key.split(".")[-2] for key in trainable(model)} == {name}
+    if kind is str:  # by identity
+        names = [
+            key
+            for layer in tree_of(model.base_model.model).find(model.base_model.model, LoraLayer)[0]
+            for key in (*layer.lora_A, *layer.active_adapters)
+        ]
+        assert all(name is sys.intern(name) for name in names)
+
+
+def test_what_was_trainable_is_kept_for_each_layer():
+    model = adapted()
+    model.set_requires_grad("default")
+    layers = tree_of(model.base_model.model).find(model.base_model.model, LoraLayer)[0]
+    layers[1].lora_A["other"].requires_grad_(False)
+    layers[2].lora_B["default"].requires_grad_(False)
+    before = trainable(model)
+    for _ in range(2):
+        with model.disable_adapter():
+            assert not trainable(model)
+        assert trainable(model) == before
+
+
 def test_wrong_calls():
     net = adapted().base_model.model
     tree = tree_of(net)
