@@ -173,7 +173,8 @@ void layer_trace(const tuned_layer *self, const container_pool *pool, footprint 
     const char *const keys = keys_of(self->dict);
     trace_add(lines, keys); /* for the names that it does not have */
     trace_add(lines, keys + 64);
-    for (int k = LEDGER; k <= MERGED; k++) trace_add(lines, item_of(self->dict, hints[k].at));
+    const Py_ssize_t room = room_of(self->dict);
+    for (int k = LEDGER; k <= MERGED; k++) trace_add(lines, item_in(self->dict, hints[k].at, room));
     for (int k = 0; k < 2; k++) { /* the lists of active and of merged adapters */
         Py_ssize_t place = hints[k ? MERGED : ACTIVE].at;
         PyObject *list;

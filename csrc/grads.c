@@ -53,8 +53,8 @@ int switch_end(switch_call *call, int rc) {
     Py_XDECREF(call->written);
     Py_XDECREF(call->paused.names);
     Py_XDECREF(call->paused.containers);
-    Py_XDECREF(call->paused.trainable);
     Py_XDECREF(call->paused.pairs);
+    Py_XDECREF(call->paused.ledger);
     return rc;
 }
 
@@ -62,7 +62,7 @@ int switch_end(switch_call *call, int rc) {
 
 void target_free(target *layer) {
     Py_XDECREF(layer->suspects);
-    Py_XDECREF(layer->trainable);
+    PyMem_Free(layer->trainable);
     Py_XDECREF(layer->memory);
 }
 
@@ -310,35 +310,35 @@ int grads_plan_set(switch_call *call, stage *self, target *layer, int flag) {
 int grads_plan_disable(switch_call *call, stage *self, target *layer) {
     if (find_suspects(call, self, layer) < 0) return -1;
     const size_t size = (size_t)PyTuple_Size(layer->suspects) * layer->of->count;
-    if ((layer->trainable = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)size)) == NULL) return -1;
-    char *const notes = PyBytes_AsString(layer->trainable);
-    memset(notes, 0, size);
-    return queue(call, self, layer, layer->suspects, OFF, notes);
+    if ((layer->trainable = PyMem_Calloc(size + 1, 1)) == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    return queue(call, self, layer, layer->suspects, OFF, layer->trainable);
 }
 
 /* The pairs (container, adapter) that were trainable: new tuple. Layers that are alike share it. */
 static PyObject *paused_pairs(switch_call *call, const target *layer) {
-    if (call->paused.names == layer->suspects && call->paused.containers == layer->of->names) {
-        const int same = PyObject_RichCompareBool(call->paused.trainable, layer->trainable, Py_EQ);
-        if (same != 0) return same < 0 ? NULL : Py_NewRef(call->paused.pairs);
+    PyObject *const names = layer->suspects, *const containers = layer->of->names;
+    const Py_ssize_t count = (Py_ssize_t)layer->of->count, size = count * PyTuple_Size(names);
+    if (call->paused.names == names && call->paused.containers == containers &&
+        memcmp(call->paused.trainable, layer->trainable, (size_t)size) == 0) {
+        return Py_NewRef(call->paused.pairs);
     }
-    const char *flags = PyBytes_AsString(layer->trainable);
-    const Py_ssize_t count = (Py_ssize_t)layer->of->count;
     PyObject *list = PyList_New(0), *pairs = NULL;
-    for (Py_ssize_t i = 0; list != NULL && i < PyBytes_Size(layer->trainable); i++) {
-        if (!flags[i]) continue;
-        PyObject *pair =
-            PyTuple_Pack(2, PyTuple_GetItem(layer->of->names, i % count), PyTuple_GetItem(layer->suspects, i / count));
+    for (Py_ssize_t i = 0; list != NULL && i < size; i++) {
+        if (!layer->trainable[i]) continue;
+        PyObject *pair = PyTuple_Pack(2, PyTuple_GetItem(containers, i % count), PyTuple_GetItem(names, i / count));
         if (pair == NULL || PyList_Append(list, pair) < 0) Py_CLEAR(list);
         Py_XDECREF(pair);
     }
     if (list != NULL) pairs = PyList_AsTuple(list);
     Py_XDECREF(list);
     if (pairs != NULL) {
-        replace(&call->paused.names, layer->suspects);
-        replace(&call->paused.containers, layer->of->names);
-        replace(&call->paused.trainable, layer->trainable);
+        replace(&call->paused.names, names);
+        replace(&call->paused.containers, containers);
         replace(&call->paused.pairs, pairs);
+        call->paused.trainable = layer->trainable;
     }
     return pairs;
 }
@@ -355,15 +355,30 @@ int grads_note_disable(switch_call *call, target *layer) {
     return rc;
 }
 
-/* Queues the entry that a pair (container, adapter) names, to become trainable, and notes it in the ledger. */
+/* Notes in the layer's ledger, if it has one, the adapters of all pairs in `memory`. */
+static int ledger_restore(switch_call *call, const target *layer, PyObject *memory) {
+    PyObject *ledger = ledger_of(call, layer);
+    if (ledger == NULL) return PyErr_Occurred() ? -1 : 0;
+    if (ledger == call->paused.ledger && memory == call->paused.pairs) return 0;
+    PyObject *result = Py_NewRef(ledger);
+    for (Py_ssize_t i = 0; result != NULL && i < PyTuple_Size(memory); i++) {
+        PyObject *name = PyTuple_GetItem(PyTuple_GetItem(memory, i), 1),
+                 *more = name ? ledger_with(result, name) : NULL;
+        Py_DECREF(result);
+        result = more;
+    }
+    const int rc = result ? ledger_set(call, layer, result) : -1;
+    replace(&call->paused.pairs, memory);
+    replace(&call->paused.ledger, result);
+    Py_XDECREF(result);
+    return rc;
+}
+
+/* Queues the entry that a pair (container, adapter) names, to become trainable. */
 static int restore_pair(switch_call *call, stage *self, const target *layer, PyObject *pair) {
     const container *all = containers_of(self, layer);
     PyObject *const list = PyTuple_GetItem(pair, 0), *const name = PyTuple_GetItem(pair, 1);
-    PyObject *ledger = name ? ledger_of(call, layer) : NULL;
-    PyObject *more = ledger ? ledger_with(ledger, name) : NULL;
-    int rc = more != NULL && more != ledger ? ledger_set(call, layer, more) : 0;
-    Py_XDECREF(more);
-    if (rc < 0 || PyErr_Occurred()) return -1;
+    if (name == NULL) return -1;
     const size_t count = layer->of->count;
     size_t k = 0;
     while (k < count && all[k].name != list) k++;
@@ -372,13 +387,14 @@ static int restore_pair(switch_call *call, stage *self, const target *layer, PyO
     }
     hint other = {.searched = INT_MAX}, *const place = call->alone ? &other : &call->places[0][0];
     PyObject *entry = k < count && all[k].size ? container_get(&all[k], name, place) : NULL;
-    if (entry != NULL) rc = work_add(&self->work, entry, ON, NULL);
-    return rc < 0 || PyErr_Occurred() ? -1 : 0;
+    if (entry != NULL) return work_add(&self->work, entry, ON, NULL);
+    return PyErr_Occurred() ? -1 : 0;
 }
 
 int grads_plan_restore(switch_call *call, stage *self, target *layer, PyObject *memory, PyObject *strict) {
     PyObject *active = strict ? PySequence_Tuple(strict) : NULL;
     int rc = strict != NULL ? (active ? queue(call, self, layer, active, OFF, NULL) : -1) : 0;
+    if (rc == 0) rc = ledger_restore(call, layer, memory);
     for (Py_ssize_t i = 0; rc == 0 && i < PyTuple_Size(memory); i++) {
         rc = restore_pair(call, self, layer, PyTuple_GetItem(memory, i));
     }

@@ -29,8 +29,9 @@ typedef struct {
     PyObject *written;      /* the ledger written last */
     hint places[2][PLACED]; /* where in the containers the first few of `suspects` and of `names` are */
     bool alone;             /* it is for one layer: to look for where an entry is would serve nobody after it */
-    struct {                /* the last value of _disabled_trainable, and what it was made of */
-        PyObject *names, *containers, *trainable, *pairs;
+    struct {                /* the last value of _disabled_trainable, what it was made of, and a ledger that has it */
+        PyObject *names, *containers, *pairs, *ledger;
+        const char *trainable; /* borrowed from a target */
     } paused;
 } switch_call;
 
@@ -41,10 +42,10 @@ int switch_end(switch_call *call, int rc);
 
 /* A layer in a call. */
 typedef struct {
-    tuned_layer *of;     /* borrowed */
-    PyObject *suspects;  /* owned: the names that were looked at */
-    PyObject *trainable; /* owned: bytes, 1 for each of them and each container that had a flag set */
-    PyObject *memory;    /* owned: what enabling restores */
+    tuned_layer *of;    /* borrowed */
+    PyObject *suspects; /* owned: the names that were looked at */
+    char *trainable;    /* owned: 1 for each of them and each container that had a flag set */
+    PyObject *memory;   /* owned: what enabling restores */
 } target;
 
 /* What is done to several layers at once. */

@@ -41,7 +41,7 @@ static int perform(switch_call *call, const layer_switch *what, target *layers, 
 /* Freezes what frozen_peft_weight_names declares for `names` (an iterable; NULL: the active ones). */
 static int freeze(switch_call *call, const stage *opened, const target *self, PyObject *names) {
     tuned_layer *const of = self->of;
-    const bool plain = of->last != NULL && layer_is_plain(call->state, of); /* if looked through before */
+    const bool plain = of->last != NULL && PyDict_Size(of->dict) == of->dict_size; /* as in this call's check */
     PyObject *active = NULL,
              *frozen = plain ? Py_NewRef(of->facts->attributes[FROZEN_NAMES])
                              : layer_attribute(call->state, of->facts, of->object, of->dict, FROZEN_NAMES);

@@ -26,14 +26,28 @@ static inline const char *keys_of(const PyObject *dict) {
     return values ? values - 24 : word_of(dict, 4);
 }
 
-/* Where item number `at` of a dict is. */
-static inline const char *item_of(PyObject *dict, Py_ssize_t at) {
+/* Where item number `at` of a dict is whose table is no larger than so many items need. */
+static inline const char *item_in(PyObject *dict, Py_ssize_t at, Py_ssize_t items) {
     const char *const values = word_of(dict, 5);
     if (values != NULL) return values + 8 * at;
-    const Py_ssize_t size = PyDict_Size(dict);
     Py_ssize_t slots = 8;
-    while (3 * size > 2 * slots) slots *= 2;
+    while (3 * items > 2 * slots) slots *= 2;
     return keys_of(dict) + 32 + (slots > 128 ? 2 : 1) * slots + 16 * at;
+}
+
+/* Where item number `at` of a dict is. */
+static inline const char *item_of(PyObject *dict, Py_ssize_t at) {
+    return item_in(dict, at, PyDict_Size(dict));
+}
+
+/* For how many items a dict has room, by its size in bytes: that of an object with many attributes is larger than its
+ * items need. */
+static inline Py_ssize_t room_of(PyObject *dict) {
+    PyObject *bytes = PyObject_CallMethod(dict, "__sizeof__", NULL);
+    const Py_ssize_t size = bytes ? PyLong_AsSsize_t(bytes) : 0;
+    Py_XDECREF(bytes);
+    PyErr_Clear();
+    return (size - 80) / 19; /* its index has 1 or 2 bytes for each slot, and two thirds of the slots have 16 more */
 }
 
 /* What a dict keeps about its keys, and item number `at`. */

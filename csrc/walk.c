@@ -253,7 +253,7 @@ void walk_trace(const walk *self, footprint *lines) {
         trace_add(lines, at->module);
         trace_add(lines, at->dict);
         trace_add(lines, keys_of(at->dict));
-        trace_add(lines, item_of(at->dict, at->facts->hints[MODULES].at));
+        trace_add(lines, item_in(at->dict, at->facts->hints[MODULES].at, room_of(at->dict)));
         trace_add(lines, at->children);
         const Py_ssize_t size = PyDict_Size(at->children);
         if (size == 0) continue;

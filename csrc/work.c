@@ -48,7 +48,7 @@ static int find_parameters(const module_state *state, worklist *work, work_item 
         __builtin_prefetch(modules);
     }
     Py_DECREF(dict);
-    return PyErr_Occurred() ? -1 : 0;
+    return modules == NULL && PyErr_Occurred() ? -1 : 0;
 }
 
 /* Adds the tensors of one entry: itself, its parameters, or what it calls so. */
@@ -73,7 +73,8 @@ static int add_tensors(const work_item *item, int tensor, worklist *tensors) {
     return rc < 0 || PyErr_Occurred() ? -1 : 0;
 }
 
-static int find_tensors(const module_state *state, worklist *work, worklist *tensors) {
+/* Appends the tensors of all entries; `asked`: what that reads was asked for before. */
+static int find_tensors(const module_state *state, worklist *work, bool asked, worklist *tensors) {
     for (size_t i = 0; i < work->count; i++) {
         work_item *const item = &work->items[i];
         if ((item->old = is_tensor(state, item->object)) < 0) return -1;
@@ -83,7 +84,7 @@ static int find_tensors(const module_state *state, worklist *work, worklist *ten
             PyErr_Clear(); /* an object without one: asked below */
         }
     }
-    for (size_t i = 0; i < work->count; i++) {
+    for (size_t i = 0; !asked && i < work->count; i++) {
         if (work->items[i].dict == NULL) continue;
         prefetch_item(work->items[i].dict, work->hints[PARAMETERS].at);
         prefetch_item(work->items[i].dict, work->hints[MODULES].at);
@@ -91,7 +92,7 @@ static int find_tensors(const module_state *state, worklist *work, worklist *ten
     for (size_t i = 0; i < work->count; i++) {
         if (work->items[i].dict != NULL && find_parameters(state, work, &work->items[i]) < 0) return -1;
     }
-    for (size_t i = 0; i < work->count; i++) {
+    for (size_t i = 0; !asked && i < work->count; i++) {
         if (work->items[i].dict != NULL) prefetch_item(work->items[i].dict, 0);
     }
     for (size_t i = 0; i < work->count; i++) {
@@ -158,7 +159,8 @@ static int do_item(const module_state *state, journal *log, work_item *item, int
     return turn(state, log, item->object, item->act, item->old);
 }
 
-enum { TORCH = 2, AUTOGRAD = 3, FLAG = 128, FEW = 8 };
+/* where in a tensor and in what torch has about it things are, in words or bytes */
+enum { TORCH = 2, AUTOGRAD = 3, DTYPE = 160, GRAD_FN = 48, FLAG = 128, FEW = 8 };
 
 /* Whether what torch has about many tensors is where it is thought to be: in the first one it is where torch says. */
 static bool is_usual(const module_state *state, const worklist *tensors) {
@@ -179,11 +181,15 @@ static const char *flags_of(const PyObject *tensor, const PyObject *first) {
 /* Asks for what torch has about many tensors, and in that for their flags. */
 static void prefetch_flags(const module_state *state, const worklist *tensors) {
     if (!is_usual(state, tensors)) return;
-    for (size_t i = 0; i < tensors->count; i++) __builtin_prefetch(word_of(tensors->items[i].object, TORCH));
+    for (size_t i = 0; i < tensors->count; i++) {
+        __builtin_prefetch(word_of(tensors->items[i].object, TORCH) + sizeof(char *) * AUTOGRAD);
+        __builtin_prefetch(word_of(tensors->items[i].object, TORCH) + DTYPE);
+    }
     for (size_t i = 0; i < tensors->count; i++) {
         const char *const flags = flags_of(tensors->items[i].object, tensors->items[0].object);
         if (flags == NULL) continue;
         __builtin_prefetch(flags);
+        __builtin_prefetch(flags + GRAD_FN);
         __builtin_prefetch(flags + FLAG);
     }
 }
@@ -211,9 +217,10 @@ static void trace_list(const module_state *state, const worklist *work, const wo
             const char *const flags = usual ? flags_of(tensor, tensors->items[0].object) : NULL;
             trace_object(lines, tensor);
             if (flags == NULL) continue;
-            trace_add(lines, word_of(tensor, TORCH));
             trace_add(lines, word_of(tensor, TORCH) + sizeof flags * AUTOGRAD);
+            trace_add(lines, word_of(tensor, TORCH) + DTYPE);
             trace_add(lines, flags);
+            trace_add(lines, flags + GRAD_FN);
             trace_add(lines, flags + FLAG);
         }
     }
@@ -224,8 +231,9 @@ int work_run(const module_state *state, journal *log, worklist *work, PyObject *
     worklist tensors = {0};
     uintptr_t of = 0;
     for (size_t i = 0; i < work->count; i++) of += (uintptr_t)work->items[i].object;
-    int rc = find_tensors(state, work, &tensors);
-    prefetch_flags(state, &tensors);
+    const bool asked = work->past != NULL && work->past->of == of;
+    int rc = find_tensors(state, work, asked, &tensors);
+    if (!asked) prefetch_flags(state, &tensors);
     const size_t turned = log->count;
     for (size_t i = 0; rc == 0 && i < tensors.count; i++) {
         if ((tensors.items[i].old = flag_of(state, tensors.items[i].object)) < 0) rc = -1;
@@ -233,7 +241,7 @@ int work_run(const module_state *state, journal *log, worklist *work, PyObject *
     for (size_t i = 0; rc == 0 && i < tensors.count; i++) {
         rc = do_item(state, log, &tensors.items[i], log->count > turned, list);
     }
-    if (rc == 0 && work->past != NULL && work->past->of != of) {
+    if (rc == 0 && work->past != NULL && !asked) {
         trace_list(state, work, &tensors);
         work->past->of = of;
     }
