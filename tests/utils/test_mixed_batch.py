@@ -71,6 +71,33 @@ def test_rows_in_any_order_with_and_without_gradients(kind, order):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_few_rows_for_each_adapter(kind, max_norm):
+    """Adapters of one rank, whose rows are one product where nothing speaks against it."""
+    import peft_c
+
+    torch.manual_seed(0)
+    base, batch = LAYERS[kind]
+    module, x, names = base(), batch(), ["a", "b", "b", "a", "b", "a"]
+    if kind == "embedding":
+        module.max_norm = max_norm
+    config = peft_c.LoraConfig(r=2, lora_alpha=3, target_modules=["0"])
+    model = peft_c.get_peft_model(torch.nn.Sequential(module), config, adapter_name="a")
+    model.add_adapter("b", config)
+    layer = model.eval().base_model.model[0]
+    for key, p in layer.named_parameters():
+        if "lora_" in key:
+            torch.nn.init.normal_(p, std=0.3)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            found, expected = layer(x, adapter_names=names), []
+            for row, name in zip(x.split(1), names, strict=True):
+                layer.set_adapter(name)
+                expected.append(layer(row))
+            torch.testing.assert_close(found, torch.cat(expected))
+
+
 def test_same_as_peft():
     pytest.importorskip("peft")
     names = ["a1", "__base__", "a0"]
