@@ -417,10 +417,20 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         if bias is not None:
             self.get_base_layer().bias.data.copy_(bias)
 
-    def unmerge(self) -> None:
-        """See `law.Merging.unmerge`; a quantised layer gets what quantising its old weight gives."""
+    def unmerge(self, adapter_names: list[str] | None = None) -> None:
+        """See `law.Merging.unmerge`; a quantised layer gets what quantising its old weight gives. With
+        `adapter_names` only these are taken out, and nothing happens where none of them is merged."""
         if self.never_merged:
             raise NotImplementedError(self.never_merged)
+        if adapter_names is not None:
+            rest = [name for name in self.merged_adapters if name not in adapter_names]
+            if rest == self.merged_adapters:
+                return
+            with law.transaction(self):
+                self.unmerge()
+                if rest:
+                    self.merge(adapter_names=rest)
+            return
         before = self.__dict__.pop("_before_requantising", None)
         if before is None:
             law.unmerge(self)

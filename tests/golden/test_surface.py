@@ -12,7 +12,21 @@ from torch import nn
 
 import peft_c
 from peft_c.tuners.resets import RESETS
-from tests.rooms.cases import METHODS, NO_MERGE, PAIRS, call, config_of, kinds_of, layers, make, network, same, start
+from tests.rooms.cases import (
+    METHODS,
+    NO_MERGE,
+    PAIRS,
+    call,
+    config_of,
+    disturb,
+    kinds_of,
+    layers,
+    make,
+    network,
+    same,
+    start,
+    weights,
+)
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -187,3 +201,25 @@ def test_a_reset_keeps_the_scale():
     scaling = layer.scaling["default"]
     layer.reset_adapter_parameters("default")
     assert layer.scaling["default"] == scaling
+
+
+def test_unmerging_one_of_two_adapters():
+    found = []
+    for package in (peft_c, peft):
+        model = start("glora", package=package, adapters=("default", "more"))
+        disturb(model, "default")
+        disturb(model, "more")
+        layer = layers(model)[0]
+        before = weights(model)
+        layer.merge(adapter_names=["default", "more"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            layer.unmerge(["nope"])
+            layer.unmerge(adapter_names=["default"])
+        found.append((list(layer.merged_adapters), *weights(model)))
+        layer.unmerge(["more"])
+        assert layer.merged_adapters == []
+        assert package is peft or same(weights(model), before)
+    assert found[0][0] == found[1][0] == ["more"]
+    for ours, theirs in zip(found[0][1:], found[1][1:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
