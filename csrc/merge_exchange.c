@@ -282,6 +282,20 @@ static PyObject *digest(PyObject *module, PyObject *tensor) {
     return PyLong_FromUnsignedLongLong(result);
 }
 
+PyDoc_STRVAR(finite_doc, "finite(tensor, /)\n--\n\n"
+                         "Whether all elements are finite; None if it is no dense CPU tensor of a floating dtype.");
+
+static PyObject *finite(PyObject *module, PyObject *tensor) {
+    const module_state *state = state_of(module);
+    TensorView view;
+    if (!array_view(state, tensor, &view)) Py_RETURN_NONE;
+    const pk_mat all = {view.data, view.numel, 1, 1, 1, view.dtype};
+    int result;
+    Py_BEGIN_ALLOW_THREADS result = pk_finite(&all, state->torch.torch_parallel_for);
+    Py_END_ALLOW_THREADS if (is_error(result)) return NULL;
+    return PyBool_FromLong(result);
+}
+
 /* The elements' bits of any dtype as an array, for a digest. */
 static bool bits_view(const module_state *state, PyObject *tensor, TensorView *out) {
     static const struct {
@@ -351,6 +365,7 @@ PyMethodDef exchange_methods[] = {
     {"uncombine", (PyCFunction)(void (*)(void))uncombine, METH_FASTCALL, uncombine_doc},
     {"restore", (PyCFunction)(void (*)(void))restore, METH_FASTCALL, restore_doc},
     {"digest", digest, METH_O, digest_doc},
+    {"finite", finite, METH_O, finite_doc},
     {"fingerprint", fingerprint, METH_O, fingerprint_doc},
     {NULL, NULL, 0, NULL},
 };

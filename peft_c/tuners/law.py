@@ -163,9 +163,13 @@ def _broken(names: Iterable[str], what: str = "weights") -> ValueError:
     )
 
 
+def _is_finite(tensor: torch.Tensor) -> bool:
+    known = _C.finite(tensor)
+    return bool(torch.isfinite(tensor).all()) if known is None else known
+
+
 def _finite(changes: Iterable[Change]) -> bool:
-    factors = [tensor for change in changes if isinstance(change, LowRank) for tensor in change[:2]]
-    return all(bool(torch.isfinite(tensor).all()) for tensor in factors)
+    return all(_is_finite(tensor) for change in changes if isinstance(change, LowRank) for tensor in change[:2])
 
 
 def _values_of(change: Callable[[], torch.Tensor]) -> torch.Tensor:

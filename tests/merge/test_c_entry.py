@@ -366,3 +366,16 @@ assert sys.getallocatedblocks() - blocks < 1000, sys.getallocatedblocks() - bloc
 def test_nothing_leaks():
     done = subprocess.run([sys.executable, "-c", LEAK_ROUNDS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (7, 130), (300, 200)])
+def test_finite(dtype, shape):
+    x = torch.randn(shape).to(dtype)
+    assert _C.finite(x) is True
+    for value in (float("nan"), float("inf"), -float("inf")) if x.numel() else ():
+        y = x.clone()
+        y.view(-1)[-1] = value
+        assert _C.finite(y) is _C.finite(y.T if y.ndim == 2 else y) is False
+    assert _C.finite(torch.randn(4, 6).to(dtype)[:, ::2]) is None
+    assert _C.finite(torch.arange(3)) is None
