@@ -5,7 +5,7 @@
 
 int journal_add(journal *log, PyObject *object, PyObject *key, PyObject *old) {
     if (log->count == log->capacity) {
-        const size_t capacity = log->capacity ? 4 * log->capacity : 64;
+        const size_t capacity = log->capacity ? 4 * log->capacity : 1024;
         struct journal_entry *entries = PyMem_Realloc(log->entries, capacity * sizeof *entries);
         if (entries == NULL) {
             PyErr_NoMemory();

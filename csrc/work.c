@@ -3,7 +3,7 @@
 
 int work_add(worklist *work, PyObject *entry, int act, char *note) {
     if (work->count == work->capacity) {
-        const size_t capacity = work->capacity ? 4 * work->capacity : 64;
+        const size_t capacity = work->capacity ? 4 * work->capacity : 1024;
         work_item *items = PyMem_Realloc(work->items, capacity * sizeof *items);
         if (items == NULL) {
             PyErr_NoMemory();

@@ -242,11 +242,12 @@ class AdapterLoadingMixin(hub.PushToHubMixin):
 def _disable(tuner: nn.Module) -> bool | str | None:
     """Disables the adapter layers. Returns whether they were enabled before: True, False, None if there are none, or
     "irregular", with a warning, when they differed."""
-    methods = ("disable_adapter_layers", "_enable_adapter_layers")
-    usual = all(getattr(getattr(tuner, name, None), "__func__", None) is getattr(BaseTuner, name) for name in methods)
+    disable, enable = tuner.disable_adapter_layers, getattr(tuner, "_enable_adapter_layers", None)
+    usual = getattr(disable, "__func__", None) is BaseTuner.disable_adapter_layers
+    usual = usual and getattr(enable, "__func__", None) is BaseTuner._enable_adapter_layers
     if usual:
         tuner._warn_about_bias()
-        enabled = tuner._enable_adapter_layers(False, irregular=False)
+        enabled = enable(False, irregular=False)
     else:
         (layers,) = _C.find(tuner, (BaseTunerLayer, AuxiliaryTrainingWrapper))
         states = {not layer.disable_adapters for layer in layers}
@@ -257,9 +258,9 @@ def _disable(tuner: nn.Module) -> bool | str | None:
             "likely unintentional. After exiting the disable_adapter context, all adapters will be enabled"
         )
     if not usual:
-        tuner.disable_adapter_layers()
+        disable()
     elif enabled == "irregular":
-        tuner._enable_adapter_layers(False)
+        enable(False)
     return enabled
 
 
