@@ -6,7 +6,7 @@ from glob import glob
 import numpy
 from setuptools import Extension, setup
 
-flags = ["-std=c11", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wshadow", "-Wconversion"]
+flags = ["-std=c11", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wshadow", "-Wconversion"]
 if os.environ.get("PEFT_C_WERROR"):
     flags.append("-Werror")
 link = []

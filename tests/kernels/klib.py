@@ -57,7 +57,7 @@ def build(extra=()):
     if not out.exists():
         out.parent.mkdir(exist_ok=True)
         part = out.with_suffix(f".{os.getpid()}")
-        flags = ["-std=c11", "-O3", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-Wshadow", "-Wconversion"]
+        flags = "-std=c11 -O3 -ffp-contract=off -fPIC -shared -pthread -Wall -Wextra -Wshadow -Wconversion".split()
         command = [os.environ.get("CC", "gcc"), *flags, "-Werror", *extra, f"-I{KERNELS}", *map(str, sources)]
         subprocess.run([*command, "-o", str(part)], check=True)
         part.rename(out)

@@ -12,6 +12,6 @@ if ! command -v "$cc" >/dev/null || [ -z "$qemu" ]; then
 fi
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-"$cc" -std=c11 -O2 -static -pthread -Wall -Wextra -Wshadow -Wconversion -Werror -I"$kernels" \
+"$cc" -std=c11 -ffp-contract=off -O2 -static -pthread -Wall -Wextra -Wshadow -Wconversion -Werror -I"$kernels" \
     "$kernels"/*.c "$here/shim.c" "$here/selftest.c" -lm -o "$out/selftest"
 "$qemu" "$out/selftest" "${1:-10}"

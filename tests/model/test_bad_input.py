@@ -247,7 +247,7 @@ def test_unknown_keys_and_runtime_config_are_dropped_with_a_warning(saved):
         ({"target_modules": [nn.Linear(2, 2)]}, TypeError, "target_modules must be a list of names"),
         ({"r": 0}, ValueError, "`r` should be a positive integer"),
         ({"lora_dropout": 2}, ValueError, "dropout"),
-        ({"r": 2.5}, TypeError, "float"),
+        ({"r": 2.5}, TypeError, "float|combination of arguments"),
     ],
 )
 def test_options(options, error, message, saved):
