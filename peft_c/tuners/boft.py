@@ -19,9 +19,7 @@ class BOFTConfig(RoomConfig):
 
     boft_block_size: int = option(4, "Size of the rotated blocks; has to divide the input size of all layers.")
     boft_block_num: int = option(0, "Number of blocks in a layer, in place of their size.")
-    boft_n_butterfly_factor: int = option(
-        1, "Number of rotations after each other, each mixing blocks twice as far apart; 1: as in OFT."
-    )
+    boft_n_butterfly_factor: int = option(1, "Number of rotations, each of blocks twice as far apart; 1: as in OFT.")
     target_modules: list[str] | str | None = shared("target_modules")
     exclude_modules: list[str] | str | None = shared("exclude_modules")
     boft_dropout: float = option(0.0, "Probability of leaving a block unrotated in training.")

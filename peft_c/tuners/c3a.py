@@ -16,9 +16,7 @@ from .room import AddRoom, RoomConfig, RoomModel, option, positive, register, ro
 class C3AConfig(RoomConfig):
     """Options of C3A."""
 
-    block_size: int = option(
-        256, "Size of the circulant blocks; has to divide the input and output sizes of all adapted layers."
-    )
+    block_size: int = option(256, "Size of the circulant blocks; has to divide the sizes of all adapted layers.")
     target_modules: list[str] | str | None = shared("target_modules")
     bias: str = shared("bias")
     modules_to_save: list[str] | None = shared("modules_to_save")

@@ -29,9 +29,7 @@ class DeloraConfig(RoomConfig):
     layers_to_transform: list[int] | int | None = shared("layers_to_transform")
     layers_pattern: list[str] | str | None = shared("layers_pattern")
     rank_pattern: dict | None = shared("rank_pattern")
-    lambda_pattern: dict | None = option(
-        {}, "Module name or regular expression -> lambda, where it differs from `delora_lambda`."
-    )
+    lambda_pattern: dict | None = option({}, "Module name or regular expression -> lambda, where it differs.")
     modules_to_save: list[str] | None = shared("modules_to_save")
 
 

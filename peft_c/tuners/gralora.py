@@ -21,9 +21,7 @@ class GraloraConfig(RoomConfig):
     target_modules: list[str] | str | None = shared("target_modules")
     alpha: int = option(64, "The delta is scaled by alpha / (r + hybrid_r).")
     gralora_dropout: float = option(0.0, "Dropout probability of the adapter's input.")
-    gralora_k: int = option(
-        2, "Number of blocks along each side of the weight; 2 up to rank 32, 4 from rank 64.", positive=True
-    )
+    gralora_k: int = option(2, "Number of blocks along each side; 2 up to rank 32, 4 from rank 64.", positive=True)
     fan_in_fan_out: bool = shared("fan_in_fan_out")
     bias: str = shared("bias")
     modules_to_save: list[str] | None = shared("modules_to_save")

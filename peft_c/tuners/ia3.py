@@ -21,9 +21,7 @@ class IA3Config(RoomConfig):
 
     target_modules: list[str] | str | None = shared("target_modules")
     exclude_modules: list[str] | str | None = shared("exclude_modules")
-    feedforward_modules: list[str] | str | None = option(
-        None, "Those of the targets whose input is scaled, not the output: names, or a regular expression."
-    )
+    feedforward_modules: list[str] | str | None = option(None, "Names or pattern of targets whose input is scaled.")
     fan_in_fan_out: bool = shared("fan_in_fan_out")
     modules_to_save: list[str] | None = shared("modules_to_save")
     init_ia3_weights: bool = option(True, "Whether new adapters start as no change (ones); False: standard normal.")

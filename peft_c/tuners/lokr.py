@@ -17,9 +17,7 @@ class LoKrConfig(LycorisConfig):
     """Options of LoKr. The second matrix (with `decompose_both` both) is of rank `r`, where that saves anything."""
 
     decompose_both: bool = option(False, "Whether the first matrix is factored as well.")
-    decompose_factor: int = option(
-        -1, "Size of the first matrix, where it divides the layer's; -1: as square as can be."
-    )
+    decompose_factor: int = option(-1, "Size of the first matrix, if it divides the layer's; -1: as square as can be.")
     rank_dropout_scale: bool = option(False, "Whether rank dropout keeps the mean of the delta.")
     target_modules: list[str] | str | None = shared("target_modules")
     exclude_modules: list[str] | str | None = shared("exclude_modules")

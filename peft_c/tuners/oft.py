@@ -19,9 +19,7 @@ class OFTConfig(RoomConfig):
 
     r: int = option(0, "Number of blocks in a layer, in place of their size.")
     oft_block_size: int = option(32, "Size of the blocks; a size that does not divide a layer's inputs is adjusted.")
-    module_dropout: float = option(
-        0.0, "Probability of leaving a block unrotated in training; has no effect, as in PEFT."
-    )
+    module_dropout: float = option(0.0, "Probability of leaving a block unrotated; has no effect, as in PEFT.")
     target_modules: list[str] | str | None = shared("target_modules")
     fan_in_fan_out: bool = shared("fan_in_fan_out")
     bias: Literal["none", "all", "oft_only"] = shared("bias")

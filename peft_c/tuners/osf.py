@@ -25,9 +25,7 @@ class OSFConfig(RoomConfig):
         None, "Number of the largest singular directions that stay as they are; the others are trained. None: half."
     )
     target_modules: list[str] | str | None = shared("target_modules")
-    rank_pattern: dict[str, int | float] | None = option(
-        None, "Regular expression to find in a module's name -> effective rank, where it differs."
-    )
+    rank_pattern: dict[str, int | float] | None = option(None, "Pattern to find in names -> effective rank.")
     init_weights: bool | None = shared("init_weights")
     modules_to_save: list[str] | None = shared("modules_to_save")
     target_svd_config: dict[str, int] | None = option(None, "Accepted for the sake of old files; has no effect.")

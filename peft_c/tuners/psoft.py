@@ -41,9 +41,7 @@ class PsoftConfig(RoomConfig):
     psoft_mag_a: bool = option(True, "Whether to train a scale of each input of R.")
     use_cayley_neumann: bool = option(False, "Whether to approximate the inverse in R by a few terms of its series.")
     num_cayley_neumann_terms: int = option(5, "Number of terms of that series.")
-    cayley_neumann_eps: float | None = option(
-        None, "Bound, between 0 and 1, of the Frobenius norm of what the series is made of; None: no bound."
-    )
+    cayley_neumann_eps: float | None = option(None, "Bound in (0, 1) of the Frobenius norm of the series' base.")
     modules_to_save: list[str] | None = shared("modules_to_save")
     init_weights: bool = shared("init_weights")
     layers_to_transform: list[int] | int | None = shared("layers_to_transform")

@@ -27,9 +27,7 @@ _MIRROR_OPTIONS = (
 class ShadowConfig(RoomConfig):
     """Options of ShadowPEFT. ValueError for options of a mirrored shadow beside a pretrained one."""
 
-    target_modules: list[str] | str | None = option(
-        None, "Blocks (not linear layers) to wrap; None: all of the model's."
-    )
+    target_modules: list[str] | str | None = option(None, "Blocks (not linear layers) to wrap; None: all.")
     exclude_modules: list[str] | str | None = shared("exclude_modules")
     r: int = option(8, "Rank of the correction of a block's input.")
     shadow_alpha: float = option(0.1, "Factor of the correction.")

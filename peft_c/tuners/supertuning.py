@@ -27,9 +27,7 @@ class SupertuningConfig(RoomConfig):
     lora_alpha: float | None = option(None, "The LoRA is scaled by lora_alpha / r. None: 2 * r.")
     lora_dropout: float = option(0.0, "Dropout of the LoRA's input.")
     init_weights: bool = shared("init_weights")
-    save_precomputed_indices: bool = option(
-        True, "Whether files have the elements' indices; if not, they are found again from the base weight."
-    )
+    save_precomputed_indices: bool = option(True, "Whether files have the indices; if not, they are found again.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,9 +23,7 @@ class VBLoRAConfig(RoomConfig):
     topk: int = option(2, "Number of vectors that are mixed for each piece of a factor.")
     target_modules: list[str] | str | None = shared("target_modules")
     exclude_modules: list[str] | str | None = shared("exclude_modules")
-    save_only_topk_weights: bool = option(
-        False, "Whether to save the mixtures only, not the logits: smaller, but training cannot be resumed."
-    )
+    save_only_topk_weights: bool = option(False, "Whether to save mixtures without the logits that training needs.")
     vblora_dropout: float = option(0.0, "Probability of dropping an input feature of the adapter in training.")
     fan_in_fan_out: bool = shared("fan_in_fan_out")
     bias: str = shared("bias")

@@ -32,12 +32,8 @@ class WaveFTConfig(RoomConfig):
     modules_to_save: list[str] | None = shared("modules_to_save")
     layers_to_transform: list[int] | int | None = shared("layers_to_transform")
     layers_pattern: list[str] | str | None = shared("layers_pattern")
-    n_frequency_pattern: dict | None = option(
-        {}, "Module name or regular expression -> n_frequency, where it differs."
-    )
-    proportional_parameters: bool = option(
-        False, "Whether to share n_frequency * layers coefficients among the layers in proportion to their sizes."
-    )
+    n_frequency_pattern: dict | None = option({}, "Module name or pattern -> n_frequency, where it differs.")
+    proportional_parameters: bool = option(False, "Whether larger layers get more of all the coefficients.")
     init_weights: bool = shared("init_weights")
 
     def __post_init__(self) -> None:
