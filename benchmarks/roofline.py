@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import kernels
+import kernel_times
 import klib
 import torch
 from report import COLOURS, GRID, INK, MUTED
@@ -38,26 +38,27 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    library, pool = klib.load(), kernels.torch_parallel()
+    library, pool = klib.load(), kernel_times.torch_parallel()
     budget = 0.2 if options.quick else 2.0
-    peak = kernels.peak_flops(DTYPES, budget)
+    peak = kernel_times.peak_flops(DTYPES, budget)
     merges = {
-        dtype: [kernels.merge_case(library, pool, dtype, SHAPE, r, budget, peak) for r in RANKS] for dtype in DTYPES
+        dtype: [kernel_times.merge_case(library, pool, dtype, SHAPE, r, budget, peak) for r in RANKS]
+        for dtype in DTYPES
     }
-    forwards = [kernels.apply_case(library, pool, "f32", SHAPE, 16, m, budget / 8) for m in ROWS]
+    forwards = [kernel_times.apply_case(library, pool, "f32", SHAPE, 16, m, budget / 8) for m in ROWS]
     isa = library.pk_isa_name().decode()
     about = f"{SHAPE[0]} x {SHAPE[1]}, {options.threads} threads, {isa}, torch {torch.__version__}"
     _plot(merges, forwards, peak, about, options.out)
     for dtype, rows in merges.items():
         for row in rows:
-            print(kernels.merge_line(row))
+            print(kernel_times.merge_line(row))
         print(f"{dtype}: {_bandwidth(dtype, rows) / 1e9:.1f} GB/s, peak {peak[dtype] / 1e9:.0f} GFLOP/s")
-    print("\n".join(map(kernels.apply_line, forwards)))
+    print("\n".join(map(kernel_times.apply_line, forwards)))
 
 
 def _bandwidth(dtype: str, rows: list[dict]) -> float:
     """Bytes a second of the fastest in-place pass: every weight is read once and written once."""
-    return 2 * rows[0]["n"] * rows[0]["k"] * kernels.TORCH[dtype].itemsize / min(row["floor_rw"] for row in rows)
+    return 2 * rows[0]["n"] * rows[0]["k"] * kernel_times.TORCH[dtype].itemsize / min(row["floor_rw"] for row in rows)
 
 
 def _plot(merges: dict, forwards: list[dict], peak: dict[str, float], about: str, path: Path) -> None:
@@ -88,7 +89,7 @@ def _plot(merges: dict, forwards: list[dict], peak: dict[str, float], about: str
 def _merges(axis, dtype: str, rows: list[dict], peak: float) -> None:
     """GFLOP/s over the rank, under the roof of bandwidth (a slope) and of arithmetic (a level)."""
     each = [2.0 * row["n"] * row["k"] * row["r"] for row in rows]
-    ranks, size = [row["r"] for row in rows], 2 * rows[0]["n"] * rows[0]["k"] * kernels.TORCH[dtype].itemsize
+    ranks, size = [row["r"] for row in rows], 2 * rows[0]["n"] * rows[0]["k"] * kernel_times.TORCH[dtype].itemsize
     roof = [min(peak, flops / size * _bandwidth(dtype, rows)) / 1e9 for flops in each]
     axis.plot(ranks, roof, color=COLOURS["floor"], linewidth=3, label="roof")
     for key, (label, colour, mark) in MERGES.items():

@@ -1,6 +1,6 @@
 """Kernel figures against torch's addmm_, PEFT's expression and the floor, interleaved minima; a table and JSON.
 
-    python benchmarks/kernels.py [--quick] [--out kernels.json] [--only merge|apply] [--dtypes f32,bf16] [--ranks 8,64]
+    python benchmarks/kernel_times.py [--quick] [--only merge|apply] [--dtypes f32,bf16] [--ranks 8,64] [--out a.json]
 
 The floor of a merge is the larger of an in-place read and write of the same weights (`neg_`) and the multiply-adds at
 the peak that this run measures (a large torch matmul of the same dtype, of fp32 where that is faster).
