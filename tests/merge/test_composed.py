@@ -26,6 +26,10 @@ def composed(monkeypatch):
             return None
 
         @staticmethod
+        def finite(*_):
+            return None
+
+        @staticmethod
         def combine(*_):
             return None
 
