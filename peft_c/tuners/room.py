@@ -21,6 +21,7 @@ The law of a room is the class it derives from:
 |          | and, where it is cheaper,        |                         |                                             |
 |          | `before(name, x)`,               |                         | base(before(x))                             |
 |          | `after(name, y)`                 |                         | after(base(x))                              |
+| SwapRoom | a module for each adapter        | that module's           | that module                                 |
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ __all__ = [
     "RoomConfig",
     "RoomModel",
     "State",
+    "SwapRoom",
     "Unscaled",
     "apply_weight",
     "dropout",
@@ -381,21 +383,26 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
             raise NotImplementedError(self.never_merged)
         kept.forget(self)
         if self.exclusive:
-            adapter_names = check_adapters_to_merge(self, adapter_names)
-            if len(adapter_names) > 1:
-                raise ValueError(
-                    f"Trying to merge {len(adapter_names)} adapters, but {law.describe(self)} does not allow merging "
-                    "more than one adapter at a time"
-                )
+            adapter_names = self._one_to_merge(adapter_names)
             if not adapter_names:
                 return
-            if self.merged:
-                warnings.warn(f"Already merged with {set(self.merged_adapters)}. Unmerging first.")
-                self.unmerge()
         if self.quantization_backend is None:
             law.merge(self, safe_merge, adapter_names)
         else:
             self._merge_requantised(safe_merge, check_adapters_to_merge(self, adapter_names))
+
+    def _one_to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        """The one adapter to merge, or none, when the one that is merged has been taken out."""
+        names = check_adapters_to_merge(self, adapter_names)
+        if len(names) > 1:
+            raise ValueError(
+                f"Trying to merge {len(names)} adapters, but {law.describe(self)} does not allow merging "
+                "more than one adapter at a time"
+            )
+        if names and self.merged:
+            warnings.warn(f"Already merged with {set(self.merged_adapters)}. Unmerging first.")
+            self.unmerge()
+        return names
 
     @torch.no_grad()
     def _merge_requantised(self, safe_merge: bool, names: list[str]) -> None:
@@ -666,6 +673,96 @@ class MapRoom(Room):
 
         labels = ("weight",) if held(self.get_base_layer(), "bias") is None else ("weight", "bias")
         return dict.fromkeys(labels, law.Replace(merged))
+
+
+class SwapRoom(Room):
+    """The law SWAP of whole modules: an adapter is a module in the first container and stands in for the base layer.
+
+    Merged, it is the layer's `base_layer`, too, and the base layer is kept aside, as it is: no value is copied, and
+    whatever is written or trained meanwhile is the adapter's.
+    """
+
+    exclusive = True
+    returns_input_dtype = False
+    _aside: ClassVar[nn.Module | None] = None  # the base layer of a merged one; not among the submodules
+
+    def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.entry(self.adapter_layer_names[0], names[0])(x, *args, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Let an adapter (default: the active one) stand in for the base layer.
+
+        safe_merge: ValueError if one of its values is not finite. Nothing has changed when an error is raised.
+        """
+        with _Standing(self):
+            for name in self._one_to_merge(adapter_names):
+                if self.has_adapter(name):
+                    module = self.entry(self.adapter_layer_names[0], name)
+                    self._check_values(name, module, safe_merge)
+                    self.__dict__["_aside"], self._modules["base_layer"] = self._modules["base_layer"], module
+                    self.merged_adapters.append(name)
+
+    def _check_values(self, name: str, module: nn.Module, safe_merge: bool) -> None:
+        for part in module.modules() if module._modules else (module,):
+            for value in (*part._parameters.values(), *part._buffers.values()):
+                if value is not None and value.is_meta:
+                    raise ValueError(
+                        f"Cannot merge '{name}' of {law.describe(self)}: it is on the meta device and has no values. "
+                        "Load the weights first."
+                    )
+                if safe_merge and value is not None and not torch.isfinite(value).all():
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {name} seems to be broken; nothing was "
+                        "merged."
+                    )
+
+    def unmerge(self, adapter_names: list[str] | None = None) -> None:
+        """Put the base layer back; with `adapter_names`, if one of these is merged."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.")
+        elif adapter_names is None or not set(adapter_names).isdisjoint(self.merged_adapters):
+            with _Standing(self):
+                base, self._merge_suspended = self.__dict__.pop("_aside", None), False
+                if base is not None:  # it was not suspended
+                    if base.training is not self.training:
+                        base.train(self.training)
+                    self._modules["base_layer"] = base
+                self.merged_adapters.clear()
+
+    def switch(self, adapter_names: list[str], safe_merge: bool = False) -> None:
+        """Merge the adapter in place of the one that is merged."""
+        with _Standing(self):
+            if self.merged:
+                self.unmerge()
+            self.merge(safe_merge, adapter_names)
+
+    def _merging(self) -> Any:
+        return _Standing(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SwapRoom:
+        if self._aside is not None and recurse:
+            self._aside._apply(fn)
+        return super()._apply(fn, recurse)
+
+
+class _Standing:
+    """Which module stands for the base layer of a `SwapRoom`; as a block, goes back there on an error."""
+
+    def __init__(self, layer: SwapRoom) -> None:
+        self.layer, self.base, self.aside = layer, layer._modules["base_layer"], layer._aside
+        self.names, self.suspended = list(layer.merged_adapters), layer._merge_suspended
+
+    def go_back(self) -> None:
+        layer = self.layer
+        layer._modules["base_layer"], layer.__dict__["_aside"] = self.base, self.aside
+        layer.merged_adapters[:], layer._merge_suspended = self.names, self.suspended
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is not None:
+            self.go_back()
 
 
 # ------------------------------------------------------------------------------------------------------------- models
