@@ -157,19 +157,19 @@ def describe(layer: Any) -> str:
     return f"{method}.{type(layer).__name__}"
 
 
-def _broken(names: Iterable[str], what: str = "weights") -> ValueError:
+def nan_error(names: Iterable[str], what: str = "weights") -> ValueError:
     return ValueError(
         f"NaNs detected in the merged {what}. The adapter {', '.join(names)} seems to be broken; nothing was merged."
     )
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
     known = _C.finite(tensor)
     return bool(torch.isfinite(tensor).all()) if known is None else known
 
 
 def _finite(changes: Iterable[Change]) -> bool:
-    return all(_is_finite(tensor) for change in changes if isinstance(change, LowRank) for tensor in change[:2])
+    return all(is_finite(tensor) for change in changes if isinstance(change, LowRank) for tensor in change[:2])
 
 
 def _values_of(change: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -212,7 +212,7 @@ def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None 
     if safe_merge:
         broken = [name for name in plans if not _finite(plans[name].values())]
         if broken:
-            raise _broken(broken)
+            raise nan_error(broken)
     with transaction(layer) as way_back:
         for step in _steps(layer, plans):
             _merge_step(layer, step, targets, plans, safe_merge)
@@ -307,7 +307,7 @@ def _merge_group(layer: Any, step: Merge, targets: dict, plans: dict, safe_merge
         if changes:
             saved = _merge_one(layer, label, view, changes, safe_merge)
             if saved is None:
-                raise _broken(step.adapters)
+                raise nan_error(step.adapters)
             step.saved.append(saved)
 
 
@@ -368,7 +368,7 @@ def _merge_variant(layer: Any, step: Merge, targets: dict, plans: dict, safe_mer
         if safe_merge:
             merged = variant.merge_safe(layer, name, before.clone())
             if not torch.isfinite(merged).all():
-                raise _broken(step.adapters)
+                raise nan_error(step.adapters)
         else:
             variant.merge_unsafe(layer, name, weight)
             merged = weight.data
@@ -398,7 +398,7 @@ def _merge_replacement(layer: Any, step: Merge, targets: dict, plans: dict, safe
         else:
             undo = Difference.exchange(weight, tensor, _own(merged, tensor, layer), False, safe_merge)
         if undo is None:
-            raise _broken(step.adapters, "bias" if label == "bias" else "weights")
+            raise nan_error(step.adapters, "bias" if label == "bias" else "weights")
         step.saved.append(Saved(label, [], undo, meta_of(tensor)))
 
 
@@ -557,7 +557,7 @@ def _switch_in_one(layer: Any, names: list[str], plans: dict, safe_merge: bool) 
             before = next((saved for saved in old.saved if saved.label == label), Saved(label, []))
             after, reason = _switch_one(view, view.tensor, before, changes, safe_merge)
             if after is None:
-                raise _broken(names)
+                raise nan_error(names)
             new.saved.append(after)
             reasons.append(reason)
     except BaseException:

@@ -710,11 +710,8 @@ class SwapRoom(Room):
                         f"Cannot merge '{name}' of {law.describe(self)}: it is on the meta device and has no values. "
                         "Load the weights first."
                     )
-                if safe_merge and value is not None and not torch.isfinite(value).all():
-                    raise ValueError(
-                        f"NaNs detected in the merged weights. The adapter {name} seems to be broken; nothing was "
-                        "merged."
-                    )
+                if safe_merge and value is not None and not law.is_finite(value):
+                    raise law.nan_error([name])
 
     def unmerge(self, adapter_names: list[str] | None = None) -> None:
         """Put the base layer back; with `adapter_names`, if one of these is merged."""
