@@ -34,11 +34,9 @@ def _affected(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
                 yield child, True
 
 
-def _content(container: dict | list | set, appended_to: bool) -> dict | list | set | int:
-    """What `_refill` needs: a copy or, for a large dict that is only appended to, its length."""
-    if appended_to and len(container) > _LARGE and isinstance(container, dict):
-        return len(container)
-    return container.copy()
+def _content(container: dict | list | set) -> dict | list | set | int:
+    """What `_refill` needs of a large container that is only appended to: the length of a dict, else a copy."""
+    return len(container) if isinstance(container, dict) else container.copy()
 
 
 def _refill(container: dict | list | set, content: dict | list | set | tuple | int) -> None:
@@ -63,10 +61,17 @@ class _Snapshot:
         self.modules = []
         self.parameters = []
         for module, per_adapter in _affected(model):
-            attributes = dict(module.__dict__)
-            full = [(v, _content(v, per_adapter)) for v in attributes.values() if type(v) in _CONTAINERS and v]
+            attributes = module.__dict__.copy()
+            full = []
+            for value in attributes.values():
+                if type(value) in _CONTAINERS and value:
+                    large = per_adapter and len(value) > _LARGE
+                    full.append((value, _content(value) if large else value.copy()))
             self.modules.append((module, attributes, full))
-            for param in () if per_adapter and len(module._parameters) > _LARGE else module._parameters.values():
+            parameters = module._parameters
+            if not parameters or (per_adapter and len(parameters) > _LARGE):
+                continue
+            for param in parameters.values():
                 if param is not None:
                     data = param.data if type(param) is nn.Parameter else None
                     self.parameters.append((param, param.requires_grad, data))

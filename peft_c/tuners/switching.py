@@ -140,8 +140,11 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
         for name, child in layer._modules.items():
             if name == "base_layer" or child is None:
                 continue
-            containers = [child] if isinstance(child, ADAPTER_CONTAINERS) else child.modules()
-            for container in containers:
+            if isinstance(child, ADAPTER_CONTAINERS):
+                if adapter_name in child:
+                    _cast_entry(child, adapter_name)
+                continue
+            for container in child.modules():
                 if isinstance(container, ADAPTER_CONTAINERS) and adapter_name in container:
                     _cast_entry(container, adapter_name)
 
@@ -152,7 +155,7 @@ def _cast_entry(container: nn.Module, adapter_name: str) -> None:
         if entry.dtype in _LOW_PRECISION:
             container[adapter_name] = _to_float32(entry)
         return
-    if not isinstance(entry, nn.Module) or all(t.dtype not in _LOW_PRECISION for t in tensors_of(entry)):
+    if not isinstance(entry, nn.Module) or _LOW_PRECISION.isdisjoint([t.dtype for t in tensors_of(entry)]):
         return
     for owner in entry.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):

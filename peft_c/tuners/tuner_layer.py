@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _global_module_registration_hooks
 
 from .. import _C
 from ..utils.warning import PeftWarning
@@ -285,7 +286,9 @@ class BaseTunerLayer(_C.Layer, ABC):
         modules = self.__dict__.get("_modules", {})  # where getattr would look last
         for name in self.adapter_layer_names + self.other_param_names:
             container = modules[name] if name in modules else getattr(self, name, None)
-            if not isinstance(container, ADAPTER_CONTAINERS) or adapter_name not in container:
+            if type(container) is dict or not isinstance(container, ADAPTER_CONTAINERS):
+                continue
+            if adapter_name not in container:
                 continue
             item = container[adapter_name]
             tensors = tensors_of(item)
@@ -310,9 +313,20 @@ class BaseTunerLayer(_C.Layer, ABC):
         return x.to(dtype=dtype)
 
 
+def add_modules(owner: nn.Module, **modules: nn.Module) -> None:
+    """`owner.name = module` for modules whose names nothing in `owner` has."""
+    if not _global_module_registration_hooks:
+        owner._modules.update(modules)
+        return
+    for name, module in modules.items():
+        owner.register_module(name, module)
+
+
 def move_parts(layer: nn.Module, marks: tuple[str, ...], weight: Callable[[], torch.Tensor]) -> None:
     """Moves the modules in a layer whose names contain one of `marks` to where `weight()` is, but for those that have
     a parameter on the meta device."""
+    if _is_at(layer, weight().device):
+        return
     parts = [module for name, module in layer.named_modules() if any(mark in name for mark in marks)]
     device = weight().device if parts else None
     if all(_are_at(_own_tensors(part), device, None) for part in parts):
@@ -320,6 +334,19 @@ def move_parts(layer: nn.Module, marks: tuple[str, ...], weight: Callable[[], to
     for part in parts:
         if not any(parameter.is_meta for parameter in part.parameters()):
             part.to(device)
+
+
+def _is_at(module: nn.Module, device: torch.device) -> bool:
+    """Whether a module and all in it are on the device; innermost base layers are not asked."""
+    for tensors in (module._parameters, module._buffers):
+        for tensor in tensors.values():
+            if tensor is not None and tensor.device != device:
+                return False
+    for name, child in module._modules.items():
+        innermost = name == "base_layer" and type(child) in INNERMOST
+        if child is not None and not innermost and not _is_at(child, device):
+            return False
+    return True
 
 
 def _own_tensors(module: nn.Module) -> list[torch.Tensor]:
@@ -335,7 +362,7 @@ def tensors_of(item: nn.Module | torch.Tensor) -> list[torch.Tensor]:
 
 def _are_at(tensors: list[torch.Tensor], device: torch.device, dtype: torch.dtype | None) -> bool:
     """Whether nothing would change by moving them to the device and those that are no integers to the dtype."""
-    return all(
-        t.device == device and (dtype in (None, t.dtype) or not (t.is_floating_point() or t.is_complex()))
-        for t in tensors
-    )
+    for t in tensors:
+        if t.device != device or (dtype not in (None, t.dtype) and (t.is_floating_point() or t.is_complex())):
+            return False
+    return True

@@ -66,7 +66,7 @@ from .targets import (  # noqa: F401
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
-from .tuner_layer import BaseTunerLayer, _get_in_out_features, move_parts  # noqa: F401
+from .tuner_layer import INNERMOST, BaseTunerLayer, _get_in_out_features, move_parts  # noqa: F401
 
 _TYING = (
     "This can lead to complications, for example when merging the adapter or converting your model to formats other "
@@ -623,6 +623,8 @@ def _hand_over(child: nn.Module, new_module: nn.Module) -> None:
 def any_weight(module: nn.Module) -> torch.Tensor:
     """A weight that tells where a module is; quantized layers keep theirs under other names, multi-head attention in
     one of three."""
+    if type(module) in INNERMOST:
+        return module.weight
     candidates = (getattr(module, name, None) for name in ("qweight", "W_q", "weight", "in_proj_weight"))
     weight = next((tensor for tensor in candidates if tensor is not None), None)
     return next(module.parameters()) if weight is None else weight
@@ -771,7 +773,20 @@ def get_device_map(model: nn.Module) -> dict:
     """Where the parts of the model are: `hf_device_map`, or the one device of its first parameter."""
     if hasattr(model, "hf_device_map"):
         return model.hf_device_map
-    return {"": next(model.parameters()).device}
+    parameter = _first_parameter(model)
+    return {"": (next(model.parameters()) if parameter is None else parameter).device}
+
+
+def _first_parameter(module: nn.Module) -> nn.Parameter | None:
+    """The first of `module.parameters()`."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            return parameter
+    for child in module._modules.values():
+        parameter = None if child is None else _first_parameter(child)
+        if parameter is not None:
+            return parameter
+    return None
 
 
 __getattr__ = elsewhere(__name__)

@@ -249,6 +249,8 @@ def quantization_extra_repr(module: nn.Module) -> str:
 def get_quantization_kwargs(model: nn.Module) -> dict[str, Any]:
     """Keyword arguments for `resolve_quantization_backend` that only the model knows; empty if there are none."""
     name = "get_apply_tensor_subclass"
+    if getattr(model, "hf_quantizer", None) is None:
+        return {}
     try:
         return {name: operator.attrgetter(f"hf_quantizer.quantization_config.{name}")(model)}
     except AttributeError:

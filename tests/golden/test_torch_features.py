@@ -67,6 +67,22 @@ def test_channels_last(method, kind):
     assert all(weight.stride() == old.stride() for weight, old in zip(weights(model), before, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["Linear", "Embedding", "Conv2d"])
+def test_torch_is_told_of_every_module(kind):
+    found = []
+    for package in (peft_c, peft):
+        names = []
+        hook = torch.nn.modules.module.register_module_module_registration_hook(
+            lambda owner, name, module, names=names: names.append((type(owner).__name__, name, type(module).__name__))
+        )
+        try:
+            make("lora", kind, package=package)
+        finally:
+            hook.remove()
+        found.append([entry for entry in names if "base_layer" in entry or "lora_" in entry[1]])
+    assert found[0] == found[1] and len(found[0]) >= 7
+
+
 @pytest.mark.parametrize("method", ["loha", "hira", "glora"])
 def test_export(method):
     model, x = make(method), network("Linear")[1]

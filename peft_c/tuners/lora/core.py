@@ -24,6 +24,7 @@ from ...utils.integrations import dequantize_module_weight
 from ...utils.warning import PeftWarning
 from .. import law
 from ..base_view import BaseView, held
+from ..tuner_layer import add_modules
 from ..tuners_utils import BaseTunerLayer, _get_in_out_features
 from . import init as _init
 
@@ -123,7 +124,6 @@ class LoraLayer(BaseTunerLayer):
     _caches: dict[str, Any]  # what a variant keeps between merge and unmerge
 
     def __init__(self, base_layer: nn.Module, ephemeral_gpu_offload: bool = False, **kwargs: Any) -> None:
-        self.base_layer = base_layer
         self.__dict__.update(  # no modules or weights, which torch would look for in each
             r={},
             lora_alpha={},
@@ -139,13 +139,18 @@ class LoraLayer(BaseTunerLayer):
             lora_variant={},
             kwargs=kwargs,
         )
-        self.lora_dropout = nn.ModuleDict()
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
-        self.lora_embedding_A = nn.ParameterDict()
-        self.lora_embedding_B = nn.ParameterDict()
-        self.lora_magnitude_vector = nn.ModuleDict()
-        self.in_features, self.out_features = self._get_in_out_features(self.get_base_layer())
+        add_modules(
+            self,
+            base_layer=base_layer,
+            lora_dropout=nn.ModuleDict(),
+            lora_A=nn.ModuleDict(),
+            lora_B=nn.ModuleDict(),
+            lora_embedding_A=nn.ParameterDict(),
+            lora_embedding_B=nn.ParameterDict(),
+            lora_magnitude_vector=nn.ModuleDict(),
+        )
+        sizes = self._get_in_out_features(self.get_base_layer())
+        self.__dict__["in_features"], self.__dict__["out_features"] = sizes
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int] | tuple[None, None]:
         return _get_in_out_features(module)

@@ -31,7 +31,8 @@ def initialize(layer: Any, adapter_name: str, config: Any) -> None:
     """
     value = config.init_lora_weights
     scheme = _scheme_name(value)
-    if adapter_name not in layer.lora_A or isinstance(layer.lora_A[adapter_name], nn.modules.conv._ConvNd):
+    factors = layer.lora_A
+    if adapter_name not in factors or isinstance(factors[adapter_name], nn.modules.conv._ConvNd):
         value = True if scheme == "lora_ga" else value
         scheme = scheme if scheme in ("loftq", "mica") else None
     if scheme == "eva":
@@ -130,8 +131,9 @@ def reset_lora_parameters(layer: Any, adapter_name: str, init_lora_weights: bool
     layer. Under tensor parallelism the unsharded factor is then made equal on all ranks.
     """
     if init_lora_weights is not False:
-        if adapter_name in layer.lora_A:
-            A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        factors, embedding_factors = layer.lora_A, layer.lora_embedding_A
+        if adapter_name in factors:
+            A, B = factors[adapter_name], layer.lora_B[adapter_name]
             if init_lora_weights is True:
                 nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
             elif init_lora_weights.lower() == "gaussian":
@@ -145,8 +147,8 @@ def reset_lora_parameters(layer: Any, adapter_name: str, init_lora_weights: bool
             nn.init.zeros_(B.weight)
             if layer.lora_bias[adapter_name]:
                 nn.init.zeros_(B.bias)
-        if adapter_name in layer.lora_embedding_A:
-            nn.init.zeros_(layer.lora_embedding_A[adapter_name])
+        if adapter_name in embedding_factors:
+            nn.init.zeros_(embedding_factors[adapter_name])
             nn.init.normal_(layer.lora_embedding_B[adapter_name])
     if dist.is_available() and dist.is_initialized():
         _broadcast_unsharded_factor(layer, adapter_name)

@@ -51,10 +51,9 @@ class Linear(_LoraModule):
     ) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
-        self.fan_in_fan_out = config.fan_in_fan_out
-        self._active_adapter = adapter_name
+        self.__dict__.update(fan_in_fan_out=config.fan_in_fan_out, _active_adapter=adapter_name)
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-        self.is_target_conv_1d_layer = is_target_conv_1d_layer
+        self.__dict__["is_target_conv_1d_layer"] = is_target_conv_1d_layer
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant] | None]:

@@ -210,9 +210,10 @@ class LoraModel(BaseTuner):
         r = lora_config.rank_pattern.get(rank_key, lora_config.r)
         lora_alpha = lora_config.alpha_pattern.get(alpha_key, lora_config.lora_alpha)
 
+        model = self.model
         if _takes_adapter(target, adapter_name):
             lora_module, base_layer = target, target.get_base_layer()
-            annotate_base_layer(self.model, base_layer, current_key)
+            annotate_base_layer(model, base_layer, current_key)
             target.update_layer(adapter_name, r, lora_alpha=lora_alpha, target_name=current_key, config=lora_config)
         else:
             if isinstance(target, ParamWrapper) and parameter_name == target.parameter_name:
@@ -221,7 +222,7 @@ class LoraModel(BaseTuner):
                     f"parameter {parameter_name} of {current_key}."
                 )
             base_layer = target
-            annotate_base_layer(self.model, base_layer, current_key)
+            annotate_base_layer(model, base_layer, current_key)
             lora_module = self._create_new_module(
                 lora_config,
                 adapter_name,
@@ -230,13 +231,13 @@ class LoraModel(BaseTuner):
                 lora_alpha=lora_alpha,
                 target_name=current_key,
                 parameter_name=parameter_name,
-                tied_adapter=_tied_factors(self.model, lora_config, adapter_name, target_name),
-                **_model_kwargs(self.model, lora_config),
+                tied_adapter=_tied_factors(model, lora_config, adapter_name, target_name),
+                **_model_kwargs(model, lora_config),
             )
             if adapter_name not in self.active_adapters:
                 lora_module.requires_grad_(False)
             self._replace_module(parent, target_name, lora_module, target)
-        shard_adapter(self.model, lora_module, base_layer, adapter_name, current_key)
+        shard_adapter(model, lora_module, base_layer, adapter_name, current_key)
 
     @staticmethod
     def _create_new_module(lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
