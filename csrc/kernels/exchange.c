@@ -39,9 +39,16 @@ static const char *operands_from(const exchange_job *job, operand_window *window
     return window->wide + (i - window->first) * wide;
 }
 
-/* other = w, w = w op operand */
-static void combine_piece(const exchange_job *job, operand_window *window, int64_t at, char *w, char *other,
-                          int64_t n) {
+/* Whether n elements consist of whole groups of lines in each part with operands of its own, which are hashed at once. */
+static int is_grouped(const exchange_job *job, int64_t n) {
+    const int64_t period = job->by->run == 1 ? job->by->count : job->by->run;
+    const int64_t group = HASH_LINES * 64 / pk_dtype_size(job->pair.dtype);
+    return n % group == 0 && period % group == 0;
+}
+
+/* other = w, w = w op operand; hash: NULL, or it goes on by the new w */
+static void combine_piece(const exchange_job *job, operand_window *window, int64_t at, char *w, char *other, int64_t n,
+                          uint32_t *hash) {
     const pk_row_kernels *const rows = &job->isa->dtype[job->pair.dtype];
     const row_op op = job->by->multiply ? OP_MUL : OP_ADD;
     const int64_t size = pk_dtype_size(job->pair.dtype), run = job->by->run;
@@ -50,16 +57,17 @@ static void combine_piece(const exchange_job *job, operand_window *window, int64
         const char *const by = operands_from(job, window, i);
         part = min64(n - j, run == 1 ? window->first + window->n - i : run - (at + j) % run);
         if (other)
-            rows->keep(op, w + j * size, by, run == 1, other + j * size, part);
+            rows->keep(op, w + j * size, by, run == 1, other + j * size, part, hash);
         else
             rows->apply(op, w + j * size, by, w + j * size, part);
     }
 }
 
-static void exchange_piece(exchange_job *job, operand_window *window, int64_t at, char *w, char *other, int64_t n) {
+static void exchange_piece(exchange_job *job, operand_window *window, int64_t at, char *w, char *other, int64_t n,
+                           uint32_t *hash) {
     const size_t bytes = (size_t)(n * pk_dtype_size(job->pair.dtype));
     if (job->by) {
-        combine_piece(job, window, at, w, other, n);
+        combine_piece(job, window, at, w, other, n, hash);
     } else {
         char fresh[PIECE * 8]; /* one array after the other: going through both at once is slower */
         memcpy(fresh, other, bytes);
@@ -130,9 +138,10 @@ static void exchange_range(int64_t begin, int64_t end, void *ctx) {
             char *const w = pair->places ? gathered : (char *)pair->w + at * size;
             char *const other = pair->other ? (char *)pair->other + at * size : NULL;
             if (pair->places) places_copy(pair, at, gathered, n, 0);
-            if (other || job->by) exchange_piece(job, &window, at, w, other, n);
+            const int at_once = job->hash && job->by && other && is_grouped(job, n);
+            if (other || job->by) exchange_piece(job, &window, at, w, other, n, at_once ? hash.hash : NULL);
             if (pair->places) places_copy(pair, at, gathered, n, 1);
-            if (job->hash) hash_piece(job->isa, hash.hash, job->old ? other : w, n * size);
+            if (job->hash && !at_once) hash_piece(job->isa, hash.hash, job->old ? other : w, n * size);
         }
         digest += ((uint64_t)trace_hash(&hash) + 1) * (2 * (uint64_t)i + 1);
         if (pair->hashes) pair->hashes[i] = trace_hash(&hash);
@@ -217,7 +226,7 @@ static void uncombine_range(int64_t begin, int64_t end, void *ctx) {
                 atomic_store_explicit(&job->bad, 1, memory_order_relaxed);
         }
         for (int64_t at = 0; job->old && job->done[i] && at < n; at += PIECE)
-            combine_piece(job, &window, from + at, w + at * size, other + at * size, min64(PIECE, n - at));
+            combine_piece(job, &window, from + at, w + at * size, other + at * size, min64(PIECE, n - at), NULL);
     }
 }
 

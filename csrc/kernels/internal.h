@@ -51,8 +51,9 @@ typedef struct {
     void (*pack)(const void *src, int64_t sp, int64_t sj, int64_t np, int64_t nj, void *dst, int64_t ld, double scale);
     /* out = round(w op d); out may be w. OP_SET ignores w. */
     void (*apply)(row_op op, const void *w, const void *d, void *out, int64_t n);
-    /* old = w, w = round(w op d), op is OP_ADD or OP_MUL; step 0: d[0] for all */
-    void (*keep)(row_op op, void *w, const void *d, int step, void *old, int64_t n);
+    /* old = w, w = round(w op d), op is OP_ADD or OP_MUL; step 0: d[0] for all. hash: NULL, or it goes on by what w
+     * becomes, HASH_LINES whole lines or several times so many. */
+    void (*keep)(row_op op, void *w, const void *d, int step, void *old, int64_t n, uint32_t *hash);
     /* w(i, j) = round(w op delta(i, j)) for whole tiles, delta of acc ([0]) or of pairs of bf16 ([1], NULL if the ISA has
      * none); op is OP_ADD, OP_SUB or OP_SET. */
     void (*fused[2])(row_op op, const pk_strip *s);

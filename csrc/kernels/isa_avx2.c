@@ -16,6 +16,7 @@ typedef __m256d vd;
 #define ISA_NAME "avx2"
 #define ISA_MATH 1
 #define WORDS_STEPS
+#define WORDS_TURN
 #define ISA_TAKES_HALVES
 
 static INLINE vf vf_load(const float *p) {
@@ -69,6 +70,14 @@ static INLINE uint64_t mask64(const int8_t *p) {
         mask |= (uint64_t)(uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_setzero_si256())) << 32 * i;
     }
     return ~mask;
+}
+/* Each lane turned left by 0 to 3 bytes: one shuffle for two shifts, of which as few can run at once. */
+static INLINE __m256i lanes_turned(__m256i x, const int bytes) {
+    static const int32_t first[] = {0x03020100, 0x02010003, 0x01000302,
+                                    0x00030201}; /* of a lane: where its bytes are */
+    const __m256i lane =
+        _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c);
+    return bytes ? _mm256_shuffle_epi8(x, _mm256_add_epi32(lane, _mm256_set1_epi32(first[bytes]))) : x;
 }
 static INLINE vf vf_put_f32(float *p, vf v) {
     _mm256_storeu_ps(p, v);

@@ -161,7 +161,7 @@ def test_restore_exchanges_what_has_the_digest(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(7, 5), (130, 301), (3000, 7), (3, 4, 5, 6), (0, 3), (1, 20000)])
+@pytest.mark.parametrize("shape", [(7, 5), (130, 301), (3000, 7), (3, 4, 5, 6), (0, 3), (1, 20000), (5, 2688)])
 def test_combine_with_vectors(dtype, shape):
     torch.manual_seed(0)
     for multiply in (False, True):
