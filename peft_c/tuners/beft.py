@@ -25,6 +25,7 @@ class Linear(AddRoom):
 
     converts_to_lora = False
     returns_input_dtype = False
+    named_in_repr = False
     adapter_layer_names = ("beft_bias",)
     adds = ("bias",)
 

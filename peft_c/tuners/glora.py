@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -36,9 +36,11 @@ class GloraConfig(RoomConfig):
 class GloraPath(nn.Module):
     """A support of the given shape: low-rank Xd Xu, a column X, one number X, or a buffer of zeros."""
 
-    def __init__(self, form: str, shape: tuple[int, ...], r: int, init_weights: bool) -> None:
+    form: ClassVar[str]
+
+    def __init__(self, shape: tuple[int, ...], r: int, init_weights: bool) -> None:
         super().__init__()
-        self.form = form
+        form = self.form
         if form == "none":
             self.register_buffer("zeros", torch.zeros(shape))
         elif form == "lora":
@@ -60,6 +62,13 @@ class GloraPath(nn.Module):
         return self.zeros if self.form == "none" else self.X
 
 
+_PATHS = {
+    form: type(f"Glora{name}Path", (GloraPath,), {"__module__": __name__, "form": form})
+    for form, name in (("lora", "Lora"), ("vector", "Vector"), ("constant", "Scalar"), ("none", "Empty"))
+}
+GloraLoraPath, GloraVectorPath, GloraScalarPath, GloraEmptyPath = _PATHS.values()
+
+
 class GloraLinear(AddRoom):
     """W + W * A + B and b + b * D + E + W C for nn.Linear, with A and B (out, in), C (in, 1), D and E (out,)."""
 
@@ -76,7 +85,7 @@ class GloraLinear(AddRoom):
         forms = (config.config_A_B, config.config_C if biased else "none", config.config_D_E if biased else "none")
         shapes = ((out, self.in_features), (self.in_features, 1), (out,))
         for letter, kind in zip("ABCDE", (0, 0, 1, 2, 2), strict=True):
-            path = GloraPath(forms[kind], shapes[kind], config.r, config.init_weights)
+            path = _PATHS[forms[kind]](shapes[kind], config.r, config.init_weights)
             getattr(self, f"glora_{letter}")[name] = path
 
     def support(self, letter: str, name: str) -> torch.Tensor:

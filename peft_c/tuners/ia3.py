@@ -41,6 +41,7 @@ class IA3Layer(MapRoom):
     Convolutions have l (1, channels, 1, ...).
     """
 
+    named_in_repr = False
     adapter_layer_names = ("ia3_l",)
     is_feedforward = False
 

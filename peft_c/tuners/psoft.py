@@ -73,25 +73,27 @@ class OrthLayer(nn.Module):
 
     def __init__(self, config: PsoftConfig, r: int) -> None:
         super().__init__()
-        self.size, self.orth, self.eps = r, config.psoft_orth, config.cayley_neumann_eps
-        self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
+        self.size, self.orth, self.mag_a, self.mag_b = r, config.psoft_orth, config.psoft_mag_a, config.psoft_mag_b
+        for name in ("use_cayley_neumann", "num_cayley_neumann_terms", "cayley_neumann_eps"):
+            setattr(self, name, getattr(config, name))
         for name, places in zip(("rows", "cols"), torch.triu_indices(r, r, 1), strict=True):
             self.register_buffer(name, places, persistent=False)
         self.weight = nn.Parameter(torch.zeros(r * (r - 1) // 2) if self.orth else torch.eye(r))
-        self.vector_b = nn.Parameter(torch.ones(r)) if config.psoft_mag_b else None
-        self.vector_a = nn.Parameter(torch.ones(r)) if config.psoft_mag_a else None
+        self.vector_b = nn.Parameter(torch.ones(r)) if self.mag_b else None
+        self.vector_a = nn.Parameter(torch.ones(r)) if self.mag_a else None
 
     def cayley(self, dtype: torch.dtype) -> torch.Tensor:
         """C."""
         r = self.size
         upper = self.weight.new_zeros(r, r, dtype=dtype).index_put((self.rows, self.cols), self.weight.to(dtype))
         Q, identity = upper - upper.T, torch.eye(r, dtype=dtype, device=upper.device)
-        if self.terms is None:
+        if not self.use_cayley_neumann:
             return torch.sub(torch.linalg.inv(identity - Q), identity, alpha=0.5) * 2  # I + Q = 2 I - (I - Q)
-        if self.eps is not None:
+        eps, terms = self.cayley_neumann_eps, self.num_cayley_neumann_terms
+        if eps is not None:
             norm = torch.linalg.norm(Q)
-            Q = torch.where(norm > self.eps, Q * (self.eps / (norm + 1e-12)), Q)
-        last = {1: 0, 2: 1}.get(self.terms, max(self.terms - 1, 3))  # as PEFT counts them: 3 terms are the same as 4
+            Q = torch.where(norm > eps, Q * (eps / (norm + 1e-12)), Q)
+        last = {1: 0, 2: 1}.get(terms, max(terms - 1, 3))  # as PEFT counts them: 3 terms are the same as 4
         C, power = identity, identity
         for i in range(1, last + 1):
             power = power @ Q
@@ -104,6 +106,10 @@ class OrthLayer(nn.Module):
         R = self.cayley(torch.promote_types(weight.dtype, torch.float32)) if self.orth else weight
         R = R if self.vector_b is None else self.vector_b[:, None] * R
         return (R if self.vector_a is None else R * self.vector_a).to(weight.dtype)
+
+    def __repr__(self) -> str:
+        shown = "size orth use_cayley_neumann num_cayley_neumann_terms cayley_neumann_eps mag_a mag_b".split()
+        return f"psoft.OrthLayer({', '.join(f'{name}={getattr(self, name)}' for name in shown)})"
 
 
 class Linear(AddRoom):

@@ -134,6 +134,7 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
     # adapter acts
     returns_input_dtype: ClassVar[bool | None] = True
     resets: ClassVar[tuple[str, ...]] = ()  # PEFT's names for `reset`, if it has one
+    named_in_repr: ClassVar[bool] = True  # whether the layer's repr begins with the method's name
     never_merged: ClassVar[str] = ""  # why adapters of the method cannot be merged, if they cannot
     _merge_suspended = False  # see law.suspend
 
@@ -450,7 +451,8 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         raise NotImplementedError(f"{type(self).__name__} derives from no law")
 
     def __repr__(self) -> str:
-        return f"{type(self).__module__.rpartition('.')[2]}.{super().__repr__()}"
+        method = f"{type(self).__module__.rpartition('.')[2]}." if self.named_in_repr else ""
+        return method + super().__repr__()
 
 
 class Unscaled:

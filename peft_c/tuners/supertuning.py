@@ -51,6 +51,7 @@ class Linear(SparseRoom):
     """W + S + B A alpha / r: S has `supertuning_values` (nnz) at the flat `supertuning_indices` (nnz)."""
 
     title = "Super-Tuning"
+    named_in_repr = False
     adapter_layer_names = ("supertuning_values", "supertuning_lora_A", "supertuning_lora_B")
     other_param_names = ("supertuning_indices", "supertuning_rank", "supertuning_lora_alpha")
     other_param_names += ("supertuning_lora_dropout",)

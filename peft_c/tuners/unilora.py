@@ -48,6 +48,7 @@ class Linear(SharedRoom, nn.Linear):
     scale 1 / sqrt(n)."""
 
     factored = math.inf
+    named_in_repr = False
     adapter_layer_names = ("unilora_theta_d",)
     other_param_names = ("r", "unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B") + (
         "unilora_dropout",
