@@ -18,6 +18,7 @@ typedef __m256d vd;
 #define WORDS_STEPS
 #define WORDS_TURN
 #define ISA_TAKES_HALVES
+#define WORDS_BF16_ROW
 
 static INLINE vf vf_load(const float *p) {
     return _mm256_loadu_ps(p);
@@ -101,6 +102,36 @@ static INLINE vf vf_put_bf16(uint16_t *p, vf v) {
     const __m256i r = bf16_bits(v), packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
     _mm_storeu_si128((__m128i *)(void *)p, _mm256_castsi256_si128(packed));
     return _mm256_castsi256_ps(_mm256_slli_epi32(r, 16));
+}
+/* Rows of 16 in two vectors, 0..3 and 8..11, 4..7 and 12..15, as a vector of bits is unpacked. Half a unit of the last
+ * place is added and the rest cut off, which is right but for NaNs and for what is in the middle of two values. */
+typedef __m256i bf16_row_bits;
+static INLINE void bf16_row_turn(vf *v) {
+    const vf low = _mm256_permute2f128_ps(v[0], v[1], 0x20), high = _mm256_permute2f128_ps(v[0], v[1], 0x31);
+    v[0] = low;
+    v[1] = high;
+}
+static INLINE void bf16_row_load(const void *p, vf *v) {
+    const __m256i x = _mm256_loadu_si256(p), zero = _mm256_setzero_si256();
+    v[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, x));
+    v[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, x));
+}
+static INLINE void bf16_row_store(void *p, __m256i x) {
+    _mm256_storeu_si256(p, x);
+}
+/* odd: the least halves that were cut off, 0 for a NaN */
+static INLINE __m256i bf16_row_start(void) {
+    return _mm256_set1_epi32(-1);
+}
+static INLINE __m256i bf16_row_round(const vf *v, __m256i *odd) {
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v[0], v[1], _CMP_UNORD_Q)), half = _mm256_set1_epi32(0x8000);
+    const __m256i low = _mm256_add_epi32(_mm256_castps_si256(v[0]), half);
+    const __m256i high = _mm256_add_epi32(_mm256_castps_si256(v[1]), half);
+    *odd = _mm256_andnot_si256(nan, _mm256_min_epu16(*odd, _mm256_min_epu16(low, high)));
+    return _mm256_packus_epi32(_mm256_srli_epi32(low, 16), _mm256_srli_epi32(high, 16));
+}
+static INLINE int bf16_row_is_odd(__m256i odd) {
+    return (_mm256_movemask_epi8(_mm256_cmpeq_epi16(odd, _mm256_setzero_si256())) & 0x33333333) != 0;
 }
 static INLINE vf vf_load_f16(const uint16_t *p) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p));

@@ -420,6 +420,10 @@ def test_nan_in_a_factor(isa, dtype):
     assert weight.merge(d, 0, rec) == OK
     wrong = ~np.isfinite(klib.widen(weight.w, dtype))
     assert (wrong == np.isnan(a[1])).all()
+    plain = Weight(old.copy(), dtype)
+    assert plain.merge(d) == OK
+    assert np.array_equal(bits(plain.w)[~wrong], bits(weight.w)[~wrong])
+    assert np.isnan(klib.widen(plain.w, dtype)[wrong]).all()
     assert weight.unmerge(d, rec) == OK
     assert np.array_equal(bits(weight.w), bits(old))
 
@@ -694,6 +698,10 @@ def test_rounding_of_every_half():
             assert Weight(w, dtype).merge(klib.full(values, F32)) == OK
             same = (bits(w) == bits(want)) | (values == 0)
             assert same.all(), (name, values[~same][:4], bits(w)[~same][:4])
+            tiles = np.repeat(np.zeros_like(w), 7, axis=0)
+            d = klib.lowrank([(values, F32, np.ones((7, 1), np.float32), F32, 1.0)])
+            assert Weight(tiles, dtype).merge(d) == OK
+            assert ((bits(tiles) == bits(w)) | (values == 0)).all(), name
     select(ISAS[0])
 
 
