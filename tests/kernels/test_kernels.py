@@ -4,7 +4,7 @@ import ctypes as C
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from . import klib
@@ -105,6 +105,7 @@ class Weight:
 
 @settings(max_examples=120, deadline=None)
 @given(shapes, dtypes, seeds, st.sampled_from(ISAS))
+@example((63, 64, 1), F32, 0, ISAS[0])
 def test_merge_is_close_and_unmerge_exact(shape, dtype, seed, name):
     n, k, r = shape
     rng = np.random.default_rng(seed)
@@ -207,6 +208,27 @@ def test_specials_round_trip(isa, dtype):
         assert np.array_equal(bits(weight.w), bits(old))
         assert weight.merge(d, CHECK, rec) == NONFINITE
         assert np.array_equal(bits(weight.w), bits(old))
+
+
+@pytest.mark.parametrize("factors", [F32, BF16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("least", [-133, -112, -104, -101])
+def test_tiny_values_are_rounded_alike(isa, factors, least):
+    """bf16 values around the least normal one and sums of them that nearly cancel, with a record and without."""
+    rng = np.random.default_rng(19)
+    tiny = np.exp2(rng.uniform(least, least + 12, (12, 640))) * rng.choice([-1, 1], (12, 640))
+    row = np.exp2(rng.uniform(least, least + 12, (1, 640)))
+    tiny = np.where(rng.random(tiny.shape) < 0.5, tiny, -row * (1 + rng.uniform(-1, 1, tiny.shape) / 128))
+    old, down = klib.narrow(tiny, BF16), klib.narrow(np.repeat(row, 4, 0), factors)
+    up = klib.narrow(np.repeat([[1.0, 0, 0, 0]], 12, 0), factors)
+    d, weight, plain = klib.lowrank([(down, factors, up, factors, 1.0)]), Weight(old.copy(), BF16), old.copy()
+    rec = weight.record()
+    assert weight.merge(d, CHECK, rec) == OK and Weight(plain, BF16).merge(d) == OK
+    assert np.array_equal(bits(weight.w), bits(plain))
+    if factors == F32:
+        want = klib.narrow(klib.widen(old, BF16).astype(np.float32) + row.astype(np.float32), BF16)
+        assert np.array_equal(bits(plain), bits(want))
+    assert weight.unmerge(d, rec) == OK
+    assert np.array_equal(bits(weight.w), bits(old))
 
 
 def in_order(w, first, second):
@@ -380,6 +402,46 @@ def decoded(code, shape, itemsize):
     return found
 
 
+def missed_by(old, delta, dtype):
+    """The differences of bits that subtracting delta, after it was added, misses."""
+    acc = np.float64 if dtype == F64 else np.float32
+    merged = klib.narrow(klib.widen(old, dtype).astype(acc) + delta.astype(acc), dtype)
+    back = klib.narrow(klib.widen(merged, dtype).astype(acc) - delta.astype(acc), dtype)
+    return (bits(old) - bits(back)).view(f"i{old.itemsize}")
+
+
+@pytest.mark.parametrize("factors", [F32, BF16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_isas_code_alike_and_read_each_other(dtype, factors):
+    """Differences at the ends of what a byte says, among which -127 is one that it says and -128 and 127 are not."""
+    rng, many, shape = np.random.default_rng(20), 200_000, (6, 512)
+    old = klib.narrow(np.exp2(rng.uniform(-9, 3, many)) * rng.choice([-1, 1], many), dtype)
+    bits(old)[: many // 20] = rng.integers(120, 140, many // 20)  # subnormals
+    delta = klib.widen(klib.narrow(np.exp2(rng.uniform(-1, 3, many)), BF16), BF16)
+    missed = missed_by(old, delta, dtype)
+    pick = rng.choice(np.flatnonzero(missed == 0), shape[0] * shape[1])
+    ends = [rng.choice(np.flatnonzero(missed == by), 60) for by in (-128, -127, -126, 126, 127, 128)]
+    pick[rng.permutation(pick.size)[:360]] = np.concatenate(ends)
+    old, delta, missed = (a[pick].reshape(shape) for a in (old, delta, missed))
+    up = klib.narrow(np.eye(shape[0]), factors)
+    d, codes = klib.lowrank([(klib.narrow(delta, factors), factors, up, factors, 1.0)]), []
+    for name in ISAS:
+        weight = Weight(old.copy(), dtype)
+        rec = weight.record()
+        select(name)
+        assert weight.merge(d, CHECK, rec) == OK
+        codes.append(C.string_at(rec.data, rec.size)[72:])  # what follows the head, which names the arithmetic
+        assert np.array_equal(decoded(codes[-1][16:], shape, old.itemsize), missed)
+        merged = weight.w.copy()
+        for other in ISAS:
+            select(other)
+            weight.w[...] = merged
+            assert weight.unmerge(d, rec) == OK
+            assert np.array_equal(bits(weight.w), bits(old)), (name, other)
+    assert all(code == codes[0] for code in codes)
+    select(ISAS[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("size", [0.0, 0.0005, 0.003, 0.02])
 @pytest.mark.parametrize("full", [False, True], ids=["low rank", "full"])
@@ -393,9 +455,7 @@ def test_record_holds_what_subtracting_misses(isa, dtype, size, full):
     weight = Weight(old.copy(), dtype)
     rec = weight.record()
     assert weight.merge(d, 0, rec) == OK
-    acc = np.float64 if dtype == F64 else np.float32
-    back = klib.narrow(klib.widen(weight.w, dtype).astype(acc) - row.astype(acc), dtype)
-    missed = (bits(old) - bits(back)).view(f"i{old.itemsize}")
+    missed = missed_by(old, row, dtype)
     data = C.string_at(rec.data, rec.size)[head:]
     if len(data) == old.nbytes:
         assert data == old.tobytes()
