@@ -463,13 +463,15 @@ class Unscaled:
         warnings.warn(f"Scaling operation for {self.title} not supported! Automatically set scale to 1.")
 
     def scale_layer(self, scale: float) -> None:
-        """The method has no scale: warns."""
-        if scale != 1:
-            self.set_scale("", scale)
+        """The method has no scale: warns for each adapter that acts."""
+        for name in self.active_adapters if scale != 1 else ():
+            if self.has_adapter(name):
+                self.set_scale(name, scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """The method has no scale: warns."""
-        warnings.warn(f"Unscaling operation for {self.title} not supported! Keeping scale to 1.")
+        """The method has no scale: warns for each adapter that acts."""
+        if any(map(self.has_adapter, self.active_adapters)):
+            warnings.warn(f"Unscaling operation for {self.title} not supported! Keeping scale to 1.")
 
 
 class AddRoom(Room):

@@ -235,3 +235,22 @@ def test_the_paths_of_glora(form):
         assert isinstance(path, kinds.GloraPath) and type(path) is getattr(kinds, type(path).__name__)
         found.append((repr(path), repr(copy.deepcopy(path)), type(pickle.loads(pickle.dumps(path))).__name__))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("method", ["boft", "deft", "hra", "miss", "oft"])
+def test_scaling_warns_for_adapters_that_act(method):
+    found = []
+    for package in (peft_c, peft):
+        model = start(method, package=package)
+        counts = []
+        for names in (["default"], []):
+            for layer in layers(model):
+                layer.set_adapter(names)
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    layer.scale_layer(1)
+                    layer.scale_layer(2)
+                    layer.unscale_layer()
+                counts.append(len(caught))
+        found.append(counts)
+    assert found[0] == found[1]
