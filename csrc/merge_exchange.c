@@ -169,6 +169,7 @@ static PyObject *combine(PyObject *module, PyObject *const *args, Py_ssize_t nar
     const int found = answer_truth(args[6], &check) < 0 ? -1 : combine_find(state, args, args[4], args[5], &pair, &by);
     if (found < 0) return NULL;
     if (found == 0) Py_RETURN_NONE;
+    ask_for_large_pages(pair.other, (size_t)(pair.n * pk_dtype_size(pair.dtype)));
     if (!by.multiply) return exchange_run(state, &pair, &by, check, args[7]);
     PyObject *const hashes =
         PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(pk_exchange_blocks(&pair) * sizeof *pair.hashes));

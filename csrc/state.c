@@ -1,8 +1,12 @@
 /* state.c: fills, visits and clears the module state; the lists in state.h say with what. */
+#define _DEFAULT_SOURCE /* madvise */
 #include "state.h"
 
 #include <stdlib.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 /* what is kept from one call to the next: bytes that were used, and bytes of addresses, most of them never touched */
 enum { SPARE_MOST = 16 << 20, SPARE_ADDRESSES = 512 << 20 };
@@ -122,4 +126,14 @@ void scratch_give(module_state *state, scratch block, size_t used) {
         block = other;
     }
     free(block.data);
+}
+
+void ask_for_large_pages(void *data, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t large = 1 << 21, begin = ((uintptr_t)data + large - 1) & ~(large - 1);
+    const uintptr_t end = ((uintptr_t)data + bytes) & ~(large - 1);
+    if (end > begin) (void)madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
 }

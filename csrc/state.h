@@ -98,4 +98,8 @@ void state_clear(module_state *state);
 scratch scratch_take(module_state *state, size_t size);
 void scratch_give(module_state *state, scratch block, size_t used);
 
+/* For memory that is about to be written for the first time: in small pages, the pages of 64 MB take longer to come than
+ * to fill. A hint, which changes nothing where there are no large pages. */
+void ask_for_large_pages(void *data, size_t bytes);
+
 #endif
