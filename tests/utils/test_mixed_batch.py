@@ -169,3 +169,38 @@ def test_a_network_without_an_encoder_has_none():
     assert _get_encoder(model) is None
     model.get_encoder = lambda: model.lin
     assert _get_encoder(model) is model.lin
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_outputs_that_hooks_have_seen_are_not_written_to(kind, register, grad):
+    import peft_c
+
+    make, inputs = LAYERS[kind]
+    config = peft_c.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = peft_c.get_peft_model(torch.nn.Sequential(make()), config, "a").eval()
+    model.add_adapter("b", config)
+    base, x, seen = model.base_model.model[0].base_layer, inputs(), []
+    names = (None, ["a", "b", "a", "b", "a", "b"], ["a", "a", "b", "b", "b", "__base__"])
+    expected = [model(x) if rows is None else model(x, adapter_names=rows) for rows in names]
+    getattr(base, register)(lambda module, *args: seen.append(args[-1]) if "forward" in register else None)
+    with torch.set_grad_enabled(grad):
+        for rows, y in zip(names, expected, strict=True):
+            torch.testing.assert_close(model(x) if rows is None else model(x, adapter_names=rows), y)
+    plain = base.forward(x)
+    assert all(torch.equal(output, plain) for output in seen)
+
+
+def test_adapters_of_an_embedding_are_mapped_over():
+    import peft_c
+
+    config = peft_c.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = peft_c.get_peft_model(torch.nn.Sequential(torch.nn.Embedding(9, 5)), config).eval()
+    x = torch.randint(0, 9, (6, 4))
+    key = "base_model.model.0.lora_embedding_A.default"
+    stacked = torch.randn(3, 2, 9)
+    with torch.no_grad():
+        mapped = torch.func.vmap(lambda A: torch.func.functional_call(model, {key: A}, (x,)))(stacked)
+        one_by_one = [torch.func.functional_call(model, {key: A}, (x,)) for A in stacked]
+    torch.testing.assert_close(mapped, torch.stack(one_by_one))

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.compiler import is_compiling
+from torch.nn.modules.module import _global_forward_hooks
 
 from ... import _C
 from ...utils.integrations import dequantize_module_weight
 from ...utils.warning import PeftWarning
 from .. import law
 from ..base_view import BaseView, held
-from ..tuner_layer import add_modules
+from ..tuner_layer import INNERMOST, add_modules
 from ..tuners_utils import BaseTunerLayer, _get_in_out_features
 from . import init as _init
 
@@ -378,12 +379,18 @@ class LoraLayer(BaseTunerLayer):
         hidden = self.lora_A[adapter](self.lora_dropout[adapter](x))
         return self.lora_B[adapter](hidden) * self.scaling[adapter]
 
+    def _add_term(self, adapter: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """The base layer's output plus `_lora_term`."""
+        return result + self._lora_term(adapter, x)
+
     def _row_factors(self, x: torch.Tensor, names: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(rows, m, r) and (rows, r, n), whose product, scaled, is what the adapters add to the output for the rows of
         x; None where that is not so."""
         return None
 
-    def _add_by_rows(self, x: torch.Tensor, result: torch.Tensor, names: list[str]) -> torch.Tensor | None:
+    def _add_by_rows(
+        self, x: torch.Tensor, result: torch.Tensor, names: list[str], in_place: bool
+    ) -> torch.Tensor | None:
         """The output with an adapter for each row as one product; None where that is not to be had."""
         alike = {(self.r[name], self.scaling[name], name in self.lora_variant) for name in names}
         if len(alike) > 1 or next(iter(alike))[2]:
@@ -392,7 +399,8 @@ class LoraLayer(BaseTunerLayer):
         if factors is None or factors[0].dtype != factors[1].dtype:
             return None
         if result.dim() == 3 and result.dtype == factors[0].dtype:
-            return torch.baddbmm(result, *factors, alpha=self.scaling[names[0]])
+            add = result.baddbmm_ if in_place else functools.partial(torch.baddbmm, result)
+            return add(*factors, alpha=self.scaling[names[0]])
         terms = torch.bmm(*factors).view(result.shape)
         return torch.add(result, terms, alpha=self.scaling[names[0]]).to(result.dtype)
 
@@ -407,6 +415,7 @@ class LoraLayer(BaseTunerLayer):
             if result is not None:
                 return result
         result = self.base_layer(x, *args, **kwargs)
+        is_own = owns_output(self.base_layer)
         offsets = variant_kwargs.get("alora_offsets")
         own = self._merge_adapters()
         rows_of: dict[str, list[int]] = {}
@@ -414,11 +423,11 @@ class LoraLayer(BaseTunerLayer):
             if name in own:  # "__base__", and adapters that other layers have
                 rows_of.setdefault(name, []).append(row)
         if 2 * len(rows_of) >= len(x) > 2 and all(name in rows_of for name in adapter_names):  # few rows for each
-            together = self._add_by_rows(x, result, adapter_names)
+            together = self._add_by_rows(x, result, adapter_names, is_own and not torch.is_grad_enabled())
             if together is not None:
                 return together
-        if rows_of and (type(self.base_layer).forward is not nn.Linear.forward or self.base_layer._forward_hooks):
-            result = result.clone()  # somebody else may hold what this layer returned
+        if rows_of and not is_own:
+            result = result.clone()
         if in_c and _C.lowrank_mixed(self, x, result, list(adapter_names)) is not None:
             return result
         for name, rows in rows_of.items():
@@ -436,6 +445,13 @@ class LoraLayer(BaseTunerLayer):
                 .to(result.dtype)
             )
         return result
+
+
+def owns_output(base_layer: nn.Module) -> bool:
+    """Whether nobody else can hold what the layer returns, and autograd takes it being written to."""
+    plain = type(base_layer) in INNERMOST or type(base_layer).forward is nn.Linear.forward
+    hooked = base_layer._forward_hooks or base_layer._backward_hooks or base_layer._backward_pre_hooks
+    return plain and not hooked and not _global_forward_hooks and "forward" not in base_layer.__dict__
 
 
 def _rows(
@@ -488,7 +504,7 @@ class _LoraModule(law.Merging, nn.Module, LoraLayer):
                 x = self._cast_input_dtype(x, wanted)
             variant = self.lora_variant.get(adapter)
             if variant is None:
-                result = result + self._lora_term(adapter, x)
+                result = self._add_term(adapter, x, result)
             else:
                 result = variant.forward(self, active_adapter=adapter, x=x, result=result, **variant_kwargs, **kwargs)
         return result.to(dtype)

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.compiler import is_compiling
 
+from ... import _C
 from ...reexports import elsewhere
 from .. import law
 from ..base_view import BaseView
 from ..tuners_utils import BaseTunerLayer
 from .attention import MultiheadAttention
 from .conv import Conv1d, Conv2d, Conv3d, _ConvNd  # noqa: F401 - PEFT has these names here, used or not
-from .core import VARIANT_KWARG_KEYS, LoraLayer, LoraVariant, _LoraModule  # noqa: F401
+from .core import VARIANT_KWARG_KEYS, LoraLayer, LoraVariant, _LoraModule, owns_output  # noqa: F401
 from .parameter import (  # noqa: F401
     ParamWrapper,
     _LoraFactorsProxy,
@@ -208,12 +210,25 @@ class Embedding(_LoraModule):
         scale = self._get_embed_scale()
         return output if scale is None else output * scale.to(output.dtype)
 
+    def _is_plain(self) -> bool:
+        """Whether `_lora_term`, without autograd, is nothing but a product of the factors."""
+        options = self.get_base_layer().max_norm is not None or self._get_embed_scale() is not None  # see _embed
+        return not (options or torch.is_grad_enabled())
+
+    def _add_term(self, adapter: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        A, B = self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
+        alike = x.is_cpu and result.dtype == A.dtype == B.dtype and adapter not in self.input_fns
+        if not (alike and self._is_plain() and owns_output(self.base_layer)) or is_compiling() or not _C.may_act():
+            return super()._add_term(adapter, x, result)
+        hidden = A.index_select(1, x.reshape(-1))
+        result.view(-1, len(B)).addmm_(hidden.mT, B.mT, alpha=self.scaling[adapter])
+        return result
+
     def _row_factors(self, x: torch.Tensor, names: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        options = torch.is_grad_enabled() or self.get_base_layer().max_norm is not None  # see _embed
-        if x.dim() != 2 or options or self._get_embed_scale() is not None:
+        if x.dim() != 2 or not self._is_plain():
             return None
-        A, B = self.lora_embedding_A, self.lora_embedding_B
-        hidden = torch.stack([A[name].index_select(1, row) for row, name in zip(x, names, strict=True)])
+        A, B = self.lora_embedding_A._parameters, self.lora_embedding_B._parameters
+        hidden = torch.stack([A[name].index_select(1, row) for row, name in zip(x.unbind(), names, strict=True)])
         return hidden.mT, torch.stack([B[name] for name in names]).mT
 
 
