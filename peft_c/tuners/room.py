@@ -64,7 +64,7 @@ from .products import (
 )
 from .resets import RESETS, reset_method
 from .room_options import RoomConfig, documented, option, pattern_value, positive, shared
-from .tuner_layer import BaseTunerLayer, _get_in_out_features, is_transformers_conv1d, tensors_of
+from .tuner_layer import BaseTunerLayer, _get_in_out_features, is_bare, is_transformers_conv1d, tensors_of
 from .tuners_utils import BaseTuner, check_adapters_to_merge
 
 # the words in which rooms are written
@@ -292,11 +292,8 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         return result if keeps else result.to(x.dtype)
 
     def is_bare(self) -> bool:
-        """Whether a call of the base layer is nothing but its operation: it has no hooks and no forward of its own."""
-        base, everywhere = self._modules["base_layer"], nn.modules.module
-        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-        hooked = hooked or everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
-        return not hooked and "forward" not in base.__dict__
+        """`is_bare` of the base layer."""
+        return is_bare(self._modules["base_layer"])
 
     def owns_output(self, x: torch.Tensor, in_graph: bool = False) -> bool:
         """Whether nobody else can hold what `base_output` gives for x, so that it may be written to: without autograd,

@@ -313,6 +313,14 @@ class BaseTunerLayer(_C.Layer, ABC):
         return x.to(dtype=dtype)
 
 
+def is_bare(module: nn.Module) -> bool:
+    """Whether a call of the module is nothing but its operation: it has no hooks and no forward of its own."""
+    everywhere = nn.modules.module
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    hooked = hooked or everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
+    return not hooked and "forward" not in module.__dict__
+
+
 def add_modules(owner: nn.Module, **modules: nn.Module) -> None:
     """`owner.name = module` for modules whose names nothing in `owner` has."""
     if not _global_module_registration_hooks:
@@ -325,7 +333,8 @@ def add_modules(owner: nn.Module, **modules: nn.Module) -> None:
 def move_parts(layer: nn.Module, marks: tuple[str, ...], weight: Callable[[], torch.Tensor]) -> None:
     """Moves the modules in a layer whose names contain one of `marks` to where `weight()` is, but for those that have
     a parameter on the meta device."""
-    if _is_at(layer, weight().device):
+    marked = any(mark in name for name in layer._modules for mark in marks)  # else there may be no weight to ask for
+    if marked and _is_at(layer, weight().device):
         return
     parts = [module for name, module in layer.named_modules() if any(mark in name for mark in marks)]
     device = weight().device if parts else None

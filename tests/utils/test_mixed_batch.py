@@ -197,10 +197,18 @@ def test_adapters_of_an_embedding_are_mapped_over():
 
     config = peft_c.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
     model = peft_c.get_peft_model(torch.nn.Sequential(torch.nn.Embedding(9, 5)), config).eval()
-    x = torch.randint(0, 9, (6, 4))
+    model.add_adapter("other", config)
+    x = torch.randint(0, 9, (4, 6))
     key = "base_model.model.0.lora_embedding_A.default"
     stacked = torch.randn(3, 2, 9)
-    with torch.no_grad():
-        mapped = torch.func.vmap(lambda A: torch.func.functional_call(model, {key: A}, (x,)))(stacked)
-        one_by_one = [torch.func.functional_call(model, {key: A}, (x,)) for A in stacked]
-    torch.testing.assert_close(mapped, torch.stack(one_by_one))
+    for rows in ({}, {"adapter_names": ["default", "other"] * 2}):
+        call = lambda A, rows=rows: torch.func.functional_call(model, {key: A}, (x,), rows)  # noqa: E731
+        with torch.no_grad():
+            torch.testing.assert_close(torch.func.vmap(call)(stacked), torch.stack([call(A) for A in stacked]))
+
+
+def test_layers_without_a_weight_are_not_asked_where_it_is():
+    from peft_c.tuners.tuners_utils import any_weight, move_parts
+
+    activation = torch.nn.ReLU()
+    move_parts(torch.nn.Sequential(activation), ("lora_",), lambda: any_weight(activation))

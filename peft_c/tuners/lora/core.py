@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.compiler import is_compiling
-from torch.nn.modules.module import _global_forward_hooks
 
 from ... import _C
 from ...utils.integrations import dequantize_module_weight
 from ...utils.warning import PeftWarning
 from .. import law
 from ..base_view import BaseView, held
-from ..tuner_layer import INNERMOST, add_modules
+from ..tuner_layer import INNERMOST, add_modules, is_bare
 from ..tuners_utils import BaseTunerLayer, _get_in_out_features
 from . import init as _init
 
@@ -388,9 +387,7 @@ class LoraLayer(BaseTunerLayer):
         x; None where that is not so."""
         return None
 
-    def _add_by_rows(
-        self, x: torch.Tensor, result: torch.Tensor, names: list[str], in_place: bool
-    ) -> torch.Tensor | None:
+    def _add_by_rows(self, x: torch.Tensor, result: torch.Tensor, names: list[str]) -> torch.Tensor | None:
         """The output with an adapter for each row as one product; None where that is not to be had."""
         alike = {(self.r[name], self.scaling[name], name in self.lora_variant) for name in names}
         if len(alike) > 1 or next(iter(alike))[2]:
@@ -399,7 +396,7 @@ class LoraLayer(BaseTunerLayer):
         if factors is None or factors[0].dtype != factors[1].dtype:
             return None
         if result.dim() == 3 and result.dtype == factors[0].dtype:
-            add = result.baddbmm_ if in_place else functools.partial(torch.baddbmm, result)
+            add = result.baddbmm_ if adds_in_place(self.base_layer) else result.baddbmm
             return add(*factors, alpha=self.scaling[names[0]])
         terms = torch.bmm(*factors).view(result.shape)
         return torch.add(result, terms, alpha=self.scaling[names[0]]).to(result.dtype)
@@ -415,7 +412,6 @@ class LoraLayer(BaseTunerLayer):
             if result is not None:
                 return result
         result = self.base_layer(x, *args, **kwargs)
-        is_own = owns_output(self.base_layer)
         offsets = variant_kwargs.get("alora_offsets")
         own = self._merge_adapters()
         rows_of: dict[str, list[int]] = {}
@@ -423,10 +419,10 @@ class LoraLayer(BaseTunerLayer):
             if name in own:  # "__base__", and adapters that other layers have
                 rows_of.setdefault(name, []).append(row)
         if 2 * len(rows_of) >= len(x) > 2 and all(name in rows_of for name in adapter_names):  # few rows for each
-            together = self._add_by_rows(x, result, adapter_names, is_own and not torch.is_grad_enabled())
+            together = self._add_by_rows(x, result, adapter_names)
             if together is not None:
                 return together
-        if rows_of and not is_own:
+        if rows_of and not owns_output(self.base_layer):
             result = result.clone()
         if in_c and _C.lowrank_mixed(self, x, result, list(adapter_names)) is not None:
             return result
@@ -450,8 +446,13 @@ class LoraLayer(BaseTunerLayer):
 def owns_output(base_layer: nn.Module) -> bool:
     """Whether nobody else can hold what the layer returns, and autograd takes it being written to."""
     plain = type(base_layer) in INNERMOST or type(base_layer).forward is nn.Linear.forward
-    hooked = base_layer._forward_hooks or base_layer._backward_hooks or base_layer._backward_pre_hooks
-    return plain and not hooked and not _global_forward_hooks and "forward" not in base_layer.__dict__
+    return plain and is_bare(base_layer)
+
+
+def adds_in_place(base_layer: nn.Module) -> bool:
+    """Whether here and now a product may be added to the layer's output in place, whatever its factors are."""
+    free = not (torch.is_grad_enabled() or is_compiling()) and _C.may_act()
+    return free and owns_output(base_layer)
 
 
 def _rows(

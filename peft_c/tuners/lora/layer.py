@@ -14,16 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.compiler import is_compiling
 
-from ... import _C
 from ...reexports import elsewhere
 from .. import law
 from ..base_view import BaseView
 from ..tuners_utils import BaseTunerLayer
 from .attention import MultiheadAttention
 from .conv import Conv1d, Conv2d, Conv3d, _ConvNd  # noqa: F401 - PEFT has these names here, used or not
-from .core import VARIANT_KWARG_KEYS, LoraLayer, LoraVariant, _LoraModule, owns_output  # noqa: F401
+from .core import VARIANT_KWARG_KEYS, LoraLayer, LoraVariant, _LoraModule, adds_in_place  # noqa: F401
 from .parameter import (  # noqa: F401
     ParamWrapper,
     _LoraFactorsProxy,
@@ -218,7 +216,7 @@ class Embedding(_LoraModule):
     def _add_term(self, adapter: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         A, B = self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
         alike = x.is_cpu and result.dtype == A.dtype == B.dtype and adapter not in self.input_fns
-        if not (alike and self._is_plain() and owns_output(self.base_layer)) or is_compiling() or not _C.may_act():
+        if not (alike and self._is_plain() and adds_in_place(self.base_layer)):
             return super()._add_term(adapter, x, result)
         hidden = A.index_select(1, x.reshape(-1))
         result.view(-1, len(B)).addmm_(hidden.mT, B.mT, alpha=self.scaling[adapter])
