@@ -34,11 +34,6 @@ def _affected(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
                 yield child, True
 
 
-def _content(container: dict | list | set) -> dict | list | set | int:
-    """What `_refill` needs of a large container that is only appended to: the length of a dict, else a copy."""
-    return len(container) if isinstance(container, dict) else container.copy()
-
-
 def _refill(container: dict | list | set, content: dict | list | set | tuple | int) -> None:
     if isinstance(content, int):
         while len(container) > content:
@@ -65,8 +60,8 @@ class _Snapshot:
             full = []
             for value in attributes.values():
                 if type(value) in _CONTAINERS and value:
-                    large = per_adapter and len(value) > _LARGE
-                    full.append((value, _content(value) if large else value.copy()))
+                    by_length = per_adapter and len(value) > _LARGE and isinstance(value, dict)  # only appended to
+                    full.append((value, len(value) if by_length else value.copy()))
             self.modules.append((module, attributes, full))
             parameters = module._parameters
             if not parameters or (per_adapter and len(parameters) > _LARGE):

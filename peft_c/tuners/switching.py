@@ -140,11 +140,8 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
         for name, child in layer._modules.items():
             if name == "base_layer" or child is None:
                 continue
-            if isinstance(child, ADAPTER_CONTAINERS):
-                if adapter_name in child:
-                    _cast_entry(child, adapter_name)
-                continue
-            for container in child.modules():
+            containers = [child] if isinstance(child, ADAPTER_CONTAINERS) else child.modules()
+            for container in containers:
                 if isinstance(container, ADAPTER_CONTAINERS) and adapter_name in container:
                     _cast_entry(container, adapter_name)
 
