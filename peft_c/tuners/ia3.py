@@ -45,7 +45,7 @@ class IA3Layer(MapRoom):
     adapter_layer_names = ("ia3_l",)
     is_feedforward = False
 
-    def create(self, name: str, config: IA3Config, is_feedforward: bool) -> None:
+    def create(self, name: str, config: IA3Config, is_feedforward: bool = False) -> None:
         base = self.get_base_layer()
         if not self.ia3_l:
             self.is_feedforward = is_feedforward

@@ -30,8 +30,8 @@ class LNTuningLayer(SwapRoom):
     def prepare(self, base: nn.Module, config: LNTuningConfig) -> None:
         self.in_features, self.out_features = (getattr(base, f"{side}_features", None) for side in ("in", "out"))
 
-    def create(self, name: str, config: LNTuningConfig) -> None:
-        self.ln_tuning_layers[name] = copy.deepcopy(self.base_layer)
+    def create(self, name: str, config: LNTuningConfig, layer: nn.Module | None = None) -> None:
+        self.ln_tuning_layers[name] = copy.deepcopy(self.base_layer if layer is None else layer)
 
 
 class LNTuningModel(RoomModel):

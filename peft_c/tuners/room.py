@@ -33,6 +33,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import copy
 from functools import partial
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -47,6 +48,7 @@ from ..utils.quantization_utils import QuantizationBackend, get_quantization_kwa
 from . import kept, law
 from .base_view import BaseView, held
 from .changes import multiplies_slowly
+from .layer_calls import argument_orders, by_name, settled
 from .products import (
     CONVOLUTIONS,
     FEW,
@@ -122,7 +124,7 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
 
     `adapter_layer_names` are ParameterDicts and `other_param_names` dicts, unless `containers` says otherwise, which
     come first: their order is that of the layer's submodules.
-    `settings`, given at construction and to `update_layer`, are what `RoomModel.settings` made for this layer.
+    What `RoomModel.settings` made for this layer is given at construction and to `update_layer`.
     """
 
     containers: ClassVar[dict[str, type]] = {}
@@ -135,8 +137,15 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
     returns_input_dtype: ClassVar[bool | None] = True
     resets: ClassVar[tuple[str, ...]] = ()  # PEFT's names for `reset`, if it has one
     named_in_repr: ClassVar[bool] = True  # whether the layer's repr begins with the method's name
+    argument_orders: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]] = argument_orders("")
+    created_with: ClassVar[tuple[str, ...]] = ()  # what `create` takes beside the name and the config
     never_merged: ClassVar[str] = ""  # why adapters of the method cannot be merged, if they cannot
     _merge_suspended = False  # see law.suspend
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "create" in cls.__dict__:
+            cls.created_with = tuple(signature(cls.create).parameters)[3:]
 
     def create(self, name: str, config: Any, **settings: Any) -> None:
         """Make and initialise the parameters of a new adapter; raise before or after, what was made is dropped."""
@@ -154,17 +163,12 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
 
     # --- construction ---
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: Any,
-        quantization_backend: QuantizationBackend | None = None,
-        **settings: Any,
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, *values: Any, **named: Any) -> None:
+        named = by_name(type(self).__name__, self.argument_orders[1], values, named)
+        adapter_name, config = named["adapter_name"], named["config"]
         nn.Module.__init__(self)  # of some methods, as in PEFT, the layer is an nn.Linear in name
         self.base_layer = base_layer
-        self.quantization_backend = quantization_backend
+        self.quantization_backend = named.pop("quantization_backend", None)
         usual = dict.fromkeys(self.other_param_names, dict) | dict.fromkeys(self.adapter_layer_names, nn.ParameterDict)
         for name, container in (self.containers | usual | self.containers).items():
             setattr(self, name, container())
@@ -174,14 +178,20 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         self.fan_in_fan_out = getattr(config, "fan_in_fan_out", False)
         self.prepare(self.get_base_layer(), config)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config=config, **settings)
+        self.update_layer(**named)
 
     def prepare(self, base: nn.Module, config: Any) -> None:
         """Look at the base layer, before the first adapter is created."""
         self.in_features, self.out_features = _get_in_out_features(base)
 
-    def update_layer(self, adapter_name: str, config: Any, **settings: Any) -> None:
-        """Add the adapter, or make it anew. When `create` raises, the layer has no trace of it."""
+    def update_layer(self, *values: Any, **named: Any) -> None:
+        """Add the adapter `adapter_name`, or make it anew, from `config` and other values instead of what that says.
+
+        `argument_orders` has what may be passed by position. When `create` raises, the layer has no trace of it.
+        """
+        named = by_name("update_layer", self.argument_orders[0], values, named)
+        adapter_name, config = named.pop("adapter_name"), named.pop("config")
+        config, settings = settled("update_layer", self.created_with, config, named)
         existed = adapter_name in self._all_available_adapter_names()
         try:
             self.create(adapter_name, config, **settings)
@@ -858,7 +868,7 @@ class RoomModel(BaseTuner):
             return
         settings = self.settings_of(adapter_name, config, current_key, base)
         if isinstance(target, self.tuner_layer_cls):
-            target.update_layer(adapter_name, config=config, **settings)
+            target.update_layer(adapter_name=adapter_name, config=config, **settings)
             return
         layer = self._create_new_module(config, adapter_name, target, **settings)
         if adapter_name not in self.active_adapters:
@@ -900,7 +910,8 @@ class RoomModel(BaseTuner):
             )
             config = config if self.corrects_config else copy(config)
             config.fan_in_fan_out = not config.fan_in_fan_out
-        return room(target, adapter_name, config=config, quantization_backend=self.backend_of(base), **settings)
+        backend = self.backend_of(base)
+        return room(target, adapter_name=adapter_name, config=config, quantization_backend=backend, **settings)
 
 
 def register(
@@ -933,6 +944,7 @@ def register(
         first, *others = dict.fromkeys(model.rooms.values())
         common = next(c for c in first.__mro__ if all(issubclass(room, c) for room in others))
         defaults["tuner_layer_cls"] = common
+        common.argument_orders = argument_orders(name)
         if name in RESETS:
             common.resets = tuple(RESETS[name])
             for reset, options in RESETS[name].items():

@@ -62,7 +62,7 @@ class Linear(SparseRoom):
     adapter_layer_names = ("shira_weight",)
     other_param_names = ("r", "scaling", "shira_indices")
 
-    def create(self, name: str, config: ShiraConfig) -> None:
+    def create(self, name: str, config: ShiraConfig, mask: torch.Tensor | None = None) -> None:
         base, r = self.get_base_layer(), positive("r", config.r)
         size, most = r * (self.in_features + self.out_features), self.in_features * self.out_features
         if size > most:
@@ -70,9 +70,9 @@ class Linear(SparseRoom):
                 f"The set rank {r} results in more shira params than the {most} of the base layer: not allowed."
             )
         self.r[name], self.scaling[name] = r, 1.0
-        if config.mask_fn is not None:
-            options = {"random_seed": config.random_seed} if config.mask_type == "random" else {}
-            mask = config.mask_fn(base, r, **options)
+        seed = {"random_seed": config.random_seed} if config.mask_type == "random" else {}
+        mask = config.mask_fn(base, r, **seed) if mask is None and config.mask_fn is not None else mask
+        if mask is not None:
             indices = torch.stack(torch.where(mask == 1.0)).to(torch.int)
             if indices.shape[1] != size:
                 raise ValueError(
