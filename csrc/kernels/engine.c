@@ -23,16 +23,13 @@ typedef struct {
     uint64_t at, end;
 } unit_buffers;
 
-/* What a pass over a unit does with w op delta: store it; store it and code what undoing would miss; store it corrected
- * by a code. */
-typedef enum { PLAIN, RECORD, RESTORE } pass_kind;
-
+/* A pass over a unit: the delta is added or subtracted. With a trace, adding codes what subtracting would miss, and
+ * subtracting is corrected by the code. */
 typedef struct {
     const engine_job *job;
     const delta_source *source;
-    row_op op;
-    pass_kind kind;
-    pk_trace *trace; /* unless PLAIN */
+    row_op op;       /* OP_ADD or OP_SUB */
+    pk_trace *trace; /* or NULL */
     char *delta;     /* room for one of MR segments */
 } pass;
 
@@ -49,7 +46,6 @@ void engine_setup(engine_job *job, const pk_mat *w, int transposed) {
     job->row_units = (job->w.rows + job->unit_rows - 1) / job->unit_rows;
     job->col_units = (job->w.cols + UNIT_COLS - 1) / UNIT_COLS;
     job->chunk = job->col_units;
-    job->op = OP_ADD;
 }
 
 int64_t engine_units(const engine_job *job) {
@@ -101,13 +97,13 @@ static int64_t pass_strip(const pass *a, const unit_place *u, block w, int64_t i
     const pk_row_kernels *const k = &job->isa->dtype[job->w.dtype];
     const int pairs = a->source->pairs;
     pk_strip s = strip_at(a, u, w, i, 0);
-    s.cols -= s.cols % (a->kind == PLAIN ? job->isa->nr[job->wide] : SEGMENT);
-    if (s.cols == 0 || (a->kind != PLAIN && (!k->traced[pairs] || s.mr < MR))) return 0;
+    s.cols -= s.cols % (a->trace ? SEGMENT : job->isa->nr[job->wide]);
+    if (s.cols == 0 || (a->trace && (!k->traced[pairs] || s.mr < MR))) return 0;
     if (job->direct && !job->dry && u->r0 + i + 2 * MR <= job->w.rows) s.next = mat_at(&job->w, u->r0 + i + MR, u->c0);
-    if (a->kind == PLAIN)
-        k->fused[pairs](a->op, &s);
+    if (a->trace)
+        k->traced[pairs](a->op == OP_SUB, &s, a->trace);
     else
-        k->traced[pairs](a->kind == RESTORE, &s, a->trace);
+        k->fused[pairs](a->op, &s);
     return s.cols;
 }
 
@@ -141,10 +137,10 @@ static void run_pass(const pass *a, const unit_place *u, block w) {
             for (int64_t q = 0; q < MR && i + q < u->rows; q++) {
                 char *const at = block_at(a->job, w, i + q, j);
                 const char *const by = a->delta + q * SEGMENT * acc_size(a->job->wide);
-                if (a->kind == PLAIN)
-                    k->apply(a->op, at, by, at, n);
+                if (a->trace)
+                    (a->op == OP_ADD ? k->record : k->restore)(at, by, n, a->trace);
                 else
-                    (a->kind == RECORD ? k->record : k->restore)(a->op, at, by, n, a->trace);
+                    k->apply(a->op, at, by, at, n);
             }
         }
     }
@@ -190,21 +186,16 @@ static char *recorded(const engine_job *job, const unit_place *u, unit_entry *e)
     return arena_at(job->in->data, job->in_head.units, e->offset);
 }
 
-static row_op inverse_of(const delta_source *s) {
-    return s->d->law == PK_SCALE ? OP_DIV : OP_SUB;
-}
-
 /* w: merged bits -> the bits before, or, where it has changed, the delta taken out plainly */
 static void restore_unit(engine_job *job, const unit_place *u, block w, unit_buffers *b) {
     unit_entry e;
     char *const data = recorded(job, u, &e);
-    pass a = {job, job->old, inverse_of(job->old), PLAIN, NULL, b->delta};
+    pass a = {job, job->old, OP_SUB, NULL, b->delta};
     if (data && (e.mode_size & 3u) == UNIT_CODED) {
         const size_t length = e.mode_size >> 2;
         memcpy(b->code, data, length);
         pk_trace t;
         trace_start(&t, b->code, b->code + length);
-        a.kind = RESTORE;
         a.trace = &t;
         run_pass(&a, u, w);
         if (trace_hash(&t) == e.hash) return;
@@ -265,7 +256,7 @@ static int block_finite(const engine_job *job, const unit_place *u, block w) {
 /* Merges w and records it by a copy of its bits; 0 if there is no room. */
 static int record_copy(engine_job *job, const unit_place *u, block w, unit_buffers *b) {
     const int64_t size = u->rows * u->cols * element_size(job);
-    const pass a = {job, job->new_, job->op, PLAIN, NULL, b->delta};
+    const pass a = {job, job->new_, OP_ADD, NULL, b->delta};
     char *const to = reserve(job, u, 0, UNIT_COPIED, size, b);
     if (!to) return 0;
     copy_block(job, u, w, (block){to, u->cols});
@@ -281,7 +272,7 @@ static int record_unit(engine_job *job, const unit_place *u, block w, unit_buffe
     unsigned char *const end = b->code + sizeof b->code;
     pk_trace t;
     trace_start(&t, b->code, end);
-    pass a = {job, job->new_, job->op, RECORD, &t, b->delta};
+    pass a = {job, job->new_, OP_ADD, &t, b->delta};
     run_pass(&a, u, w);
     const int64_t code = t.code - b->code, wide = end - t.wide;
     const int bad = t.bad && !block_finite(job, u, w), refused = bad && job->check;
@@ -296,8 +287,7 @@ static int record_unit(engine_job *job, const unit_place *u, block w, unit_buffe
         }
     }
     trace_start(&t, b->code, end);
-    a.op = inverse_of(job->new_);
-    a.kind = RESTORE;
+    a.op = OP_SUB;
     run_pass(&a, u, w);
     if (refused) atomic_store_explicit(&job->status, PK_NONFINITE, memory_order_relaxed);
     /* too much to code, or inf and NaN, where another ISA may get other bits */
@@ -313,7 +303,7 @@ static void run_unit(engine_job *job, const unit_place *u, unit_buffers *b) {
     if (job->new_ && (job->out || job->check)) {
         if (!record_unit(job, u, w, b)) return;
     } else if (job->new_) {
-        const pass a = {job, job->new_, job->op, PLAIN, NULL, b->delta};
+        const pass a = {job, job->new_, OP_ADD, NULL, b->delta};
         run_pass(&a, u, w);
     }
     for (int64_t i = 0; !job->direct && !job->dry && i < u->rows; i++)

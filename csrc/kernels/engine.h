@@ -32,7 +32,6 @@ typedef struct {
     int wide, transposed, direct;
     int64_t unit_rows, unit_cols, row_units, col_units, chunk;
     const delta_source *old, *new_;
-    row_op op; /* of new_ */
     int check, dry;
     const pk_record *in;
     pk_record *out;

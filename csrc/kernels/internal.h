@@ -22,7 +22,7 @@ enum {
 enum { HASH_LINES = 4, HASH_TURN = 15 };
 #define HASH_FACTOR 0x9e3779b5u
 
-typedef enum { OP_ADD, OP_SUB, OP_MUL, OP_DIV, OP_SET } row_op;
+typedef enum { OP_ADD, OP_SUB, OP_MUL, OP_SET } row_op;
 
 /* A row of tiles, nr columns wide, of a weight and its delta(i, j) = sum_p row[p * ldrow + i] panel[p * nr + j] (with
  * pairs: see pk_isa.pairs), i < mr; the panel of the next tile comes `depth` rows of the panel further on.
@@ -57,10 +57,10 @@ typedef struct {
     /* w(i, j) = round(w op delta(i, j)) for whole tiles, delta of acc ([0]) or of pairs of bf16 ([1], NULL if the ISA has
      * none); op is OP_ADD, OP_SUB or OP_SET. */
     void (*fused[2])(row_op op, const pk_strip *s);
-    /* A segment, n <= SEGMENT, d of SEGMENT with zeros from n on: w = round(w op d), op is OP_ADD or OP_MUL, coded; and
-     * back: w = round(w op d) corrected by the code, op is OP_SUB or OP_DIV. Both hash the merged bits. */
-    void (*record)(row_op op, void *w, const void *d, int64_t n, pk_trace *t);
-    void (*restore)(row_op op, void *w, const void *d, int64_t n, pk_trace *t);
+    /* A segment, n <= SEGMENT, d of SEGMENT with zeros from n on: w = round(w + d), coded; and back: w = round(w - d)
+     * corrected by the code. Both hash the merged bits. */
+    void (*record)(void *w, const void *d, int64_t n, pk_trace *t);
+    void (*restore)(void *w, const void *d, int64_t n, pk_trace *t);
     /* NULL, or the same for w + delta and w - delta of a strip of MR rows and whole segments, one after the other down the
      * rows, then across. */
     void (*traced[2])(int restore, const pk_strip *s, pk_trace *t);

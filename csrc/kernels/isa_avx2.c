@@ -41,9 +41,6 @@ static INLINE vf vf_sub(vf a, vf b) {
 static INLINE vf vf_mul(vf a, vf b) {
     return _mm256_mul_ps(a, b);
 }
-static INLINE vf vf_div(vf a, vf b) {
-    return _mm256_div_ps(a, b);
-}
 static INLINE float vf_sum(vf a) {
     __m128 q = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     q = _mm_add_ps(q, _mm_movehl_ps(q, q));
@@ -179,9 +176,6 @@ static INLINE vd vd_sub(vd a, vd b) {
 }
 static INLINE vd vd_mul(vd a, vd b) {
     return _mm256_mul_pd(a, b);
-}
-static INLINE vd vd_div(vd a, vd b) {
-    return _mm256_div_pd(a, b);
 }
 static INLINE double vd_sum(vd a) {
     const __m128d q = _mm_add_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1));

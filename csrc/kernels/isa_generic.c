@@ -1,7 +1,7 @@
 /* isa_generic.c: any CPU; GCC's and Clang's vector extension at the width that every 64-bit CPU has.
  *
  * The vector words that an ISA file defines, for vf (VFN floats; vd the same for doubles):
- *   load, store, set1, fma, add, sub, mul, div    what they say, unaligned
+ *   load, store, set1, fma, add, sub, mul    what they say, unaligned
  *   sum        of all lanes, in a fixed order
  *   steps16, steps32, vd_steps    a - b of the stored bits of VFN, VFN, VDN elements, saturated to a byte; mask64: bit i is
  *              set where p[i] is not 0 (all of these have a plain body in isa.inc; WORDS_STEPS: the ISA has its own)
@@ -42,9 +42,6 @@ static INLINE vf vf_sub(vf a, vf b) {
 }
 static INLINE vf vf_mul(vf a, vf b) {
     return a * b;
-}
-static INLINE vf vf_div(vf a, vf b) {
-    return a / b;
 }
 static INLINE float vf_sum(vf a) {
     return (a[0] + a[2]) + (a[1] + a[3]);
@@ -95,9 +92,6 @@ static INLINE vd vd_sub(vd a, vd b) {
 }
 static INLINE vd vd_mul(vd a, vd b) {
     return a * b;
-}
-static INLINE vd vd_div(vd a, vd b) {
-    return a / b;
 }
 static INLINE double vd_sum(vd a) {
     return a[0] + a[1];

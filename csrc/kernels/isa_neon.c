@@ -36,9 +36,6 @@ static INLINE vf vf_sub(vf a, vf b) {
 static INLINE vf vf_mul(vf a, vf b) {
     return vmulq_f32(a, b);
 }
-static INLINE vf vf_div(vf a, vf b) {
-    return vdivq_f32(a, b);
-}
 static INLINE float vf_sum(vf a) {
     return vaddvq_f32(a);
 }
@@ -93,9 +90,6 @@ static INLINE vd vd_sub(vd a, vd b) {
 }
 static INLINE vd vd_mul(vd a, vd b) {
     return vmulq_f64(a, b);
-}
-static INLINE vd vd_div(vd a, vd b) {
-    return vdivq_f64(a, b);
 }
 static INLINE double vd_sum(vd a) {
     return vaddvq_f64(a);

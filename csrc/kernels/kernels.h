@@ -97,10 +97,8 @@ int pk_shrink(const pk_mat *t, const pk_mat *x, const pk_mat *a, double scale, v
 
 /* What a merge does to w (n, k):
  *   PK_LOWRANK  w + alpha * sum_i scale_i B_i A_i     all ranks in one pass over w, B A is never built
- *   PK_DELTA    w + alpha * full                      full (n, k), any dtype and strides
- *   PK_SCALE    w * alpha * full                      full (n, k); zero strides make it a row or column scale; no zeros,
- *                                                     or the record grows to a copy */
-typedef enum { PK_LOWRANK = 0, PK_DELTA = 1, PK_SCALE = 2 } pk_law;
+ *   PK_DELTA    w + alpha * full                      full (n, k), any dtype and strides */
+typedef enum { PK_LOWRANK = 0, PK_DELTA = 1 } pk_law;
 typedef struct {
     pk_law law;
     const pk_lowrank *factors;

@@ -5,8 +5,7 @@
 
 static int delta_valid(const pk_mat *w, const pk_delta *d) {
     if (!d) return 0;
-    if (d->law == PK_DELTA || d->law == PK_SCALE)
-        return mat_valid(&d->full) && d->full.rows == w->rows && d->full.cols == w->cols;
+    if (d->law == PK_DELTA) return mat_valid(&d->full) && d->full.rows == w->rows && d->full.cols == w->cols;
     if (d->law != PK_LOWRANK || d->nf < 0 || (d->nf > 0 && !d->factors)) return 0;
     for (int i = 0; i < d->nf; i++) {
         const pk_mat *const a = &d->factors[i].down, *const b = &d->factors[i].up;
@@ -116,7 +115,6 @@ int pk_merge(const pk_mat *w, const pk_delta *d, unsigned flags, pk_record *reco
     int rc = source_prepare(&s, &job, d, source_math(job.isa, w, d), &area, par);
     if (rc != PK_OK) return rc;
     job.new_ = &s;
-    job.op = d->law == PK_SCALE ? OP_MUL : OP_ADD;
     job.check = (flags & PK_CHECK) != 0;
     if (job.check && !record) {
         job.dry = 1;
@@ -135,7 +133,7 @@ int pk_unmerge(const pk_mat *w, const pk_delta *d, const pk_record *record, void
     delta_source s;
     work_area area = work_start(work);
     if (!mat_valid(w) || !delta_valid(w, d)) return PK_EINVAL;
-    if (!record && d->law != PK_SCALE) { /* w - delta: a merge of the negative */
+    if (!record) { /* w - delta: a merge of the negative */
         pk_delta negative = *d;
         negative.alpha = -d->alpha;
         return pk_merge(w, &negative, 0, NULL, work, par);
@@ -173,7 +171,6 @@ int pk_switch(const pk_mat *w, const pk_delta *old, const pk_record *old_record,
     if (rc != PK_OK) return rc;
     job.old = &from;
     job.new_ = &to;
-    job.op = new_->law == PK_SCALE ? OP_MUL : OP_ADD;
     job.check = (flags & PK_CHECK) != 0;
     if (job.check || (record && record->capacity < pk_record_bound(w))) {
         job.dry = 1;

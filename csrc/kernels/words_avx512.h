@@ -39,9 +39,6 @@ static INLINE vf vf_sub(vf a, vf b) {
 static INLINE vf vf_mul(vf a, vf b) {
     return _mm512_mul_ps(a, b);
 }
-static INLINE vf vf_div(vf a, vf b) {
-    return _mm512_div_ps(a, b);
-}
 static INLINE float vf_sum(vf a) {
     const __m256 s = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
     __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
@@ -187,9 +184,6 @@ static INLINE vd vd_sub(vd a, vd b) {
 }
 static INLINE vd vd_mul(vd a, vd b) {
     return _mm512_mul_pd(a, b);
-}
-static INLINE vd vd_div(vd a, vd b) {
-    return _mm512_div_pd(a, b);
 }
 static INLINE double vd_sum(vd a) {
     const __m256d s = _mm256_add_pd(_mm512_castpd512_pd256(a), _mm512_extractf64x4_pd(a, 1));

@@ -16,7 +16,7 @@ F32, F64, BF16, F16 = range(4)
 DTYPES = {"f32": F32, "f64": F64, "bf16": BF16, "f16": F16}
 STORED = {F32: np.float32, F64: np.float64, BF16: np.uint16, F16: np.float16}
 OK, NONFINITE, CHANGED, FULL_RECORD, EINVAL = 0, 1, 2, 3, -1
-LOWRANK, DELTA, SCALE = range(3)
+LOWRANK, DELTA = range(2)
 CHECK = 1
 
 
@@ -149,8 +149,8 @@ def lowrank(parts, alpha=1.0):
     return d
 
 
-def full(a, dtype, law=DELTA, alpha=1.0):
+def full(a, dtype, alpha=1.0):
     """A pk_delta of a whole matrix."""
-    d = Delta(law, None, 0, mat(a, dtype), alpha)
+    d = Delta(DELTA, None, 0, mat(a, dtype), alpha)
     d.keep = a
     return d
