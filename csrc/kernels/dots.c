@@ -90,31 +90,3 @@ int dots_run(const pk_mat *x, const pk_mat *a, void *t, int64_t ldt, int wide, w
     area->used = mark;
     return rc;
 }
-
-static int shrink_valid(const pk_mat *t, const pk_mat *x, const pk_mat *a) {
-    return mat_valid(x) && mat_valid(a) && x->cols == a->cols &&
-           (!t || (mat_valid(t) && t->rows == x->rows && t->cols == a->rows));
-}
-
-static int shrink(const pk_mat *t, const pk_mat *x, const pk_mat *a, double scale, work_area *area,
-                  pk_parallel_fn par) {
-    const int wide = x->dtype == PK_F64 || a->dtype == PK_F64;
-    void *const acc = work_take(area, x->rows * a->rows * acc_size(wide));
-    const int rc = dots_run(x, a, acc, a->rows, wide, area, par);
-    if (rc == PK_OK && area->base) mat_unpack(pk_isa_now(), t, 0, 0, x->rows, a->rows, acc, a->rows, scale, wide);
-    return rc;
-}
-
-size_t pk_shrink_work(const pk_mat *x, const pk_mat *a) {
-    work_area area = {NULL, 0, 0};
-    if (!shrink_valid(NULL, x, a)) return 0;
-    shrink(NULL, x, a, 1.0, &area, NULL);
-    return work_total(&area);
-}
-
-int pk_shrink(const pk_mat *t, const pk_mat *x, const pk_mat *a, double scale, void *work, pk_parallel_fn par) {
-    work_area area = work_start(work);
-    if (!t || !shrink_valid(t, x, a)) return PK_EINVAL;
-    if (x->rows == 0 || a->rows == 0) return PK_OK;
-    return shrink(t, x, a, scale, &area, par);
-}

@@ -338,20 +338,3 @@ int engine_run(engine_job *job, pk_parallel_fn par) {
     const int rc = run_parallel(par, engine_units(job), work, run_range, job);
     return rc != PK_OK ? rc : atomic_load(&job->status);
 }
-
-static void match_range(int64_t begin, int64_t end, void *ctx) {
-    engine_job *const job = ctx;
-    _Alignas(64) char bits[UNIT_SIZE * 8];
-    for (int64_t i = begin; i < end && !atomic_load_explicit(&job->changed, memory_order_relaxed); i++) {
-        const unit_place u = place_of(job, i);
-        const block w = job->direct ? (block){mat_at(&job->w, u.r0, u.c0), job->w.rs} : (block){bits, u.cols};
-        for (int64_t q = 0; !job->direct && q < u.rows; q++)
-            bits_gather(&job->w, u.r0 + q, u.c0, u.cols, block_at(job, w, q, 0));
-        if (entry_get(job->in->data, u.id).hash != hash_block(job, &u, w))
-            atomic_store_explicit(&job->changed, 1, memory_order_relaxed);
-    }
-}
-
-int engine_match(engine_job *job, pk_parallel_fn par) {
-    return run_parallel(par, engine_units(job), UNIT_SIZE / 8, match_range, job);
-}

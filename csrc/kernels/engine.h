@@ -50,7 +50,5 @@ int source_prepare(delta_source *s, const engine_job *job, const pk_delta *d, in
                    pk_parallel_fn par);
 /* over all units; returns job->status or PK_EPARALLEL */
 int engine_run(engine_job *job, pk_parallel_fn par);
-/* over all units of job->in: sets job->changed if one's hash differs */
-int engine_match(engine_job *job, pk_parallel_fn par);
 
 #endif

@@ -89,10 +89,6 @@ typedef struct {
 size_t pk_lowrank_backward_work(const pk_backward *q);
 int pk_lowrank_backward(const pk_backward *q, void *work, pk_parallel_fn par);
 
-/* t (m, r) = scale * x (m, k) A^T, A (r, k): the first half of a forward, W A^T for DoRA's norms, ... */
-size_t pk_shrink_work(const pk_mat *x, const pk_mat *a);
-int pk_shrink(const pk_mat *t, const pk_mat *x, const pk_mat *a, double scale, void *work, pk_parallel_fn par);
-
 /* ----------------------------------------------------------------------------------------- merge, unmerge, switch */
 
 /* What a merge does to w (n, k):
@@ -134,11 +130,8 @@ int pk_merge(const pk_mat *w, const pk_delta *d, unsigned flags, pk_record *reco
 
 /* record: from pk_merge with a delta of the same bits -> the old bits exactly (NaN, inf, -0 included); NULL -> round(w
  * - delta), PK_OK. PK_CHANGED also if the record does not fit this weight's size or this machine's arithmetic: then all
- * of it is subtracted plainly. Whether a weight has changed can be asked beforehand: pk_record_matches. */
+ * of it is subtracted plainly. */
 int pk_unmerge(const pk_mat *w, const pk_delta *d, const pk_record *record, void *work, pk_parallel_fn par);
-
-/* 1: w holds exactly the merged bits the record was made for; 0: not. Reads w once. */
-int pk_record_matches(const pk_mat *w, const pk_record *record, pk_parallel_fn par);
 
 /* unmerge(old, old_record) then merge(new_, flags, record) in one pass over w; the same bits, the same new record.
  * With PK_CHECK, or a new record smaller than the bound, a read-only pass comes first, so that a failure leaves w

@@ -146,18 +146,6 @@ int pk_unmerge(const pk_mat *w, const pk_delta *d, const pk_record *record, void
     return rc == PK_OK && job.changed ? PK_CHANGED : rc;
 }
 
-int pk_record_matches(const pk_mat *w, const pk_record *record, pk_parallel_fn par) {
-    engine_job job;
-    record_head head;
-    if (!mat_valid(w)) return PK_EINVAL;
-    if (!record_fits(w, record, &head)) return 0;
-    engine_setup(&job, w, head.transposed != 0);
-    job.in = record;
-    job.in_head = head;
-    const int rc = engine_match(&job, par);
-    return rc != PK_OK ? rc : !job.changed;
-}
-
 int pk_switch(const pk_mat *w, const pk_delta *old, const pk_record *old_record, const pk_delta *new_, unsigned flags,
               pk_record *record, void *work, pk_parallel_fn par) {
     engine_job job;
