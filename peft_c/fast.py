@@ -92,8 +92,13 @@ class Explanation(list[LayerPath]):
         return f"<p>{html.escape(self._summary())}</p><table>{line('th', self.header)}{body}</table>"
 
 
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.1f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:.1f} KiB"
+
+
 def explain(model: torch.nn.Module, x: torch.Tensor | None = None) -> Explanation:
-    """Say for every tuner layer of `model` which path its forward takes now, and why not the other.
+    """Say for every tuner layer of `model` which path its forward takes now, why not the other, and what it holds
+    beside its parameters: what unmerging needs, and adapted weights.
 
     Paths: "C"; "composed" (plain PyTorch, always the same result); "merged", "disabled" and "base" (the base layer
     alone). A reason that depends on the input (its device, dtype, type) is seen only at the call, or with an example
@@ -101,6 +106,7 @@ def explain(model: torch.nn.Module, x: torch.Tensor | None = None) -> Explanatio
     """
     from .tuners.kept import kept_bytes
     from .tuners.tuners_utils import BaseTunerLayer
+    from .tuners.undo import record_bytes
 
     lines = Explanation()
     for name, module in model.named_modules():
@@ -108,7 +114,9 @@ def explain(model: torch.nn.Module, x: torch.Tensor | None = None) -> Explanatio
             continue
         path, _, reason = _C.gate(module) if x is None else _C.gate(module, x)
         if kept := kept_bytes(module):
-            reason += f"; {kept / 2**20:.1f} MiB of adapted weights are kept between forwards"
+            reason += f"; {_size(kept)} of adapted weights are kept between forwards"
+        if "_merge_records" in module.__dict__ and (held := record_bytes(module)):
+            reason += f"; {_size(held)} are held to unmerge to the last bit"
         active = getattr(module, "_active_adapter", ())
         active = (active,) if isinstance(active, str) else tuple(active)
         lines.append(LayerPath(name, type(module).__name__, active, path, reason))

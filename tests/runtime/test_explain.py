@@ -4,7 +4,9 @@ import torch
 from torch import nn
 from toy_layer import make
 
+import peft_c
 from peft_c.fast import explain, fast_paths
+from peft_c.tuners import undo
 
 PATHS = ["C", "merged", "composed"]
 
@@ -43,3 +45,23 @@ def test_switch_and_input_are_seen():
     assert "unsupported dtype" in explain(layer, torch.zeros(2, 24, dtype=torch.long))[0].reason
     layer.lora_A["default"].to("meta")
     assert "meta device" in explain(layer)[0].reason
+
+
+def test_what_unmerging_needs_is_shown():
+    model = peft_c.get_peft_model(nn.Sequential(nn.Linear(300, 200)), peft_c.LoraConfig(r=4, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    before = dict(layer.__dict__)
+    assert "unmerge" not in str(explain(model)) and layer.__dict__ == before
+    model.merge_adapter()
+    held = undo.record_bytes(layer)
+    assert f"{held / 2**10:.1f} KiB are held to unmerge" in explain(model)[0].reason
+    model.unmerge_adapter()
+    assert "unmerge" not in str(explain(model))
+
+
+def test_kept_weights_are_shown():
+    base = nn.Sequential(nn.Linear(600, 600))
+    model = peft_c.get_peft_model(base, peft_c.FourierFTConfig(target_modules=["0"], n_frequency=10)).eval()
+    with torch.no_grad():
+        model(torch.zeros(600, 600)), model(torch.zeros(600, 600))
+    assert "1.4 MiB of adapted weights are kept" in explain(model)[0].reason
