@@ -43,5 +43,6 @@ def test_methods_is_what_its_script_writes():
     spec = importlib.util.spec_from_file_location("methods", ROOT / "docs" / "methods.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    written = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    assert script.page() == written, "run `python docs/methods.py`"
+    files = [ROOT / "docs" / "methods.md", *(ROOT / "docs" / "methods").iterdir()]
+    written = {path.relative_to(ROOT / "docs").as_posix(): path.read_text(encoding="utf-8") for path in files}
+    assert script.pages() == written, "run `python docs/methods.py`"

@@ -1,4 +1,7 @@
-"""LoRA: configuration, layers, model, variants and initialisation schemes; every name is imported when first used."""
+"""LoRA: W + scale * B A with trained factors A (r, in) and B (out, r), scale = alpha / r
+(https://arxiv.org/abs/2106.09685)."""
+
+# every name is imported when first used
 
 from __future__ import annotations
 
