@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 
@@ -64,6 +65,22 @@ def _mixed(adapters: int) -> dict[str, list[Step]]:
     return cycles
 
 
+def _mixed_embedding(tokens: int) -> dict[str, list[Step]]:
+    """The same for a single layer, an embedding, with 8 adapters."""
+    base, cycles = nn.Sequential(nn.Embedding(1000, 512)), {}
+    ids, names = torch.randint(0, 1000, (8, tokens)), [f"a{i}" for i in range(8)]
+    for name in PACKAGES:
+        config = package(name).LoraConfig(r=8, target_modules=["0"], init_lora_weights=False)
+        model = package(name).get_peft_model(copy.deepcopy(base), config, "a0").eval()
+        for extra in names[1:]:
+            model.add_adapter(extra, config)
+        layer, row = model.base_model.model[0], f"mixed batch, 8 rows of {tokens} tokens, embedding 1000x512"
+        cycles[name] = one(row, _quiet(layer, ids, adapter_names=names))
+        if name == "peft_c":
+            cycles["floor"] = one(row, _quiet(layer, ids))
+    return cycles
+
+
 def cases(quick: bool) -> Iterator[Case]:
     """The cases of this theme."""
     settings = ("fp32", "bf16+fp32") if quick else ("fp32", "bf16", "bf16+fp32")
@@ -78,3 +95,7 @@ def cases(quick: bool) -> Iterator[Case]:
     for adapters in (8,) if quick else (8, 64):
         build = functools.partial(_mixed, adapters)
         yield Case(f"mixed batch {adapters}", build, note="floor: one adapter for all rows")
+    for tokens in (1,) if quick else (1, 16, 128):
+        build = functools.partial(_mixed_embedding, tokens)
+        note = "floor: one adapter for all rows"
+        yield Case(f"mixed batch embedding {tokens}", build, unit="us", note=note, seconds=1)

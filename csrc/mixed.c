@@ -1,4 +1,5 @@
-/* mixed.c: segments of rows, each through the kernels of its adapter. */
+/* mixed.c: segments of rows, each through the kernels of its adapter: of a linear layer, whose rows are multiplied, or of
+ * an embedding, whose ids are looked up. */
 #include "mixed.h"
 
 #include <stdatomic.h>
@@ -7,7 +8,7 @@
 
 /* An adapter of the batch. */
 typedef struct {
-    PyObject *name;      /* borrowed from the names */
+    PyObject *name;      /* borrowed: from the names, or of an embedding the factors themselves */
     PyObject *down, *up; /* owned; NULL when the layer has no such adapter */
     pk_lowrank factor;
 } slot;
@@ -20,8 +21,9 @@ typedef struct {
 } segment;
 
 typedef struct {
-    PyObject *x, *names;
-    gate_plan base; /* of its terms none is kept */
+    PyObject *x, *names; /* or a list of factors */
+    int64_t *ids;        /* of an embedding: owned, contiguous; else NULL, and mx is used */
+    gate_plan base;      /* of its terms none is kept */
     slot *slots;
     segment *segments;
     Py_ssize_t slot_count, count, rows;
@@ -92,16 +94,40 @@ static pk_mat rows_of(const batch *b, const segment *s, pk_mat all) {
 }
 
 static void run_segment(batch *b, const segment *s, pk_parallel_fn parallel) {
-    const pk_mat x = rows_of(b, s, b->mx), y = rows_of(b, s, b->my);
+    const pk_mat y = rows_of(b, s, b->my);
+    const pk_lowrank *factor = &s->adapter->factor;
+    char *const work = b->work + s->work;
     int rc;
     if (s->adapter->down == NULL) return;
-    rc = pk_lowrank_apply(&y, &x, &s->adapter->factor, 1, NULL, b->work + s->work, parallel);
+    if (b->ids != NULL) {
+        rc = pk_lookup_apply(&y, b->ids + s->begin * (b->my.rows / b->rows), factor, 1, work, parallel);
+    } else {
+        const pk_mat x = rows_of(b, s, b->mx);
+        rc = pk_lowrank_apply(&y, &x, factor, 1, NULL, work, parallel);
+    }
     if (rc != PK_OK) atomic_store(&b->rc, rc);
 }
 
 static void run_segments(int64_t begin, int64_t end, void *ctx) {
     batch *const b = ctx;
     for (int64_t i = begin; i < end; i++) run_segment(b, &b->segments[i], NULL);
+}
+
+/* Gives a segment its workspace, `size` being taken already; returns about how many multiply-adds it is. */
+static int64_t segment_plan(const batch *b, segment *s, size_t *size) {
+    const pk_mat y = rows_of(b, s, b->my);
+    const pk_lowrank *factor = &s->adapter->factor;
+    int64_t inner = y.cols;
+    if (s->adapter->down == NULL) return 0;
+    s->work = *size;
+    if (b->ids != NULL) {
+        *size += (pk_lookup_apply_work(&y, factor, 1) + 63) / 64 * 64;
+    } else {
+        const pk_mat x = rows_of(b, s, b->mx);
+        *size += (pk_lowrank_apply_work(&y, &x, factor, 1) + 63) / 64 * 64;
+        inner += x.cols;
+    }
+    return (y.rows + FORWARD_READING) * factor->down.rows * inner;
 }
 
 /* All segments: side by side when there is none that is half of the batch, else each in all threads. */
@@ -111,12 +137,8 @@ static int segments_run(const module_state *state, batch *b) {
     int64_t work = 0;
     for (Py_ssize_t i = 0; i < b->count; i++) {
         segment *s = &b->segments[i];
-        const pk_mat x = rows_of(b, s, b->mx), y = rows_of(b, s, b->my);
-        if (s->adapter->down == NULL) continue;
-        s->work = size;
-        size += (pk_lowrank_apply_work(&y, &x, &s->adapter->factor, 1) + 63) / 64 * 64;
-        if (s->end - s->begin > longest) longest = s->end - s->begin;
-        work += (x.rows + FORWARD_READING) * s->adapter->factor.down.rows * (x.cols + y.cols);
+        work += segment_plan(b, s, &size);
+        if (s->adapter->down != NULL && s->end - s->begin > longest) longest = s->end - s->begin;
     }
     if ((b->work = malloc(size + 1)) == NULL) {
         PyErr_NoMemory();
@@ -174,26 +196,138 @@ static PyObject *run(module_state *state, PyObject *layer, PyObject *y, batch *b
     return out;
 }
 
+/* 0, or -1 with an exception. The batch starts as zeros. */
+static int batch_start(batch *b) {
+    b->slots = calloc((size_t)b->rows + 1, sizeof *b->slots);
+    b->segments = calloc((size_t)b->rows + 1, sizeof *b->segments);
+    if (b->slots != NULL && b->segments != NULL) return 0;
+    PyErr_NoMemory();
+    return -1;
+}
+
+static void batch_free(batch *b) {
+    for (Py_ssize_t i = 0; i < b->slot_count; i++) {
+        Py_XDECREF(b->slots[i].down);
+        Py_XDECREF(b->slots[i].up);
+    }
+    gate_release(&b->base);
+    free(b->ids);
+    free(b->slots);
+    free(b->segments);
+}
+
 static PyObject *mixed_lowrank(PyObject *module, PyObject *args) {
     PyObject *layer, *y, *result = NULL;
     batch b = {.base = {.base = NULL}, .rc = PK_OK};
     if (!PyArg_ParseTuple(args, "OOOO!:lowrank_mixed", &layer, &b.x, &y, &PyList_Type, &b.names)) return NULL;
     b.rows = PyList_Size(b.names);
-    b.slots = calloc((size_t)b.rows + 1, sizeof *b.slots);
-    b.segments = calloc((size_t)b.rows + 1, sizeof *b.segments);
-    if (b.slots == NULL || b.segments == NULL) {
-        PyErr_NoMemory();
-    } else {
-        result = run(state_of(module), layer, y, &b);
-    }
-    for (Py_ssize_t i = 0; i < b.slot_count; i++) {
-        Py_XDECREF(b.slots[i].down);
-        Py_XDECREF(b.slots[i].up);
-    }
-    gate_release(&b.base);
-    free(b.slots);
-    free(b.segments);
+    if (batch_start(&b) == 0) result = run(state_of(module), layer, y, &b);
+    batch_free(&b);
     return result;
+}
+
+/* ------------------------------------------------------------------------------------------------------ embeddings */
+
+/* Copies the ids, int32 or int64, and says which is the largest, -1 if one is below 0. 1 done, 0 they are others or do not
+ * have y's shape, -1 with an exception. */
+static int ids_find(const module_state *state, batch *b, const TensorView *y, int64_t *largest) {
+    dl_tensor raw;
+    if (!view_is_plain(state, b->x) || state->torch.dlpack->tensor_from_object(b->x, &raw) != 0) {
+        PyErr_Clear();
+        return 0;
+    }
+    const bool narrow = raw.dtype.bits == 32;
+    int64_t span = 1;
+    if (raw.device.type != DL_CPU || raw.dtype.code != DL_INT || (!narrow && raw.dtype.bits != 64)) return 0;
+    if (raw.ndim < 1 || raw.ndim != y->ndim - 1) return 0;
+    for (int i = raw.ndim - 1; i >= 0; i--) {
+        if (raw.shape[i] != y->shape[i]) return 0;
+        if (raw.strides != NULL && raw.shape[i] > 1 && raw.strides[i] != span) return 0;
+        span *= raw.shape[i];
+    }
+    if (span == 0) return 0;
+    if ((b->ids = malloc((size_t)span * sizeof *b->ids)) == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    const char *data = (const char *)raw.data + raw.byte_offset;
+    int64_t all = 0;
+    *largest = 0;
+    for (int64_t i = 0; i < span; i++) {
+        const int64_t id =
+            narrow ? ((const int32_t *)(const void *)data)[i] : ((const int64_t *)(const void *)data)[i];
+        b->ids[i] = id;
+        all |= id;
+        if (id > *largest) *largest = id;
+    }
+    if (all < 0) *largest = -1;
+    return 1;
+}
+
+/* (A, B, scale) as a slot; 1 done, 0 the composed path has to run, -1 with an exception. */
+static int factors_find(const module_state *state, PyObject *factors, int64_t columns, int64_t largest, slot *out) {
+    TensorView down, up;
+    if (!PyTuple_Check(factors) || PyTuple_Size(factors) != 3) {
+        PyErr_SetString(PyExc_TypeError, "the terms must be None or (A, B, scale)");
+        return -1;
+    }
+    PyObject *A = PyTuple_GetItem(factors, 0), *B = PyTuple_GetItem(factors, 1);
+    out->factor.scale = PyFloat_AsDouble(PyTuple_GetItem(factors, 2));
+    if (out->factor.scale == -1.0 && PyErr_Occurred()) return -1;
+    if (!view_is_plain(state, A) || !view_is_plain(state, B)) return 0;
+    if (view_peek(state, A, &down) != VIEW_OK || view_peek(state, B, &up) != VIEW_OK) return 0;
+    if (down.ndim != 2 || up.ndim != 2 || !view_as_rows(&down, &out->factor.down)) return 0;
+    if (!view_as_rows(&up, &out->factor.up) || down.shape[0] != up.shape[1] || up.shape[0] != columns) return 0;
+    if (largest >= down.shape[1]) return 0;
+    out->down = Py_NewRef(A);
+    out->up = Py_NewRef(B);
+    return 1;
+}
+
+/* Splits the terms into runs of the same object; as above. */
+static int terms_find(const module_state *state, batch *b, int64_t largest) {
+    for (Py_ssize_t i = 0; i < b->rows; i++) {
+        PyObject *term = PyList_GetItem(b->names, i);
+        segment *last = b->segments + b->count;
+        if (b->count > 0 && last[-1].adapter->name == term) {
+            last[-1].end = i + 1;
+            continue;
+        }
+        slot *at = b->slots;
+        while (at < b->slots + b->slot_count && at->name != term) at++;
+        if (at == b->slots + b->slot_count) {
+            const int found = term == Py_None ? 1 : factors_find(state, term, b->my.cols, largest, at);
+            if (found <= 0) return found;
+            at->name = term;
+            b->slot_count++;
+        }
+        *last = (segment){.begin = i, .end = i + 1, .adapter = at};
+        b->count++;
+    }
+    return 1;
+}
+
+static PyObject *mixed_lookup(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+    const module_state *state = state_of(module);
+    batch b = {.base = {.base = NULL}, .rc = PK_OK};
+    TensorView y;
+    int64_t largest;
+    int done = 0;
+    if (count != 3 || !PyList_Check(arguments[2])) {
+        PyErr_SetString(PyExc_TypeError, "lookup_add(y, x, terms): terms is a list");
+        return NULL;
+    }
+    b.x = arguments[1];
+    b.names = arguments[2];
+    b.rows = PyList_Size(b.names);
+    if (view_is_plain(state, arguments[0]) && view_peek(state, arguments[0], &y) == VIEW_OK &&
+        view_writable(&y) == VIEW_OK && y.numel > 0 && y.ndim > 1 && y.shape[0] == b.rows && view_as_rows(&y, &b.my))
+        done = ids_find(state, &b, &y, &largest);
+    if (done > 0 && largest < 0) done = 0;
+    if (done > 0) done = batch_start(&b) < 0 ? -1 : terms_find(state, &b, largest);
+    if (done > 0 && segments_run(state, &b) < 0) done = -1;
+    batch_free(&b);
+    return done < 0 ? NULL : PyBool_FromLong(done);
 }
 
 PyMethodDef mixed_methods[] = {
@@ -203,5 +337,10 @@ PyMethodDef mixed_methods[] = {
      "and y "
      "is\nreturned. With y None: the layer's output. None when the composed path has to run; then nothing was "
      "written."},
+    {"lookup_add", (PyCFunction)(void (*)(void))mixed_lookup, METH_FASTCALL,
+     "lookup_add(y, x, terms)\n--\n\n"
+     "y[i] += scale * A[:, x[i]].T @ B.T, in place, for all rows i with terms[i] = (A, B, scale), not None. False: "
+     "not "
+     "C's;\nnothing was written."},
     {NULL, NULL, 0, NULL},
 };

@@ -139,21 +139,23 @@ static INLINE vf vf_put_f16(uint16_t *p, vf v) {
     return _mm256_cvtph_ps(h);
 }
 static INLINE void vf_transpose(vf *b) {
-    vf t[8];
+    vf t[8], u[8];
+#pragma GCC unroll 4
     for (int i = 0; i < 8; i += 2) {
         t[i] = _mm256_unpacklo_ps(b[i], b[i + 1]);
         t[i + 1] = _mm256_unpackhi_ps(b[i], b[i + 1]);
     }
-    for (int i = 0; i < 8; i += 4)
-        for (int j = 0; j < 2; j++) {
-            b[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
-            b[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
-        }
-    for (int j = 0; j < 4; j++) {
-        t[j] = _mm256_permute2f128_ps(b[j], b[j + 4], 0x20);
-        t[j + 4] = _mm256_permute2f128_ps(b[j], b[j + 4], 0x31);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const int at = (i & 1) + 4 * (i >> 1);
+        u[2 * i] = _mm256_shuffle_ps(t[at], t[at + 2], 0x44);
+        u[2 * i + 1] = _mm256_shuffle_ps(t[at], t[at + 2], 0xee);
     }
-    memcpy(b, t, sizeof t);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        b[j] = _mm256_permute2f128_ps(u[j], u[j + 4], 0x20);
+        b[j + 4] = _mm256_permute2f128_ps(u[j], u[j + 4], 0x31);
+    }
 }
 
 static INLINE vd vd_load(const double *p) {

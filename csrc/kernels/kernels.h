@@ -65,7 +65,12 @@ int pk_lowrank_apply(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int 
 int pk_lowrank_set(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int nf, const pk_mat *t, void *work,
                    pk_parallel_fn par);
 
-/* The same with a linear layer below: y (m, n) = x w^T + bias + the terms, rounded once; w (n, k), bias (1, n): NULL for
+/* y (m, n) += sum_i scale_i H_i B_i^T, where row j of H_i (m, r_i) is the column ids[j] of A_i (r_i, k_i), each inside: what
+ * adapters of an embedding add to its output. Accumulates in f64 if y is f64. Row j does not depend on the others. */
+size_t pk_lookup_apply_work(const pk_mat *y, const pk_lowrank *f, int nf);
+int pk_lookup_apply(const pk_mat *y, const int64_t *ids, const pk_lowrank *f, int nf, void *work, pk_parallel_fn par);
+
+/* The same as the first with a linear layer below: y (m, n) = x w^T + bias + the terms, rounded once; w (n, k), bias (1, n): NULL for
  * none; no f64. With w and the factors transposed it is the gradient of such a layer's input. w is read once for every
  * LINEAR_ROWS or PACKED_ROWS rows (lowrank.h). A row depends on how many there are, but not on what is in the others.
  * The two that end in _suits: 1 where that is faster than what torch does for x and w of dtype. */

@@ -4,14 +4,15 @@
 #include "dots.h"
 #include "dtype.h"
 
-enum { FEW_ROWS = 16, BLOCK_ROWS = 12, MANY_ROWS = 512, MANY_BLOCK_ROWS = 48 };
+enum { FEW_ROWS = 16, BLOCK_ROWS = 12, MANY_ROWS = 512, MANY_BLOCK_ROWS = 48, STRIPS = 32768 /* bytes of panels */ };
 
 typedef struct {
     const pk_isa *isa;
     const pk_mat *y;
     const pk_lowrank *parts;
-    const dots_job *dots; /* of each part; many rows only */
-    int nparts, wide, direct;
+    const int64_t *ids;   /* NULL, or where the rows of t are looked up, which is not kept then */
+    const dots_job *dots; /* of each part; many rows only, NULL with ids */
+    int nparts, wide, direct, strips;
     row_op op;
     int64_t rank, block;
     char *t;      /* (m, R) */
@@ -52,6 +53,39 @@ void turn_terms(const pk_isa *isa, const pk_lowrank *parts, int nparts, int64_t 
 
 static void turn(const product_job *e, const char *t, int64_t m, char *to) {
     turn_terms(e->isa, e->parts, e->nparts, e->rank, e->wide, t, m, to);
+}
+
+/* to[q] = scale times element ids[q] of a row of this type */
+static INLINE void look_up_row(pk_dtype dtype, const char *row, int64_t step, const int64_t *ids, int64_t m,
+                               double scale, int wide, void *to) {
+    for (int64_t q = 0; q < m; q++) {
+        const double v = scalar_load(dtype, row + ids[q] * step);
+        if (wide)
+            ((double *)to)[q] = v * scale;
+        else
+            ((float *)to)[q] = (float)v * (float)scale;
+    }
+}
+
+/* rows i0 .. i0 + m of t, turned: (R, m) */
+static void look_up(const product_job *e, int64_t i0, int64_t m, char *turned) {
+    const int64_t *const ids = e->ids + i0;
+    for (int i = 0; i < e->nparts; i++) {
+        const pk_mat *const a = &e->parts[i].down;
+        const int64_t step = a->cs * pk_dtype_size(a->dtype);
+        const double scale = e->parts[i].scale;
+        for (int64_t p = 0; p < a->rows; p++, turned += m * acc_size(e->wide)) {
+            const char *const row = mat_at(a, p, 0);
+            if (a->dtype == PK_F32)
+                look_up_row(PK_F32, row, step, ids, m, scale, e->wide, turned);
+            else if (a->dtype == PK_F64)
+                look_up_row(PK_F64, row, step, ids, m, scale, e->wide, turned);
+            else if (a->dtype == PK_BF16)
+                look_up_row(PK_BF16, row, step, ids, m, scale, e->wide, turned);
+            else
+                look_up_row(PK_F16, row, step, ids, m, scale, e->wide, turned);
+        }
+    }
 }
 
 /* y(i, j0 + q) op= d[q], q < n */
@@ -111,6 +145,23 @@ static void expand_rows(const product_job *e, int64_t i0, int64_t m, const char 
     }
 }
 
+/* rows i0 .. i0 + m of y; turned: (R, m); for panels that stay in the nearest cache all together */
+static void expand_strips(const product_job *e, int64_t i0, int64_t m, const char *turned) {
+    const int64_t nr = e->isa->nr[e->wide], size = acc_size(e->wide), whole = e->y->cols / nr * nr;
+    _Alignas(64) char d[MR * NR_MAX * 4];
+    for (int64_t i = 0; i < m; i += MR) {
+        pk_strip strip = {.depth = e->rank, .ldrow = m, .ldw = e->y->rs, .cols = whole};
+        strip.row = turned + i * size;
+        strip.panel = e->panels;
+        strip.w = mat_at(e->y, i0 + i, 0);
+        strip.mr = (int)min64(MR, m - i);
+        e->isa->dtype[e->y->dtype].fused[0](e->op, &strip);
+        if (whole == e->y->cols) continue;
+        e->isa->tile[e->wide](e->rank, strip.row, m, e->panels + whole * e->rank * size, d, nr, strip.mr, 0);
+        for (int q = 0; q < strip.mr; q++) put_row(e, i0 + i + q, whole, e->y->cols - whole, d + q * nr * size);
+    }
+}
+
 /* -------------------------------------------------------------------------------------------------------- products */
 
 /* blocks of rows, shrunk and expanded while they are in the cache */
@@ -120,23 +171,27 @@ static void product_rows(int64_t begin, int64_t end, void *ctx) {
     for (int64_t b = begin; b < end; b++) {
         const int64_t i0 = b * e->block, m = min64(e->block, e->y->rows - i0), at = i0 * e->rank * size;
         int64_t p = 0;
-        for (int i = 0; i < e->nparts; p += e->parts[i++].up.cols)
-            dots_block(&e->dots[i], i0, m, 0, e->parts[i].up.cols, e->t + at + p * size, e->rank);
-        turn(e, e->t + at, m, e->turned + at);
-        expand_rows(e, i0, m, e->turned + at);
+        if (e->ids) {
+            look_up(e, i0, m, e->turned + at);
+        } else {
+            for (int i = 0; i < e->nparts; p += e->parts[i++].up.cols)
+                dots_block(&e->dots[i], i0, m, 0, e->parts[i].up.cols, e->t + at + p * size, e->rank);
+            turn(e, e->t + at, m, e->turned + at);
+        }
+        (e->strips ? expand_strips : expand_rows)(e, i0, m, e->turned + at);
     }
 }
 
 static int product_many(product_job *e, const pk_mat *x, work_area *area, pk_parallel_fn par) {
     const int64_t nr = e->isa->nr[e->wide], panels = (e->y->cols + nr - 1) / nr, m = e->y->rows;
-    dots_job *const dots = work_take(area, e->nparts * (int64_t)sizeof *dots);
+    dots_job *const dots = e->ids ? NULL : work_take(area, e->nparts * (int64_t)sizeof *dots);
     int64_t cost;
     int rc = PK_OK;
     e->block = m < MANY_ROWS ? BLOCK_ROWS : MANY_BLOCK_ROWS;
     e->panels = work_take(area, panels * nr * e->rank * acc_size(e->wide));
     e->dots = dots;
     cost = e->block * e->rank * e->y->cols / 12;
-    for (int i = 0; i < e->nparts && rc == PK_OK; i++) {
+    for (int i = 0; !e->ids && i < e->nparts && rc == PK_OK; i++) {
         dots_job job;
         rc = dots_prepare(&job, x, &e->parts[i].down, e->wide, area, par);
         if (area->base) dots[i] = job;
@@ -151,23 +206,35 @@ static int product_few(product_job *e, const pk_mat *x, work_area *area, pk_para
     const int64_t nr = e->isa->nr[e->wide], m = e->y->rows, size = acc_size(e->wide);
     int64_t p = 0;
     int rc = PK_OK;
-    for (int i = 0; i < e->nparts && rc == PK_OK; p += e->parts[i++].up.cols)
+    for (int i = 0; !e->ids && i < e->nparts && rc == PK_OK; p += e->parts[i++].up.cols)
         rc = dots_run(x, &e->parts[i].down, area->base ? e->t + p * size : NULL, e->rank, e->wide, area, par);
     if (!area->base || rc != PK_OK) return rc;
-    turn(e, e->t, m, e->turned);
+    if (e->ids)
+        look_up(e, 0, m, e->turned);
+    else
+        turn(e, e->t, m, e->turned);
     return run_parallel(par, (e->y->cols + nr - 1) / nr, e->rank * nr * (8 + m) / 12, expand_columns, e);
+}
+
+/* x: unused with ids */
+static int product_start(product_job *e, const pk_mat *x, work_area *area, pk_parallel_fn par) {
+    const size_t mark = area->used;
+    const pk_mat *const y = e->y;
+    e->isa = pk_isa_now();
+    e->direct = (y->cs == 1 || y->cols <= 1) && e->wide == (y->dtype == PK_F64);
+    for (int i = 0; i < e->nparts; i++) e->rank += e->parts[i].up.cols;
+    e->turned = work_take(area, y->rows * e->rank * acc_size(e->wide));
+    e->strips = e->direct && e->rank * y->cols * acc_size(e->wide) <= STRIPS;
+    const int few = y->rows <= FEW_ROWS && !(e->ids && e->strips);
+    const int rc = (few ? product_few : product_many)(e, x, area, par);
+    area->used = mark;
+    return rc;
 }
 
 int product_run(const pk_mat *y, const pk_mat *x, const pk_lowrank *parts, int nparts, int wide, row_op op, char *t,
                 work_area *area, pk_parallel_fn par) {
-    const size_t mark = area->used;
-    product_job e = {.isa = pk_isa_now(), .y = y, .parts = parts, .nparts = nparts, .wide = wide, .op = op, .t = t};
-    e.direct = (y->cs == 1 || y->cols <= 1) && wide == (y->dtype == PK_F64);
-    for (int i = 0; i < nparts; i++) e.rank += parts[i].up.cols;
-    e.turned = work_take(area, y->rows * e.rank * acc_size(wide));
-    const int rc = (y->rows <= FEW_ROWS ? product_few : product_many)(&e, x, area, par);
-    area->used = mark;
-    return rc;
+    product_job e = {.y = y, .parts = parts, .nparts = nparts, .wide = wide, .op = op, .t = t};
+    return product_start(&e, x, area, par);
 }
 
 /* --------------------------------------------------------------------------------------------------------- forward */
@@ -226,4 +293,34 @@ int pk_lowrank_apply(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int 
 int pk_lowrank_set(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int nf, const pk_mat *t, void *work,
                    pk_parallel_fn par) {
     return forward_start(y, x, f, nf, OP_SET, t, work, par);
+}
+
+/* -------------------------------------------------------------------------------------------------------- lookups */
+
+static int lookup(const pk_mat *y, const int64_t *ids, const pk_lowrank *f, int nf, work_area *area,
+                  pk_parallel_fn par) {
+    product_job e = {.y = y, .ids = ids, .parts = f, .nparts = nf, .wide = y->dtype == PK_F64, .op = OP_ADD};
+    return product_start(&e, NULL, area, par);
+}
+
+static int lookup_valid(const pk_mat *y, const pk_lowrank *f, int nf) {
+    if (!mat_valid(y)) return 0;
+    for (int i = 0; i < nf; i++)
+        if (!factors_fit(&f[i], 1, y->cols, f[i].down.cols)) return 0;
+    return 1;
+}
+
+size_t pk_lookup_apply_work(const pk_mat *y, const pk_lowrank *f, int nf) {
+    static const int64_t none;
+    work_area area = {NULL, 0, 0};
+    if (!lookup_valid(y, f, nf)) return 0;
+    lookup(y, &none, f, nf, &area, NULL);
+    return work_total(&area);
+}
+
+int pk_lookup_apply(const pk_mat *y, const int64_t *ids, const pk_lowrank *f, int nf, void *work, pk_parallel_fn par) {
+    work_area area = work_start(work);
+    if (!lookup_valid(y, f, nf) || (y->rows > 0 && !ids)) return PK_EINVAL;
+    if (y->rows == 0 || nf == 0) return PK_OK;
+    return lookup(y, ids, f, nf, &area, par);
 }

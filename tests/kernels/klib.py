@@ -72,6 +72,8 @@ def load(path=None):
         "pk_lowrank_apply_work": (C.c_size_t, [mat, mat, P(LowRank), C.c_int]),
         "pk_lowrank_apply": (C.c_int, [mat, mat, P(LowRank), C.c_int, mat, ptr, ptr]),
         "pk_lowrank_set": (C.c_int, [mat, mat, P(LowRank), C.c_int, mat, ptr, ptr]),
+        "pk_lookup_apply_work": (C.c_size_t, [mat, P(LowRank), C.c_int]),
+        "pk_lookup_apply": (C.c_int, [mat, ptr, P(LowRank), C.c_int, ptr, ptr]),
         "pk_lowrank_backward_work": (C.c_size_t, [P(Backward)]),
         "pk_lowrank_backward": (C.c_int, [P(Backward), ptr, ptr]),
         "pk_linear_suits": (C.c_int, [C.c_int] + [C.c_int64] * 3),

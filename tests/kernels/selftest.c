@@ -140,6 +140,8 @@ static void test_linear(const char *isa, pk_dtype dtype) {
     pk_mat t = make(m, r, PK_F32, 1), y[2] = {make(m, n, dtype, 1)}, set[2], dx[2] = {make(m, k, dtype, 1)};
     const pk_mat wt = turned(&w);
     const pk_lowrank ft = {turned(&f.up), turned(&f.down), 0.7};
+    int64_t *const ids = malloc((size_t)m * sizeof *ids);
+    for (int64_t i = 0; i < m; i++) ids[i] = below(k);
     y[1] = copy(&y[0]);
     dx[1] = copy(&dx[0]);
     for (int i = 0; i < 2; i++) {
@@ -151,6 +153,9 @@ static void test_linear(const char *isa, pk_dtype dtype) {
         work = malloc(pk_linear_work(&y[i], &x, &w, &f, 1));
         expect(pk_linear(&y[i], &x, &w, &bias, &f, 1, &t, work, shim_parallel) == PK_OK, "linear", (int)dtype);
         free(work);
+        work = malloc(pk_lookup_apply_work(&y[i], &f, 1));
+        expect(pk_lookup_apply(&y[i], ids, &f, 1, work, shim_parallel) == PK_OK, "lookup", (int)dtype);
+        free(work);
         work = malloc(pk_linear_work(&dx[i], &g, &wt, &ft, 1));
         expect(pk_linear(&dx[i], &g, &wt, NULL, &ft, 1, NULL, work, shim_parallel) == PK_OK, "turned", (int)dtype);
         free(work);
@@ -158,6 +163,7 @@ static void test_linear(const char *isa, pk_dtype dtype) {
     expect(distance(&y[0], &y[1]) < eps[dtype], "linear equals generic", (int)dtype);
     expect(distance(&set[0], &set[1]) < eps[dtype], "set equals generic", (int)dtype);
     expect(distance(&dx[0], &dx[1]) < eps[dtype], "turned equals generic", (int)dtype);
+    free(ids);
     void *const all[] = {f.down.data, f.up.data, x.data,      g.data,      w.data,     bias.data, t.data,
                          y[0].data,   y[1].data, set[0].data, set[1].data, dx[0].data, dx[1].data};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);

@@ -572,6 +572,43 @@ def test_forward(m, shape, dtype, seed, name):
     select(ISAS[0])
 
 
+def look_up(y, dy, ids, f, count, par=None):
+    keep, p = klib.buffer(LIB.pk_lookup_apply_work(klib.mat(y, dy), f, count))
+    return LIB.pk_lookup_apply(klib.mat(y, dy), ids.ctypes.data, f, count, p, par)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 70), shapes, dtypes, seeds, st.sampled_from(ISAS))
+@example((64), (1200, 9, 8), F32, 0, ISAS[0])
+def test_lookup(m, shape, dtype, seed, name):
+    """The term of an embedding: columns of A, one for each row; a row is the same alone, and with any threads."""
+    n, k, r = shape
+    rng = np.random.default_rng(seed)
+    select(name)
+    y, ids = random(rng, (m, n), dtype, kind=rng.integers(4)), rng.integers(0, k, m)
+    parts = random_factors(rng, n, k, r, dtype, nf=int(rng.integers(0, 3)), size=0.3)
+    f, old = klib.factors(parts), y.copy()
+    for threads in (1, 3):
+        LIB.shim_threads(threads)
+        y[...] = old
+        assert look_up(y, dtype, ids, f, len(parts), PAR) == OK
+        if threads == 1:
+            first = y.copy()
+    assert np.array_equal(bits(y.copy()), bits(first))
+    want, total, rank = klib.widen(old, dtype), np.abs(klib.widen(old, dtype)), 0
+    for a, da, b, db, s in parts:
+        af, bf, rank = klib.widen(a, da)[:, ids].T, klib.widen(b, db), rank + len(a)
+        want, total = want + s * af @ bf.T, total + s * np.abs(af) @ np.abs(bf).T
+    bound = EPS[dtype] * np.abs(want) + (3 * rank + 9) * EPS[F64 if dtype == F64 else F32] * total
+    assert (np.abs(klib.widen(y, dtype) - want) <= bound + (2.0**-25 if dtype == F16 else 0)).all()
+    one = old[-1:].copy()
+    assert look_up(one, dtype, ids[-1:].copy(), f, len(parts)) == OK
+    assert np.array_equal(bits(one), bits(y[-1:].copy())), "a row depends on the others"
+    if parts:
+        assert LIB.pk_lookup_apply(klib.mat(y[:, :0], dtype), ids.ctypes.data, f, 1, None, None) == klib.EINVAL
+    select(ISAS[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("m,n,k,r", [(1, 256, 256, 16), (8, 300, 1000, 130), (200, 520, 515, 64), (37, 1, 1, 512)])
 def test_forward_sizes_and_threads(isa, dtype, m, n, k, r):

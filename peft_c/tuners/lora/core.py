@@ -389,6 +389,9 @@ class LoraLayer(BaseTunerLayer):
 
     def _add_by_rows(self, x: torch.Tensor, result: torch.Tensor, names: list[str]) -> torch.Tensor | None:
         """The output with an adapter for each row as one product; None where that is not to be had."""
+        own = self._merge_adapters()
+        if not (2 * len(set(names)) >= len(names) > 2 and all(name in own for name in names)):  # few rows for each
+            return None
         alike = {(self.r[name], self.scaling[name], name in self.lora_variant) for name in names}
         if len(alike) > 1 or next(iter(alike))[2]:
             return None
@@ -418,10 +421,9 @@ class LoraLayer(BaseTunerLayer):
         for row, name in enumerate(adapter_names):
             if name in own:  # "__base__", and adapters that other layers have
                 rows_of.setdefault(name, []).append(row)
-        if 2 * len(rows_of) >= len(x) > 2 and all(name in rows_of for name in adapter_names):  # few rows for each
-            together = self._add_by_rows(x, result, adapter_names)
-            if together is not None:
-                return together
+        together = self._add_by_rows(x, result, adapter_names) if rows_of else None
+        if together is not None:
+            return together
         if rows_of and not owns_output(self.base_layer):
             result = result.clone()
         if in_c and _C.lowrank_mixed(self, x, result, list(adapter_names)) is not None:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ... import _C
 from ...reexports import elsewhere
 from .. import law
 from ..base_view import BaseView
@@ -213,14 +214,25 @@ class Embedding(_LoraModule):
         options = self.get_base_layer().max_norm is not None or self._get_embed_scale() is not None  # see _embed
         return not (options or torch.is_grad_enabled())
 
+    def _add_in_c(self, x: torch.Tensor, result: torch.Tensor, names: list[str]) -> bool:
+        """Let C look the rows of x up, each in the A of its adapter, and add the terms to the output in place, where it
+        may. Rows whose adapter this layer does not have stay as they are."""
+        if not (adds_in_place(self.base_layer) and self._is_plain()):
+            return False
+        own = self.lora_embedding_A.keys() & names
+        if not own.isdisjoint(self.lora_variant) or not own.isdisjoint(self.input_fns):
+            return False
+        A, B = self.lora_embedding_A._parameters, self.lora_embedding_B._parameters
+        terms = {name: (A.get(name), B.get(name), self.scaling[name]) for name in own}
+        return _C.lookup_add(result, x, [terms.get(name) for name in names])
+
     def _add_term(self, adapter: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        A, B = self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
-        alike = x.is_cpu and result.dtype == A.dtype == B.dtype and adapter not in self.input_fns
-        if not (alike and self._is_plain() and adds_in_place(self.base_layer)):
-            return super()._add_term(adapter, x, result)
-        hidden = A.index_select(1, x.reshape(-1))
-        result.view(-1, len(B)).addmm_(hidden.mT, B.mT, alpha=self.scaling[adapter])
-        return result
+        if self._add_in_c(x, result, [adapter] * len(x)):
+            return result
+        return super()._add_term(adapter, x, result)
+
+    def _add_by_rows(self, x: torch.Tensor, result: torch.Tensor, names: list[str]) -> torch.Tensor | None:
+        return result if self._add_in_c(x, result, names) else super()._add_by_rows(x, result, names)
 
     def _row_factors(self, x: torch.Tensor, names: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
         if x.dim() != 2 or not self._is_plain():
