@@ -215,8 +215,8 @@ class Embedding(_LoraModule):
         return not (options or torch.is_grad_enabled())
 
     def _add_in_c(self, x: torch.Tensor, result: torch.Tensor, names: list[str]) -> bool:
-        """Let C look the rows of x up, each in the A of its adapter, and add the terms to the output in place, where it
-        may. Rows whose adapter this layer does not have stay as they are."""
+        """Let C look the rows of x up, each in the A of its adapter, and add the terms to the output in place, where
+        it may. Rows whose adapter this layer does not have stay as they are."""
         if not (adds_in_place(self.base_layer) and self._is_plain()):
             return False
         own = self.lora_embedding_A.keys() & names
