@@ -613,7 +613,8 @@ class AddRoom(Room):
 
     def weight_change(self, name: str) -> law.Change:
         """What merging does to the weight, in the form that costs least."""
-        factors = self.low_rank(name)
+        ours = getattr(self.get_delta_weight, "__module__", "").startswith(__package__)
+        factors = self.low_rank(name) if ours else None
         return (lambda: self.get_delta_weight(name)) if factors is None or factors.is_wide() else factors
 
     def _merge_changes(self, name: str) -> dict[str, law.Change]:

@@ -21,9 +21,10 @@ class TemperatureScaledSoftmax(nn.Module):
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
         self.temperature = temperature
+        self.softmax = nn.Softmax(dim=-1)
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
-        return torch.softmax(logits / self.temperature, dim=-1)
+        return self.softmax(logits / self.temperature)
 
 
 class XLoraClassifier(nn.Module):

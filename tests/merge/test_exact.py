@@ -446,6 +446,20 @@ def test_own_delta_weight_is_used():
     assert_restored(layer, before)
 
 
+@pytest.mark.parametrize("config", ["LoraConfig", "VeraConfig", "LoHaConfig"])
+def test_a_delta_weight_set_on_a_layer_is_used(config):
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    layer = peft_c.get_peft_model(base, getattr(peft_c, config)(r=2, target_modules=["0"])).base_model.model[0]
+    before, delta = snapshot(layer), torch.randn(6, 8)
+    expected = layer.get_base_layer().weight + delta
+    layer.get_delta_weight = lambda adapter: delta
+    layer.merge()
+    torch.testing.assert_close(layer.get_base_layer().weight, expected)
+    layer.unmerge()
+    assert_restored(layer, before)
+
+
 @pytest.mark.parametrize("size", [8, 300])
 def test_large_own_deltas_keep_a_copy(size):
     case = (lambda: One(nn.Linear(size, size)), lambda: torch.randn(2, size), MODULE)

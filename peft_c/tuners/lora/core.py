@@ -524,7 +524,7 @@ class _LoraModule(law.Merging, nn.Module, LoraLayer):
         return law.LowRank(A, B, self.scaling[adapter])
 
     def _merge_changes(self, adapter: str) -> dict[str, law.Change]:
-        own_delta = getattr(type(self), "get_delta_weight", None) is not _LoraModule.get_delta_weight
+        own_delta = getattr(self.get_delta_weight, "__func__", None) is not _LoraModule.get_delta_weight
         factors = None if own_delta else self._low_rank(adapter)
         if factors is not None and self._merge_factor != 1:
             factors = factors._replace(scale=factors.scale * self._merge_factor)
