@@ -1,4 +1,4 @@
-"""The order in which PEFT's layers take their arguments, which differs from method to method."""
+"""How PEFT's layers are called, which differs from method to method: the order of arguments, the dtype of deltas."""
 
 from __future__ import annotations
 
@@ -51,6 +51,10 @@ _ORDERS = {
     "vera": ("adapter_name vera_A vera_B r config inference_mode", "vera_A vera_B adapter_name config r"),
     "waveft": ("adapter_name n_frequency config", "adapter_name config n_frequency"),
 }
+# method -> what has the dtype of `get_delta_weight`: the base "weight", or the adapter's "parameters"
+DELTA_LIKE = dict.fromkeys(("adamss", "deft", "psoft", "supertuning"), "weight")
+DELTA_LIKE |= dict.fromkeys(("pvera", "tinylora", "unilora", "vera"), "parameters")
+
 _USUAL = ("adapter_name config", "adapter_name config")
 
 

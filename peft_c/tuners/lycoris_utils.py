@@ -52,11 +52,14 @@ class LycorisLayer(AddRoom):
             kaiming(factor)
         getattr(self, container)[name] = nn.Parameter(factor)
 
+    def whole_delta(self, name: str) -> torch.Tensor:
+        return super().whole_delta(name).reshape(self.get_base_layer().weight.shape)
+
     # --- dropout ---
 
     def get_delta_weight(self, adapter_name: str, *, apply_rank_dropout: bool = False) -> torch.Tensor:
         """What merging adds to the weight, with its shape; in training optionally with rows dropped at random."""
-        delta = super().get_delta_weight(adapter_name).reshape(self.get_base_layer().weight.shape)
+        delta = super().get_delta_weight(adapter_name)
         if not apply_rank_dropout:
             return delta
         keep = (torch.rand(len(delta)) > self.rank_dropout[adapter_name]).to(delta)

@@ -26,6 +26,12 @@ RESETS: dict[str, dict[str, dict[str, Any]]] = {
         "reset_adapter_parameters_random": RANDOM,
         "reset_adapter_parameters_lycoris_way": {"init_weights": "lycoris"},
     },
+    "miss": {
+        "reset_miss_parameters": {"r": None, "init_weights": True},
+        "reset_bat_parameters": {"r": None, "init_weights": "bat"},
+        "reset_mini_parameters": {"r": None, "mini_r": None, "init_weights": "mini"},
+        "reset_miss_parameters_random": RANDOM,
+    },
     "oft": {"reset_oft_parameters": GIVEN},
     "peanut": {"reset_peanut_parameters": START},
     "poly": {"reset_poly_parameters": GIVEN},

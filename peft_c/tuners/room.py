@@ -48,7 +48,7 @@ from ..utils.quantization_utils import QuantizationBackend, get_quantization_kwa
 from . import kept, law
 from .base_view import BaseView, held
 from .changes import multiplies_slowly
-from .layer_calls import argument_orders, by_name, settled
+from .layer_calls import DELTA_LIKE, argument_orders, by_name, settled
 from .products import (
     CONVOLUTIONS,
     FEW,
@@ -486,6 +486,7 @@ class AddRoom(Room):
 
     adds: ClassVar[tuple[str, ...]] = ("weight",)  # what the adapters add to: "weight", "bias" or both
     dropout: ClassVar[str] = ""  # the ModuleDict with the dropout in front of each adapter, if there is one
+    delta_like: ClassVar[str] = ""  # what has the dtype of `get_delta_weight`, if not the delta
     converts_to_lora: ClassVar[bool] = True  # whether PEFT converts the method's adapters to LoRA
     factored: ClassVar[float] = 0  # up to how many rows of x a forward multiplies by `terms`, the cheapest way then
 
@@ -550,12 +551,14 @@ class AddRoom(Room):
         if factors is not None and not isinstance(base, (*CONVOLUTIONS, nn.Embedding)):
             result = linear(linear(x.to(factors.A.dtype), factors.A), factors.B)
             return result if isinstance(factors.scale, float) and factors.scale == 1.0 else result * factors.scale
-        return apply_weight(base, x, self.get_delta_weight(name), None)
+        return apply_weight(base, x, self.whole_delta(name), None)
 
     def adapter_dtype(self, name: str) -> torch.dtype | None:
         """The dtype an adapter wants its input in: that of its first parameter; None for token ids."""
-        if isinstance(self.get_base_layer(), nn.Embedding):
-            return None
+        return None if isinstance(self.get_base_layer(), nn.Embedding) else self.parameter_dtype(name)
+
+    def parameter_dtype(self, name: str) -> torch.dtype:
+        """The dtype of an adapter's first parameter."""
         container = next(layer for layer in self.adapter_layer_names if name in self._modules[layer])
         entry = self.entry(container, name)
         return (entry if isinstance(entry, torch.Tensor) else next(entry.parameters())).dtype
@@ -601,21 +604,29 @@ class AddRoom(Room):
         weight, bias = self.get_base_weight(), getattr(self.get_base_layer(), "bias", None)
         for name in names:
             if "weight" in self.adds:
-                weight = into(torch.add, self.get_delta_weight(name), weight)
+                weight = into(torch.add, self.whole_delta(name), weight)
             if bias is not None and "bias" in self.adds:
                 bias = bias + self.bias_delta(name)
         return weight, bias
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """What merging `adapter` adds to the base weight: a tensor of its shape."""
-        delta = self.delta(adapter)
+        """What merging the adapter adds to the base weight, in the dtype in which PEFT gives it."""
+        delta = self.whole_delta(adapter)
+        if self.delta_like == "weight" and self.quantization_backend is None:
+            return delta.to(self.get_base_layer().weight.dtype)
+        return delta.to(self.parameter_dtype(adapter)) if self.delta_like == "parameters" else delta
+
+    def whole_delta(self, name: str) -> torch.Tensor:
+        """What merging the adapter adds to the base weight: a tensor of its shape, as exact as it is computed."""
+        delta = self.delta(name)
         return delta if self.quantization_backend is not None else weight_view(self.get_base_layer()).restore(delta)
 
     def weight_change(self, name: str) -> law.Change:
         """What merging does to the weight, in the form that costs least."""
-        ours = getattr(self.get_delta_weight, "__module__", "").startswith(__package__)
-        factors = self.low_rank(name) if ours else None
-        return (lambda: self.get_delta_weight(name)) if factors is None or factors.is_wide() else factors
+        if not getattr(self.get_delta_weight, "__module__", "").startswith(__package__):
+            return lambda: self.get_delta_weight(name)
+        factors = self.low_rank(name)
+        return (lambda: self.whole_delta(name)) if factors is None or factors.is_wide() else factors
 
     def _merge_changes(self, name: str) -> dict[str, law.Change]:
         changes = {"weight": self.weight_change(name)} if "weight" in self.adds else {}
@@ -945,7 +956,7 @@ def register(
         first, *others = dict.fromkeys(model.rooms.values())
         common = next(c for c in first.__mro__ if all(issubclass(room, c) for room in others))
         defaults["tuner_layer_cls"] = common
-        common.argument_orders = argument_orders(name)
+        common.argument_orders, common.delta_like = argument_orders(name), DELTA_LIKE.get(name, "")
         if name in RESETS:
             common.resets = tuple(RESETS[name])
             for reset, options in RESETS[name].items():

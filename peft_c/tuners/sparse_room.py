@@ -56,6 +56,12 @@ class SparseRoom(AddRoom):
         sparse = self.add_to(values.new_zeros(self.out_features, self.in_features), name)
         return sparse if lora is None else sparse + lora.delta()
 
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """S, as a sparse tensor."""
+        places, values = self.elements(adapter)
+        indices = torch.stack([places // self.in_features, places % self.in_features])
+        return torch.sparse_coo_tensor(indices, values, (self.out_features, self.in_features))
+
     def weight_change(self, name: str) -> law.Change:
         if self.lora(name) is not None:
             return super().weight_change(name)

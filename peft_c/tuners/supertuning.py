@@ -11,7 +11,7 @@ from torch import nn
 
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import RoomConfig, RoomModel, dropout, kaiming, option, register, shared
+from .room import AddRoom, RoomConfig, RoomModel, dropout, kaiming, option, register, shared
 from .sparse_room import SparseRoom, _warn_once_about_module_hooks  # noqa: F401
 
 
@@ -57,6 +57,8 @@ class Linear(SparseRoom):
     other_param_names += ("supertuning_lora_dropout",)
     containers = {"supertuning_values": nn.ParameterDict, "supertuning_indices": BufferDict}
     containers |= dict.fromkeys((*adapter_layer_names[1:], "supertuning_lora_dropout"), nn.ModuleDict)
+
+    get_delta_weight = AddRoom.get_delta_weight  # dense, as PEFT's
 
     def prepare(self, base: nn.Module, config: SupertuningConfig) -> None:
         super().prepare(base, config)

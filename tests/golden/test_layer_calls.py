@@ -1,11 +1,11 @@
-"""Layers that are called by hand: PEFT's order of arguments, for every method."""
+"""Layers that are called by hand: the order of arguments and the deltas are PEFT's, for every method."""
 
 import pytest
 import torch
 
 import peft_c
 from peft_c.tuners.layer_calls import argument_orders
-from tests.rooms.cases import METHODS, PAIRS, config_of, kinds_of, layers, make, start
+from tests.rooms.cases import METHODS, PAIRS, config_of, disturb, kinds_of, layers, make, network, start
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -103,3 +103,43 @@ def test_arguments_that_do_not_fit(values, named, message):
     with pytest.raises(TypeError, match=message):
         layer.update_layer(*values, **named)
     assert list(layer.hra_u) == ["default"]
+
+
+# HiRA's is another one, MiSS's takes the weight, BEFT and GLoRA have none
+DELTAS = [pair for pair in PAIRS if pair[0] not in ("beft", "glora", "hira", "miss", "trainable_tokens")]
+TURNED = {("fourierft", "Conv1D"), ("waveft", "Conv1D")}  # PEFT's have the shape (out, in)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("method", "kind"), DELTAS)
+def test_what_get_delta_weight_returns(method, kind, dtype):
+    for cast in (True, False):
+        found = []
+        for package in (peft_c, peft):
+            base, config = network(kind)[0].to(dtype), config_of(method, kind, package)
+            torch.manual_seed(1)
+            model = package.get_peft_model(base, config, autocast_adapter_dtype=cast)
+            disturb(model)
+            layer = layers(model.eval())[0]
+            try:
+                found.append(layer.get_delta_weight("default") if hasattr(layer, "get_delta_weight") else None)
+            except (NotImplementedError, RuntimeError) as error:
+                found.append(type(error))
+        ours, theirs = found
+        if not isinstance(theirs, torch.Tensor):
+            assert ours is theirs or isinstance(theirs, tuple)
+            continue
+        assert (ours.dtype, ours.layout) == (theirs.dtype, theirs.layout)
+        ours, theirs = ours.to_dense().double(), theirs.to_dense().double()
+        theirs = theirs.T if (method, kind) in TURNED else theirs
+        tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * max(1.0, theirs.abs().max().item()))
+
+
+def test_merging_rounds_a_delta_once():
+    model = make("deft", dtype=torch.bfloat16)
+    layer = layers(model)[0]
+    expected = layer.weight + layer.whole_delta("default")
+    layer.merge()
+    assert torch.equal(layer.weight, expected.to(torch.bfloat16))
+    assert layer.whole_delta("default").dtype is torch.float32

@@ -160,6 +160,10 @@ def test_helpers_that_modules_pass_on(path, name):
 # what PEFT's take beside the name
 RESET_ARGUMENTS = {"boft": (False,), "c3a": (False,), "delora": (True, 3.0), "hira": (True,), "oft": (False,)}
 RESET_ARGUMENTS |= {"poly": (True,), "pvera": (0.3,), "road": (False,), "vblora": (0.1,), "vera": (0.3,)}
+RESET_ARGUMENTS |= {"reset_miss_parameters": (4,), "reset_bat_parameters": (4,), "reset_mini_parameters": (4, 2)}
+# the form of adapter that some are for
+RESET_FORMS = {"reset_bat_parameters": {"init_weights": "bat"}}
+RESET_FORMS["reset_mini_parameters"] = {"init_weights": "mini", "mini_r": 2}
 # PEFT draws in another order than where it makes an adapter, or less
 DRAWN_OTHERWISE = {"delora", "hira", "lily", "peanut"}
 
@@ -167,19 +171,20 @@ DRAWN_OTHERWISE = {"delora", "hira", "lily", "peanut"}
 @pytest.mark.parametrize(("method", "name"), [(method, name) for method in RESETS for name in RESETS[method]])
 def test_resetting_an_adapter(method, name):
     found, kind = [], kinds_of(method)[0]
+    arguments = RESET_ARGUMENTS.get(name, RESET_ARGUMENTS.get(method, ()))
     for package in (peft_c, peft):
-        model = make(method, kind, package)
+        model = make(method, kind, package, **RESET_FORMS.get(name, {}))
         layer = layers(model)[0]
         addresses = {key: p.data_ptr() for key, p in layer.named_parameters()}
         flags = {key: p.requires_grad for key, p in layer.named_parameters()}
         torch.manual_seed(3)
-        getattr(layer, name)("default", *RESET_ARGUMENTS.get(method, ()))
-        getattr(layer, name)("default", *RESET_ARGUMENTS.get(method, ()))
+        getattr(layer, name)("default", *arguments)
+        getattr(layer, name)("default", *arguments)
         found.append([p.detach() for _, p in sorted(layer.named_parameters())])
         if package is peft_c:
             assert {key: p.data_ptr() for key, p in layer.named_parameters()} == addresses
             assert {key: p.requires_grad for key, p in layer.named_parameters()} == flags
-            getattr(layer, name)("nope", *RESET_ARGUMENTS.get(method, ()))
+            getattr(layer, name)("nope", *arguments)
     for ours, theirs in zip(*found, strict=True):
         if method in DRAWN_OTHERWISE and ours.unique().numel() > 1:
             assert 0.7 < ours.std() / theirs.std() < 1.4
