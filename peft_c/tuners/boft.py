@@ -32,11 +32,11 @@ class BOFTConfig(RoomConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if bool(self.boft_block_size) == bool(self.boft_block_num):
+        if (self.boft_block_size == 0) == (self.boft_block_num == 0):
             either = "`boft_block_size` or `boft_block_num`"
             how = (
                 f"You can only specify either {either}"
-                if self.boft_block_size
+                if self.boft_block_size != 0
                 else f"Either {either} must be non-zero"
             )
             raise ValueError(
@@ -66,11 +66,11 @@ class BOFTLayer(Unscaled, MapRoom):
                 f"You can only specify boft_n_butterfly_factor {factors} to be a positive integer number."
             )
         size = base.weight[0].numel() if isinstance(base, nn.Conv2d) else self.in_features
-        given = "boft_block_num" if config.boft_block_num else "boft_block_size"
+        given = "boft_block_num" if config.boft_block_num != 0 else "boft_block_size"
         value = getattr(config, given)
         if size % value:
             raise ValueError(f"in_features ({size}) must be divisible by {given} ({value})!")
-        blocks, block_size = (value, size // value) if config.boft_block_num else (size // value, value)
+        blocks, block_size = (value, size // value) if given == "boft_block_num" else (size // value, value)
         if factors > 1 and (block_size % 2 or blocks % 2 ** (factors - 1)):
             warnings.warn(
                 f"{blocks} blocks of size {block_size} cannot be mixed by {factors} butterfly factors: the size must "

@@ -36,9 +36,9 @@ class OFTConfig(RoomConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if bool(self.r) == bool(self.oft_block_size):
+        if (self.r == 0) == (self.oft_block_size == 0):
             either = "`r` or `oft_block_size`"
-            how = f"You can only specify either {either}" if self.r else f"Either {either} must be non-zero"
+            how = f"You can only specify either {either}" if self.r != 0 else f"Either {either} must be non-zero"
             raise ValueError(
                 f"{how}, but not both: r x oft_block_size is the input size. Currently, r = {self.r} and "
                 f"oft_block_size = {self.oft_block_size}."
@@ -143,11 +143,11 @@ class OFTLayer(Unscaled, MapRoom):
         if getattr(base, "dilation", (1,))[0] > 1:
             raise ValueError(f"{type(base).__name__} with dilation > 1 is not supported by OFT.")
         size = self.rotated_size()
-        given = "r" if config.r else "oft_block_size"
+        given = "r" if config.r != 0 else "oft_block_size"
         value = nearest_divisor(size, positive(given, getattr(config, given)))
         if value != getattr(config, given):
             warnings.warn(f"Invalid `{given}` ({getattr(config, given)})! Adjusted `{given}` to ({value}).")
-        blocks, block_size = (value, size // value) if config.r else (size // value, value)
+        blocks, block_size = (value, size // value) if given == "r" else (size // value, value)
         rotation = OFTRotationModule(1 if config.block_share else blocks, block_size, config)
         if config.init_weights is False:
             nn.init.normal_(rotation.weight, mean=0.0, std=0.1)

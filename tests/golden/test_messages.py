@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import peft_c
+from tests.rooms.cases import config_of
 
 
 def two_adapters(package, scheme):
@@ -48,3 +49,17 @@ def test_repr_of_a_layer_of_trainable_tokens():
         model = package.get_peft_model(nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4)), config)
         texts.append(repr(model.base_model.model))
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("numbers", [(None, 0), (0, None), (None, 4), (4, None), (None, None), (0, 0), (4, 4)])
+@pytest.mark.parametrize("method", ["oft", "boft"])
+def test_numbers_and_sizes_of_blocks_that_are_refused(method, numbers):
+    names = ("r", "oft_block_size") if method == "oft" else ("boft_block_num", "boft_block_size")
+    refused = []
+    for package in (peft, peft_c):
+        config = None
+        with pytest.raises((TypeError, ValueError)) as caught:
+            config = config_of(method, package=package, **dict(zip(names, numbers, strict=True)))
+            package.get_peft_model(nn.Sequential(nn.Linear(16, 16)), config)
+        refused.append((config is None, caught.type))
+    assert refused[0] == refused[1]
