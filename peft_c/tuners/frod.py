@@ -197,7 +197,7 @@ class FrodModel(SeededModel):
         self.decompose(config, adapter_name)
 
     def decompose(self, config: FrodConfig, adapter_name: str) -> None:
-        """Make V and the places of S for those categories of the adapter's targets that have none."""
+        """Make the adapter's V and places of S, for those categories of its targets where it has none."""
         layers: dict[str, dict[int, nn.Module]] = {}
         for i, (key, base) in enumerate(self.targets(config)):
             layers.setdefault(_category(key), {})[_layer_index(key, i)] = base
@@ -210,16 +210,16 @@ class FrodModel(SeededModel):
 
             categories = tqdm(categories, desc="FRoD hierarchical joint decomposition", unit="category")
         for category in categories:
-            ordered = (layer for _, layer in sorted(layers[category].items()))
-            matrices = [weight_view(layer).matrix(layer.weight.detach()) for layer in ordered]
-            size = matrices[0].shape[1]
-            places = _places(size, config.sparse_rate, generator)
-            if category in self.frod_V and len(self.frod_V[category]):
+            matrices = [weight_view(base).matrix(base.weight.detach()) for _, base in sorted(layers[category].items())]
+            places = _places(matrices[0].shape[1], config.sparse_rate, generator)
+            if category in self.frod_V and adapter_name in self.frod_V[category]:
                 continue
             V = _joint_basis([weight.float().cpu() for weight in matrices], config.regularization_alpha)
-            made = (V.to(matrices[0].dtype), places, torch.tensor([size, size]))
-            for name, tensor in zip(self.projections, made, strict=True):
-                getattr(self, name)[category] = BufferDict({adapter_name: tensor}, config.save_projection)
+            made = (V.to(matrices[0].dtype), places, torch.tensor(V.shape))
+            for homes, tensor in zip((getattr(self, name) for name in self.projections), made, strict=True):
+                if category not in homes:
+                    homes[category] = BufferDict({}, config.save_projection)
+                homes[category][adapter_name] = tensor
 
     def settings_of(self, name: str, config: FrodConfig, key: str, base: nn.Module) -> dict[str, Any]:
         category = _category(key)

@@ -5,7 +5,10 @@ import importlib
 import pytest
 import torch
 
-pytest.importorskip("peft")
+import peft_c
+from tests.rooms.cases import network
+
+peft = pytest.importorskip("peft")
 
 
 def both(path):
@@ -49,3 +52,22 @@ def test_subspaces():
 @pytest.mark.parametrize("path", ["ia3.bnb", "adalora.bnb", "adalora.gptq", "boft.fbd", "waveft.wavelet", "osf.utils"])
 def test_paths(path):
     assert importlib.import_module(f"peft_c.tuners.{path}")
+
+
+@pytest.mark.parametrize("first", [["2"], ["0"]])
+def test_frods_second_adapter_has_places_of_its_own_where_it_has_other_targets(first, tmp_path):
+    outputs = []
+    for package in (peft_c, peft):
+        base, x = network("Linear")
+        torch.manual_seed(1)
+        config = dict(sparse_rate=0.1, init_weights=False, save_projection=False, progressbar=False)
+        model = package.get_peft_model(base, package.FrodConfig(target_modules=first, **config))
+        model.add_adapter("more", package.FrodConfig(target_modules=["0", "2"], **config))
+        model.set_adapter("more")
+        outputs.append(model.eval()(x))
+        model.save_pretrained(tmp_path / package.__name__, selected_adapters=["more"])
+        again = package.PeftModel.from_pretrained(network("Linear")[0], tmp_path / package.__name__ / "more").eval()
+        if first == ["2"]:
+            torch.testing.assert_close(again(x), outputs[-1])
+    if first == ["2"]:  # else PEFT changes what the first layer has been made with
+        torch.testing.assert_close(*outputs)
