@@ -63,7 +63,7 @@ class C3ALinear(AddRoom):
             "xavier_uniform": math.sqrt(6 / (self.in_features + self.out_features)),
             "kaiming_uniform": math.sqrt(1 / self.in_features),
         }
-        scheme = config.init_weights or "xavier_uniform"
+        scheme, bounds[False] = config.init_weights, bounds["xavier_uniform"]
         if scheme == "gaussian":
             nn.init.normal_(kernel)
         elif scheme in bounds:

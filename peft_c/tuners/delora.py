@@ -50,7 +50,7 @@ class DeloraLinear(AddRoom):
         self.r[name] = positive("r", r)
         self.add_dropout(name, config.module_dropout)
         A, B = torch.empty(r, self.in_features), torch.zeros(self.out_features, r)
-        for factor in (A,) if config.init_weights else (A, B):
+        for factor in (A,) if config.init_weights is True else (A, B):
             kaiming(factor)
         self.delora_A[name], self.delora_B[name] = nn.Parameter(A), nn.Parameter(B)
         self.delora_lambda[name] = nn.Parameter(torch.full((1,), float(delora_lambda)))

@@ -53,7 +53,7 @@ class LoKrLayer(LycorisLayer):
         weight = self.get_base_layer().weight
         kernel, effective = self.kernel(config)
         (l, k), (m, n) = (factorization(size, config.decompose_factor) for size in weight.shape[:2])
-        first_zero = config.init_weights is True
+        first_zero = config.init_weights and config.init_weights != "lycoris"
         second_zero = config.init_weights == "lycoris"
         if config.decompose_both and r < max(l, m) / 2:
             self.new_factor("lokr_w1_a", name, l, r, zero=first_zero)

@@ -56,7 +56,7 @@ class Linear(MapRoom):
         parts, rows = VARIANTS[config.variant]
         size = self.out_features // 2 * parts * rows
         theta, alpha = torch.zeros(size), torch.ones(size)
-        if not config.init_weights:
+        if config.init_weights is False:
             nn.init.normal_(theta, mean=0.0, std=0.5)
             nn.init.normal_(alpha, mean=1.0, std=0.5)
         self.road_theta[name], self.road_alpha[name] = nn.Parameter(theta), nn.Parameter(alpha)

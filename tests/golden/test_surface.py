@@ -259,3 +259,21 @@ def test_scaling_warns_for_adapters_that_act(method):
                 counts.append(len(caught))
         found.append(counts)
     assert found[0] == found[1]
+
+
+# PEFT leaves TinyLoRA's memory as it is
+@pytest.mark.parametrize("value", [None, 0, "nope"])
+@pytest.mark.parametrize("method", sorted({*METHODS} - {"tinylora"}))
+def test_unusual_values_of_init_weights(method, value):
+    found, fields = [], {field.name for field in dataclasses.fields(config_of(method))}
+    name = next((n for n in ("init_weights", "init_lora_weights", "init_ia3_weights") if n in fields), None)
+    for package in (peft_c, peft) if name else ():
+        try:
+            found.append(dict(start(method, kinds_of(method)[0], package, **{name: value}).named_parameters()))
+        except Exception as error:
+            found.append(type(error))
+    if not found or isinstance(found[1], type):
+        assert not found or found[0] is found[1]
+        return
+    for key, ours in found[0].items():
+        torch.testing.assert_close(ours, found[1][key])
