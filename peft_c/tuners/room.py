@@ -551,7 +551,7 @@ class AddRoom(Room):
         if factors is not None and not isinstance(base, (*CONVOLUTIONS, nn.Embedding)):
             result = linear(linear(x.to(factors.A.dtype), factors.A), factors.B)
             return result if isinstance(factors.scale, float) and factors.scale == 1.0 else result * factors.scale
-        return apply_weight(base, x, self.whole_delta(name), None)
+        return apply_weight(base, x, self.added(name), None)
 
     def adapter_dtype(self, name: str) -> torch.dtype | None:
         """The dtype an adapter wants its input in: that of its first parameter; None for token ids."""
@@ -604,7 +604,7 @@ class AddRoom(Room):
         weight, bias = self.get_base_weight(), getattr(self.get_base_layer(), "bias", None)
         for name in names:
             if "weight" in self.adds:
-                weight = into(torch.add, self.whole_delta(name), weight)
+                weight = into(torch.add, self.added(name), weight)
             if bias is not None and "bias" in self.adds:
                 bias = bias + self.bias_delta(name)
         return weight, bias
@@ -621,12 +621,18 @@ class AddRoom(Room):
         delta = self.delta(name)
         return delta if self.quantization_backend is not None else weight_view(self.get_base_layer()).restore(delta)
 
+    def has_own_delta(self) -> bool:
+        """Whether `get_delta_weight` is the room's, not one of a subclass or instance elsewhere."""
+        return getattr(self.get_delta_weight, "__module__", "").startswith(__package__)
+
+    def added(self, name: str) -> torch.Tensor:
+        """What merging the adapter adds: `whole_delta`, or what another `get_delta_weight` says."""
+        return self.whole_delta(name) if self.has_own_delta() else self.get_delta_weight(name)
+
     def weight_change(self, name: str) -> law.Change:
         """What merging does to the weight, in the form that costs least."""
-        if not getattr(self.get_delta_weight, "__module__", "").startswith(__package__):
-            return lambda: self.get_delta_weight(name)
-        factors = self.low_rank(name)
-        return (lambda: self.whole_delta(name)) if factors is None or factors.is_wide() else factors
+        factors = self.low_rank(name) if self.has_own_delta() else None
+        return (lambda: self.added(name)) if factors is None or factors.is_wide() else factors
 
     def _merge_changes(self, name: str) -> dict[str, law.Change]:
         changes = {"weight": self.weight_change(name)} if "weight" in self.adds else {}
