@@ -76,6 +76,7 @@ class Linear(AddRoom):
         "adamss_newB": partial(BufferDict, persistent=True),
     }
     adds = ("weight", "bias")
+    converts_to_lora = False
 
     def prepare(self, base: nn.Module, config: AdamssConfig) -> None:
         super().prepare(base, config)

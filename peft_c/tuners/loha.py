@@ -83,7 +83,7 @@ class LoHaModel(LycorisTuner):
     """Injects LoHa."""
 
     prefix = "hada_"
-    rooms = {nn.Conv2d: Conv2d, nn.Conv1d: Conv1d, nn.Linear: Linear}
+    rooms = layers_mapping = {nn.Conv2d: Conv2d, nn.Conv1d: Conv1d, nn.Linear: Linear}
 
 
 register("loha", LoHaConfig, LoHaModel, mixed=True)

@@ -112,7 +112,7 @@ class Conv2d(LoKrLayer):
 class LoKrModel(LycorisTuner):
     """Injects LoKr."""
 
-    rooms = {nn.Conv2d: Conv2d, nn.Conv1d: Conv1d, nn.Linear: Linear}
+    rooms = layers_mapping = {nn.Conv2d: Conv2d, nn.Conv1d: Conv1d, nn.Linear: Linear}
 
 
 register("lokr", LoKrConfig, LoKrModel, mixed=True)

@@ -10,6 +10,7 @@ START, RANDOM, GIVEN = {"init_weights": True}, {"init_weights": False}, {"init_w
 # method -> name -> the options in which that differs from how the adapter was made, in the order in which they may be
 # passed, with their defaults (None: as it was made)
 RESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "adalora": {"reset_lora_parameters": {"init_lora_weights": True}},
     "beft": {"reset_beft_parameters": START},
     "boft": {"reset_boft_parameters": GIVEN},
     "c3a": {"reset_c3a_parameters": GIVEN},

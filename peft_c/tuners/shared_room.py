@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ._buffer_dict import BufferDict
-from .room import AddRoom, RoomConfig, RoomModel, State
+from .room import AddRoom, RoomConfig, RoomModel, State, positive
 from .targets import _maybe_include_all_linear_layers, outer_modules
 from .tuner_layer import BaseTunerLayer, _get_in_out_features
 
@@ -56,6 +56,7 @@ class SharedRoomModel(RoomModel):
         raise NotImplementedError(f"{type(self).__name__} does not say what its layers share")
 
     def settings_of(self, name: str, config: Any, key: str, base: nn.Module) -> dict[str, Any]:
+        positive("r", config.r)
         return {"shared": self.shared(name, config), **self.settings(config, key, base)}
 
     def targets(self, config: Any) -> Iterator[tuple[str, nn.Module]]:

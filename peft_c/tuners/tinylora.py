@@ -14,7 +14,7 @@ from torch import nn
 
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import RoomConfig, State, option, register, shared, weight_view
+from .room import RoomConfig, State, option, positive, register, shared, weight_view
 from .shared_room import SharedRoom, SharedRoomModel, check_projections, wide
 
 
@@ -68,7 +68,7 @@ class TinyLoraLayer(SharedRoom):
         base = self.get_base_layer()
         weight = weight_view(base).matrix(base.weight.data)
         U, S, V = torch.linalg.svd(weight.float(), full_matrices=False)
-        r = min(config.r, len(S))
+        r = min(positive("r", config.r), len(S))
         U, S, V = (part.to(weight.dtype) for part in (U[:, :r], S[:r], V[:r]))
         self.r[name], self.u[name] = r, config.u
         self.tinylora_A[name] = (S.sqrt()[:, None] * V).contiguous()

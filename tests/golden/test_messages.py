@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import peft_c
-from tests.rooms.cases import config_of
+from tests.rooms.cases import config_of, start
 
 
 def two_adapters(package, scheme):
@@ -63,3 +63,29 @@ def test_numbers_and_sizes_of_blocks_that_are_refused(method, numbers):
             package.get_peft_model(nn.Sequential(nn.Linear(16, 16)), config)
         refused.append((config is None, caught.type))
     assert refused[0] == refused[1]
+
+
+@pytest.mark.parametrize("method", ["pvera", "randlora", "tinylora", "unilora", "vera"])
+def test_a_rank_that_is_not_positive(method):
+    for package in (peft, peft_c):
+        model = start(method, package=package)
+        config = config_of(method, package=package)
+        config.r = -1
+        with pytest.raises(ValueError, match="positive"):
+            model.add_adapter("more", config)
+
+
+def test_adamss_is_not_converted_to_lora():
+    pytest.importorskip("sklearn")
+    for package in (peft, peft_c):
+        with pytest.raises(TypeError, match="do not support LoRA conversion"):
+            package.convert_to_lora(start("adamss", package=package), rank=2)
+
+
+@pytest.mark.parametrize("method", ["loha", "lokr"])
+def test_the_layers_of_lycoris_methods(method):
+    ours, theirs = (
+        {kind: layer.__name__ for kind, layer in start(method, package=package).base_model.layers_mapping.items()}
+        for package in (peft_c, peft)
+    )
+    assert ours == theirs
