@@ -752,6 +752,10 @@ class PeftModel(AdapterLoadingMixin, nn.Module):
         enable_input_grads(model)
         return model
 
+    def _setup_prompt_encoder(self, adapter_name: str) -> None:
+        """Makes the prompt of an adapter whose config is there; subclasses with prompts of their own override it."""
+        prompt_learning.set_up_encoder(self, adapter_name)
+
     def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
         """The prompt of a prompt-learning adapter as it is saved, (num_virtual_tokens, token_dim) on the CPU."""
         return prompt_learning.prompt_to_save(self, adapter_name)

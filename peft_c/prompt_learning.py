@@ -36,9 +36,24 @@ _NO_LABEL = -100  # what transformers' losses leave out
 
 def add_adapter(model: PeftModel, adapter_name: str, config: PeftConfig) -> None:
     """Gives the model a prompt encoder of this name, and freezes the base model."""
-    model.peft_config[adapter_name] = config
-    config = _prepare_prompt_learning_config(config, model.config)
-    base = model.base_model
+    model.peft_config[adapter_name] = _prepare_prompt_learning_config(config, model.config)
+    model._setup_prompt_encoder(adapter_name)
+    try:
+        set_additional_trainable_modules(
+            model=model.base_model,
+            peft_config=config,
+            model_config=BaseTuner.get_model_config(model),
+            adapter_name=adapter_name,
+        )
+    except Exception:
+        for by_adapter in (model.prompt_encoder, model.prompt_tokens):
+            by_adapter.pop(adapter_name)
+        raise
+
+
+def set_up_encoder(model: PeftModel, adapter_name: str) -> None:
+    """Freezes the base model and makes the prompt encoder of an adapter whose config the model has."""
+    config, base = model.peft_config[adapter_name], model.base_model
     if not hasattr(model, "prompt_encoder"):
         model.prompt_encoder = nn.ModuleDict()
         model.prompt_tokens = {}
@@ -50,9 +65,6 @@ def add_adapter(model: PeftModel, adapter_name: str, config: PeftConfig) -> None
     if encoder_cls.fills_cache and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
         raise ValueError(f"{config.peft_type.value} does not work with gradient checkpointing.")
     encoder = encoder_cls(config, model.word_embeddings) if encoder_cls.starts_from_tokens else encoder_cls(config)
-    set_additional_trainable_modules(
-        model=base, peft_config=config, model_config=BaseTuner.get_model_config(model), adapter_name=adapter_name
-    )
     model.prompt_encoder[adapter_name] = encoder.to(model.device)
     model.prompt_tokens[adapter_name] = torch.arange(config.num_virtual_tokens * config.num_transformer_submodules)
 

@@ -270,3 +270,30 @@ def test_a_failing_adapter_leaves_no_trace():
         model.add_adapter("other", config(peft_c, "prefix", "CAUSAL_LM"))
     assert list(model.peft_config) == ["default"] == list(model.prompt_encoder) == list(model.prompt_tokens)
     assert list(model.state_dict()) == list(before)
+
+
+@pytest.mark.parametrize("package", [peft_c, peft])
+def test_a_subclass_makes_prompts_of_its_own(package):
+    class Model(package.PeftModelForCausalLM):
+        def _setup_prompt_encoder(self, adapter_name):
+            super()._setup_prompt_encoder(adapter_name)
+            self.prompt_encoder[adapter_name].requires_grad_(adapter_name == "default")
+
+    model = Model(base("CAUSAL_LM"), config(package, "prompt", "CAUSAL_LM"))
+    model.add_adapter("other", config(package, "prompt", "CAUSAL_LM"))
+    trained = {name: encoder.embedding.weight.requires_grad for name, encoder in model.prompt_encoder.items()}
+    assert trained == {"default": True, "other": False}
+
+
+def test_a_prompt_whose_modules_cannot_be_saved_leaves_no_trace(monkeypatch):
+    model = make(peft_c, "prompt", "CAUSAL_LM")
+    before = model.state_dict()
+
+    def fail(**kwargs):
+        raise RuntimeError("no more modules")
+
+    monkeypatch.setattr(peft_c.prompt_learning, "set_additional_trainable_modules", fail)
+    with pytest.raises(RuntimeError, match="no more modules"):
+        model.add_adapter("other", config(peft_c, "prompt", "CAUSAL_LM"))
+    assert list(model.peft_config) == ["default"] == list(model.prompt_encoder) == list(model.prompt_tokens)
+    assert list(model.state_dict()) == list(before)
