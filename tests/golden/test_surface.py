@@ -277,3 +277,43 @@ def test_unusual_values_of_init_weights(method, value):
         return
     for key, ours in found[0].items():
         torch.testing.assert_close(ours, found[1][key])
+
+
+@pytest.mark.parametrize("package", [peft_c, peft])
+def test_a_dispatcher_assigned_to_the_model_module_makes_the_layers(package, monkeypatch):
+    from_name = f"{package.__name__}.tuners.lora"
+    model_module, layer_module = (importlib.import_module(f"{from_name}.{name}") for name in ("model", "layer"))
+    config = package.LoraConfig(r=2, target_modules=["0"])
+    package.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config)  # its dispatchers are known by now
+
+    class Own(layer_module.Linear):
+        pass
+
+    def dispatch(target, adapter_name, config, **kwargs):
+        return Own(target, adapter_name, config=config, **kwargs)
+
+    monkeypatch.setattr(model_module, "dispatch_megatron", dispatch)
+    model = package.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config)
+    assert type(model.base_model.model[0]) is Own
+
+
+def test_a_dispatcher_assigned_to_its_own_module_makes_the_layers(monkeypatch):
+    # Those of bitsandbytes are imported by PEFT when they are needed.
+    from peft_c import import_utils
+    from peft_c.tuners.lora import bnb, layer, model
+
+    class Own(layer.Linear):
+        pass
+
+    monkeypatch.setattr(import_utils, "is_bnb_available", lambda: True)
+    model._dispatcher_homes.cache_clear()
+    monkeypatch.setattr(bnb, "dispatch_bnb_8bit", lambda target, name, config, **kwargs: None)
+    config = peft_c.LoraConfig(r=2, target_modules=["0"])
+    peft_c.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config)
+    own = lambda target, name, config, **kwargs: Own(target, name, config=config, **kwargs)  # noqa: E731
+    monkeypatch.setattr(bnb, "dispatch_bnb_8bit", own)
+    try:
+        made = peft_c.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config)
+    finally:
+        model._dispatcher_homes.cache_clear()
+    assert type(made.base_model.model[0]) is Own

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -61,12 +62,18 @@ _MUTATING_INITS = ("pissa", "corda", "olora", "lora_ga")
 
 
 @functools.cache
-def _dispatchers() -> tuple[Callable[..., nn.Module | None], ...]:
+def _dispatcher_homes() -> tuple[tuple[ModuleType, str], ...]:
     return tuple(
-        getattr(importlib.import_module(f".{module}", __package__), name)
+        (importlib.import_module(f".{module}", __package__), name)
         for module, name, available in _DISPATCHERS
         if available is None or getattr(import_utils, available)()
     )
+
+
+def _dispatchers() -> Iterator[Callable[..., nn.Module | None]]:
+    """The dispatchers of this moment: other packages assign their own ones, here or in the modules they come from."""
+    here = globals()
+    return (here.get(name) or getattr(module, name) for module, name in _dispatcher_homes())
 
 
 def _dispatch_custom(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
