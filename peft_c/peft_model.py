@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -206,14 +207,17 @@ class AdapterLoadingMixin(hub.PushToHubMixin):
                 self.base_model._temporarily_active(adapter_name) if config.is_adaption_prompt else nullcontext()
             )
             with swapped_in:
+                # Other packages assign functions of their own to this module under PEFT's name.
+                load = globals().get("set_peft_model_state_dict") or partial(
+                    load_adapter_state, missing_of_model=False
+                )
                 try:
-                    result = load_adapter_state(
+                    result = load(
                         self,
                         weights,
-                        adapter_name,
-                        options.get("ignore_mismatched_sizes", False),
-                        low_cpu_mem_usage,
-                        missing_of_model=False,
+                        adapter_name=adapter_name,
+                        ignore_mismatched_sizes=options.get("ignore_mismatched_sizes", False),
+                        low_cpu_mem_usage=low_cpu_mem_usage,
                     )
                 except (RuntimeError, KeyError) as exc:
                     reason = exc.args[0] if exc.args else exc

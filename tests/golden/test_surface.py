@@ -317,3 +317,21 @@ def test_a_dispatcher_assigned_to_its_own_module_makes_the_layers(monkeypatch):
     finally:
         model._dispatcher_homes.cache_clear()
     assert type(made.base_model.model[0]) is Own
+
+
+@pytest.mark.parametrize("package", [peft_c, peft])
+def test_a_loading_function_assigned_to_the_model_module_loads(package, monkeypatch, tmp_path):
+    config = package.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    package.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config).save_pretrained(tmp_path)
+    names = []
+
+    def load(model, state_dict, **kwargs):
+        names.append(kwargs["adapter_name"])
+        doubled = {key: 2 * value for key, value in state_dict.items()}
+        return package.set_peft_model_state_dict(model, doubled, **kwargs)
+
+    monkeypatch.setattr(package.peft_model, "set_peft_model_state_dict", load)
+    model = package.PeftModel.from_pretrained(torch.nn.Sequential(torch.nn.Linear(4, 4)), tmp_path)
+    for key, value in package.load_peft_weights(tmp_path).items():
+        assert torch.equal(package.get_peft_model_state_dict(model)[key], 2 * value)
+    assert names == ["default"]
