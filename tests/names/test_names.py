@@ -45,7 +45,8 @@ LAYERS_ON_PURPOSE = {
 STEPS = """
 adamss.Linear.get_delta_bias boft.BOFTLayer.block_butterfly_perm boft.BOFTLayer.cayley_batch boft.BOFTLayer.perm2mat
 frod.FrodLayer.reset_frod_parameters frod.Linear.unload_and_optionally_merge_module
-glora.GloraEmptyPath.reset_parameters glora.GloraLoraPath.reset_parameters glora.GloraPath.reset_parameters glora.GloraScalarPath.reset_parameters
+glora.GloraEmptyPath.reset_parameters glora.GloraLoraPath.reset_parameters glora.GloraPath.reset_parameters
+glora.GloraScalarPath.reset_parameters
 glora.GloraVectorPath.reset_parameters loha.LoHaLayer.create_adapter_parameters
 lokr.LoKrLayer.create_adapter_parameters miss.MissLinear.get_delta_weight_miss oft.OFTLayer.adjust_oft_parameters
 oft.OFTRotationModule.get_weight psoft.OrthLayer.forward psoft.OrthLayer.reset_parameters
