@@ -306,6 +306,7 @@ def test_a_dispatcher_assigned_to_its_own_module_makes_the_layers(monkeypatch):
         pass
 
     monkeypatch.setattr(import_utils, "is_bnb_available", lambda: True)
+    monkeypatch.setattr(import_utils, "is_bnb_4bit_available", lambda: False)
     model._dispatcher_homes.cache_clear()
     monkeypatch.setattr(bnb, "dispatch_bnb_8bit", lambda target, name, config, **kwargs: None)
     config = peft_c.LoraConfig(r=2, target_modules=["0"])
