@@ -333,14 +333,12 @@ static PyObject *mixed_lookup(PyObject *module, PyObject *const *arguments, Py_s
 PyMethodDef mixed_methods[] = {
     {"lowrank_mixed", mixed_lowrank, METH_VARARGS,
      "lowrank_mixed(layer, x, y, names)\n--\n\n"
-     "y[i] += the low-rank term of adapter names[i] for x[i], in place, for all rows i whose adapter the layer has, "
-     "and y "
-     "is\nreturned. With y None: the layer's output. None when the composed path has to run; then nothing was "
+     "y[i] += the low-rank term of adapter names[i] for x[i], in place, for all rows i whose adapter the layer has,\n"
+     "and y is returned. With y None: the layer's output. None when the composed path has to run; then nothing was\n"
      "written."},
     {"lookup_add", (PyCFunction)(void (*)(void))mixed_lookup, METH_FASTCALL,
      "lookup_add(y, x, terms)\n--\n\n"
-     "y[i] += scale * A[:, x[i]].T @ B.T, in place, for all rows i with terms[i] = (A, B, scale), not None. False: "
-     "not "
-     "C's;\nnothing was written."},
+     "y[i] += scale * A[:, x[i]].T @ B.T, in place, for all rows i with terms[i] = (A, B, scale), not None.\n"
+     "False: not C's; nothing was written."},
     {NULL, NULL, 0, NULL},
 };

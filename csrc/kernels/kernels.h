@@ -70,10 +70,10 @@ int pk_lowrank_set(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int nf
 size_t pk_lookup_apply_work(const pk_mat *y, const pk_lowrank *f, int nf);
 int pk_lookup_apply(const pk_mat *y, const int64_t *ids, const pk_lowrank *f, int nf, void *work, pk_parallel_fn par);
 
-/* The same as the first with a linear layer below: y (m, n) = x w^T + bias + the terms, rounded once; w (n, k), bias (1, n): NULL for
- * none; no f64. With w and the factors transposed it is the gradient of such a layer's input. w is read once for every
- * LINEAR_ROWS or PACKED_ROWS rows (lowrank.h). A row depends on how many there are, but not on what is in the others.
- * The two that end in _suits: 1 where that is faster than what torch does for x and w of dtype. */
+/* As the first with a linear layer below: y (m, n) = x w^T + bias + the terms, rounded once; w (n, k), bias (1, n): NULL
+ * for none; no f64. With w and the factors transposed it is the gradient of such a layer's input. w is read once for
+ * every LINEAR_ROWS or PACKED_ROWS rows (lowrank.h). A row depends on how many there are, but not on what is in the
+ * others. The two that end in _suits: 1 where that is faster than what torch does for x and w of dtype. */
 int pk_linear_suits(pk_dtype dtype, int64_t m, int64_t n, int64_t k);
 int pk_linear_grad_suits(pk_dtype dtype, int64_t m, int64_t n, int64_t k);
 size_t pk_linear_work(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_lowrank *f, int nf);

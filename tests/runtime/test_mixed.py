@@ -220,6 +220,12 @@ def test_embeddings_that_c_does_not_take(monkeypatch):
         assert not differs()
 
 
+def test_one_id_without_a_batch():
+    layer = embeddings()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(torch.tensor(3)), layer(torch.tensor([3]))[0])
+
+
 def test_lookups_that_do_not_fit_write_nothing():
     torch.manual_seed(0)
     add, A, B = peft_c._C.lookup_add, torch.randn(2, 9), torch.randn(5, 2)

@@ -227,7 +227,7 @@ class Embedding(_LoraModule):
         return _C.lookup_add(result, x, [terms.get(name) for name in names])
 
     def _add_term(self, adapter: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        if self._add_in_c(x, result, [adapter] * len(x)):
+        if x.dim() and self._add_in_c(x, result, [adapter] * len(x)):
             return result
         return super()._add_term(adapter, x, result)
 
