@@ -80,11 +80,14 @@ def by_name(call: str, order: tuple[str, ...], values: tuple[Any, ...], named: d
     return given
 
 
-def settled(call: str, wanted: tuple[str, ...], config: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The config, with the options that are given by name, and the settings that `create` wants: those that are not
-    given are the config's. What the model's layers share is one setting, `shared`. Other plain values mean nothing.
+def settled(
+    call: str, wanted: tuple[str, ...] | None, config: Any, named: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The config, with the options that are given by name, and the settings that `create` wants (None: all): those
+    that are not given are the config's. What the model's layers share is one setting, `shared`. Other plain values
+    mean nothing.
     """
-    if named.keys() == set(wanted):
+    if wanted is None or named.keys() == set(wanted):
         return config, named
     settings = {name: named.pop(name) for name in wanted if name in named}
     if "shared" in wanted and "shared" not in settings:

@@ -33,7 +33,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import copy
 from functools import partial
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any, ClassVar
 
 import torch
@@ -138,14 +138,16 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
     resets: ClassVar[tuple[str, ...]] = ()  # PEFT's names for `reset`, if it has one
     named_in_repr: ClassVar[bool] = True  # whether the layer's repr begins with the method's name
     argument_orders: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]] = argument_orders("")
-    created_with: ClassVar[tuple[str, ...]] = ()  # what `create` takes beside the name and the config
+    created_with: ClassVar[tuple[str, ...] | None] = None  # what `create` takes beside name and config; None: all
     never_merged: ClassVar[str] = ""  # why adapters of the method cannot be merged, if they cannot
     _merge_suspended = False  # see law.suspend
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "create" in cls.__dict__:
-            cls.created_with = tuple(signature(cls.create).parameters)[3:]
+            settings = list(signature(cls.create).parameters.values())[3:]
+            takes_all = any(setting.kind is Parameter.VAR_KEYWORD for setting in settings)
+            cls.created_with = None if takes_all else tuple(setting.name for setting in settings)
 
     def create(self, name: str, config: Any, **settings: Any) -> None:
         """Make and initialise the parameters of a new adapter; raise before or after, what was made is dropped."""

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import peft_c
 from peft_c.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft_c.tuners.room import AddRoom
 from tests.rooms import test_contract
 from tests.rooms.cases import call, make, network
 
@@ -71,3 +73,23 @@ def test_its_options_are_checked_and_documented(source):
         config(target_modules=["0"], r=0)
     assert "r (int): Number of singular values that are scaled." in config.__doc__
     assert call(make("svf"), "svf", network("Linear")[1]).requires_grad
+
+
+def create_from_one(self, name, config, width):
+    self.seen, self.layer_w[name] = {"width": width}, nn.Parameter(torch.zeros(1))
+
+
+def create_from_any(self, name, config, **settings):
+    self.seen, self.layer_w[name] = settings, nn.Parameter(torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("create", "given"), [(create_from_one, {"width": 3}), (create_from_any, {"width": 3, "depth": 4})]
+)
+def test_settings_arrive_in_create(create, given):
+    room = type("Layer", (AddRoom,), {"adapter_layer_names": ("layer_w",), "create": create})
+    layer = room(nn.Linear(2, 2), "one", config=peft_c.HRAConfig(), **given)
+    assert layer.seen == given
+    layer.seen = None
+    layer.update_layer("two", config=peft_c.HRAConfig(), **given)
+    assert layer.seen == given
