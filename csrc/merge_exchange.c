@@ -56,14 +56,8 @@ static bool places_find(const module_state *state, PyObject *tensor, const Tenso
     dl_tensor raw;
     pair->size = w->numel;
     if (tensor == Py_None) return true;
-    if (!view_is_plain(state, tensor) || state->torch.dlpack->tensor_from_object(tensor, &raw) != 0) {
-        PyErr_Clear();
-        return false;
-    }
+    if (!view_integers(state, tensor, &raw, &pair->n) || raw.ndim != 1) return false;
     pair->narrow = raw.dtype.bits == 32;
-    if (raw.device.type != DL_CPU || raw.dtype.code != DL_INT || (!pair->narrow && raw.dtype.bits != 64)) return false;
-    if (raw.ndim != 1 || (raw.strides != NULL && raw.shape[0] > 1 && raw.strides[0] != 1)) return false;
-    pair->n = raw.shape[0];
     pair->places = pair->n ? (const char *)raw.data + raw.byte_offset : "";
     return true;
 }

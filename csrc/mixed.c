@@ -66,21 +66,24 @@ static slot *slot_of(const module_state *state, PyObject *layer, PyObject *name,
     return slot_find(state, layer, b, out) ? out : NULL;
 }
 
+/* Row i, which follows those before it, has this adapter. */
+static void segment_add(batch *b, Py_ssize_t i, slot *adapter) {
+    segment *last = b->segments + b->count;
+    if (b->count > 0 && last[-1].adapter == adapter) {
+        last[-1].end = i + 1;
+        return;
+    }
+    *last = (segment){.begin = i, .end = i + 1, .adapter = adapter};
+    b->count++;
+}
+
 /* Splits the names into runs. False: the composed path has to run. */
 static bool segments_find(const module_state *state, PyObject *layer, batch *b) {
     for (Py_ssize_t i = 0; i < b->rows; i++) {
         PyObject *name = PyList_GetItem(b->names, i);
-        segment *last = b->segments + b->count;
         slot *adapter;
         if (!PyUnicode_Check(name) || (adapter = slot_of(state, layer, name, b)) == NULL) return false;
-        if (b->count > 0 && last[-1].adapter == adapter) {
-            last[-1].end = i + 1;
-            continue;
-        }
-        last->begin = i;
-        last->end = i + 1;
-        last->adapter = adapter;
-        b->count++;
+        segment_add(b, i, adapter);
     }
     return true;
 }
@@ -232,28 +235,18 @@ static PyObject *mixed_lowrank(PyObject *module, PyObject *args) {
  * have y's shape, -1 with an exception. */
 static int ids_find(const module_state *state, batch *b, const TensorView *y, int64_t *largest) {
     dl_tensor raw;
-    if (!view_is_plain(state, b->x) || state->torch.dlpack->tensor_from_object(b->x, &raw) != 0) {
-        PyErr_Clear();
-        return 0;
-    }
+    int64_t count;
+    if (!view_integers(state, b->x, &raw, &count) || raw.ndim != y->ndim - 1) return 0;
+    if (memcmp(raw.shape, y->shape, sizeof raw.shape[0] * (size_t)raw.ndim) != 0) return 0;
     const bool narrow = raw.dtype.bits == 32;
-    int64_t span = 1;
-    if (raw.device.type != DL_CPU || raw.dtype.code != DL_INT || (!narrow && raw.dtype.bits != 64)) return 0;
-    if (raw.ndim < 1 || raw.ndim != y->ndim - 1) return 0;
-    for (int i = raw.ndim - 1; i >= 0; i--) {
-        if (raw.shape[i] != y->shape[i]) return 0;
-        if (raw.strides != NULL && raw.shape[i] > 1 && raw.strides[i] != span) return 0;
-        span *= raw.shape[i];
-    }
-    if (span == 0) return 0;
-    if ((b->ids = malloc((size_t)span * sizeof *b->ids)) == NULL) {
+    if ((b->ids = malloc((size_t)count * sizeof *b->ids)) == NULL) {
         PyErr_NoMemory();
         return -1;
     }
     const char *data = (const char *)raw.data + raw.byte_offset;
     int64_t all = 0;
     *largest = 0;
-    for (int64_t i = 0; i < span; i++) {
+    for (int64_t i = 0; i < count; i++) {
         const int64_t id =
             narrow ? ((const int32_t *)(const void *)data)[i] : ((const int64_t *)(const void *)data)[i];
         b->ids[i] = id;
@@ -288,11 +281,6 @@ static int factors_find(const module_state *state, PyObject *factors, int64_t co
 static int terms_find(const module_state *state, batch *b, int64_t largest) {
     for (Py_ssize_t i = 0; i < b->rows; i++) {
         PyObject *term = PyList_GetItem(b->names, i);
-        segment *last = b->segments + b->count;
-        if (b->count > 0 && last[-1].adapter->name == term) {
-            last[-1].end = i + 1;
-            continue;
-        }
         slot *at = b->slots;
         while (at < b->slots + b->slot_count && at->name != term) at++;
         if (at == b->slots + b->slot_count) {
@@ -301,8 +289,7 @@ static int terms_find(const module_state *state, batch *b, int64_t largest) {
             at->name = term;
             b->slot_count++;
         }
-        *last = (segment){.begin = i, .end = i + 1, .adapter = at};
-        b->count++;
+        segment_add(b, i, at);
     }
     return 1;
 }

@@ -68,6 +68,23 @@ static inline bool view_is_plain(const module_state *state, PyObject *object) {
            (const void *)type == (void *)state->objects.Parameter;
 }
 
+/* Is `tensor` a plain CPU tensor of int32 or int64, one array in the order of its indices? Then `raw` is its view, and
+ * *numel its elements. No exception. */
+static inline bool view_integers(const module_state *state, PyObject *tensor, dl_tensor *raw, int64_t *numel) {
+    if (!view_is_plain(state, tensor) || state->torch.dlpack->tensor_from_object(tensor, raw) != 0) {
+        PyErr_Clear();
+        return false;
+    }
+    if (raw->device.type != DL_CPU || raw->dtype.code != DL_INT) return false;
+    if (raw->dtype.bits != 32 && raw->dtype.bits != 64) return false;
+    *numel = 1;
+    for (int i = raw->ndim - 1; i >= 0; i--) {
+        if (raw->strides != NULL && raw->shape[i] > 1 && raw->strides[i] != *numel) return false;
+        *numel *= raw->shape[i];
+    }
+    return true;
+}
+
 /* View of a torch tensor (any instance of torch.Tensor; the caller checks the type), without leaving an exception set.
  */
 view_status view_peek(const module_state *state, PyObject *tensor, TensorView *out);

@@ -87,7 +87,7 @@ def records(layer: Any) -> list[Merge]:
 
 def record_bytes(layer: Any) -> int:
     """Bytes that the layer holds to be able to unmerge."""
-    return sum(saved.nbytes() for step in records(layer) for saved in step.saved)
+    return sum(saved.nbytes() for step in layer.__dict__.get("_merge_records", ()) for saved in step.saved)
 
 
 # ------------------------------------------------------------------------------------------------------- the records

@@ -214,11 +214,13 @@ class Embedding(_LoraModule):
         options = self.get_base_layer().max_norm is not None or self._get_embed_scale() is not None  # see _embed
         return not (options or torch.is_grad_enabled())
 
-    def _add_in_c(self, x: torch.Tensor, result: torch.Tensor, names: list[str]) -> bool:
-        """Let C look the rows of x up, each in the A of its adapter, and add the terms to the output in place, where
-        it may. Rows whose adapter this layer does not have stay as they are."""
+    def _add_in_c(self, x: torch.Tensor, result: torch.Tensor, names: list[str] | str) -> bool:
+        """Let C look the rows of x up, each in the A of its adapter or all in that of one, and add the terms to the
+        output in place, where it may. Rows whose adapter this layer does not have stay as they are."""
         if not (adds_in_place(self.base_layer) and self._is_plain()):
             return False
+        if isinstance(names, str):
+            x, result, names = x[None], result[None], [names]
         own = self.lora_embedding_A.keys() & names
         if not own.isdisjoint(self.lora_variant) or not own.isdisjoint(self.input_fns):
             return False
@@ -227,7 +229,7 @@ class Embedding(_LoraModule):
         return _C.lookup_add(result, x, [terms.get(name) for name in names])
 
     def _add_term(self, adapter: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        if x.dim() and self._add_in_c(x, result, [adapter] * len(x)):
+        if self._add_in_c(x, result, adapter):
             return result
         return super()._add_term(adapter, x, result)
 
