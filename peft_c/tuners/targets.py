@@ -34,15 +34,16 @@ def outer_modules(model: nn.Module, into_base_layers: bool = False) -> list[tupl
     found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
 
-    def visit(name: str, module: nn.Module) -> None:
+    def visit(name: str, module: nn.Module, listed: bool = True) -> None:
         if id(module) in seen:
             return
-        seen.add(id(module))
-        found.append((name, module))
+        seen.add(id(module))  # of unlisted modules, too: a base layer may have a second name elsewhere
+        if listed:
+            found.append((name, module))
         if isinstance(module, BaseTunerLayer):
             base_layer = module._modules.get("base_layer")
-            if into_base_layers and base_layer is not None:
-                visit(f"{name}.base_layer" if name else "base_layer", base_layer)
+            if base_layer is not None:
+                visit(f"{name}.base_layer" if name else "base_layer", base_layer, listed and into_base_layers)
             return
         if type(module).named_modules is nn.Module.named_modules:
             children = list(module._modules.items())
@@ -50,7 +51,7 @@ def outer_modules(model: nn.Module, into_base_layers: bool = False) -> list[tupl
             children = [(key, child) for key, child in module.named_modules() if key]
         for key, child in children:
             if child is not None:
-                visit(f"{name}.{key}" if name else key, child)
+                visit(f"{name}.{key}" if name else key, child, listed)
 
     visit("", model)
     return found

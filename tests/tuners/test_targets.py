@@ -175,6 +175,21 @@ def test_outer_modules_stop_at_tuner_layers():
     assert set(into) - set(names) == {f"layers.{i}.fc.base_layer" for i in range(3)}
 
 
+@pytest.mark.parametrize("order", [("body", "again"), ("again", "body")])
+def test_a_further_adapter_on_a_module_with_two_names(order, tmp_path):
+    found = []
+    for package in (peft_c, peft):
+        shared = nn.Linear(4, 4)
+        config = package.LoraConfig(target_modules=["body", "again"], r=2)
+        model = package.get_peft_model(nn.ModuleDict({name: shared for name in order}), config)
+        model.add_adapter("other", config)
+        model.save_pretrained(tmp_path / package.__name__)
+        result = model.load_adapter(tmp_path / package.__name__, "third")
+        found.append((list(model.state_dict()), [n for n, _ in model.named_parameters()], list(result.missing_keys)))
+    assert found[0] == found[1]
+    assert found[0][2] == []
+
+
 def test_all_names_that_others_import_are_there():
     from peft_c.tuners import tuners_utils
 
