@@ -258,10 +258,10 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         rows = kwargs.pop("adapter_names", None) if kwargs else None
         own_kwargs = {key: kwargs.pop(key) for key in self.adapter_kwargs if key in kwargs} if kwargs else kwargs
         names: list[str] = []
-        if self.disable_adapters:
+        if self._disable_adapters:
             law.suspend(self)
             rows = None
-        elif rows is None and self.merged:
+        elif rows is None and self.merged_adapters:
             law.resume(self)
         elif rows is None:
             names = [name for name in self.active_adapters if self.has_adapter(name)]
@@ -718,7 +718,7 @@ class SwapRoom(Room):
     _aside: ClassVar[nn.Module | None] = None  # the base layer of a merged one; not among the submodules
 
     def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.entry(self.adapter_layer_names[0], names[0])(x, *args, **kwargs)
+        return self._modules[self.adapter_layer_names[0]]._modules[names[0]](x, *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Let an adapter (default: the active one) stand in for the base layer.
