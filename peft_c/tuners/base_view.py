@@ -59,5 +59,10 @@ class BaseView(NamedTuple):
         return self.matrix(tensor.contiguous() if tensor.ndim > 2 and not self.stacked else tensor)
 
     def restore(self, matrix: torch.Tensor, shape: torch.Size | None = None) -> torch.Tensor:
-        """The inverse of `matrix`: a tensor of the weight's shape (default: the live weight's) from a matrix."""
-        return (matrix.mT if self.transposed else matrix).reshape(self.tensor.shape if shape is None else shape)
+        """The inverse of `matrix`: a tensor of the weight's shape (default: the live weight's) from a matrix.
+
+        Where that is a mere transposition, a matrix of other sizes keeps them.
+        """
+        shape = self.tensor.shape if shape is None else shape
+        turned = matrix.mT if self.transposed else matrix
+        return turned if turned.ndim == len(shape) else turned.reshape(shape)

@@ -481,6 +481,7 @@ class _LoraModule(law.Merging, nn.Module, LoraLayer):
         `adapter_names`: one adapter a row of the batch instead; `alora_offsets`: for aLoRA. Other arguments go to the
         base layer. With disabled adapters the output is the base layer's, merged or not.
         """
+        # unsloth makes this function anew from its source, with the names of each module that has a class `...Linear`
         if self._lowrank_names and not is_compiling() and not self._merge_suspended:
             result = _C.lowrank_forward(self, x, args, kwargs)
             if result is not NotImplemented:

@@ -10,6 +10,7 @@ from peft_c.import_utils import is_inc_available
 
 from ._quantized import base_of
 from .config import LoraConfig
+from .core import _C, is_compiling, law  # noqa: F401 - see _LoraModule.forward
 from .layer import Linear
 
 

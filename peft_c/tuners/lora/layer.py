@@ -22,7 +22,14 @@ from ..base_view import BaseView
 from ..tuners_utils import BaseTunerLayer
 from .attention import MultiheadAttention
 from .conv import Conv1d, Conv2d, Conv3d, _ConvNd  # noqa: F401 - PEFT has these names here, used or not
-from .core import VARIANT_KWARG_KEYS, LoraLayer, LoraVariant, _LoraModule, adds_in_place  # noqa: F401
+from .core import (  # noqa: F401
+    VARIANT_KWARG_KEYS,
+    LoraLayer,
+    LoraVariant,
+    _LoraModule,
+    adds_in_place,
+    is_compiling,
+)
 from .parameter import (  # noqa: F401
     ParamWrapper,
     _LoraFactorsProxy,

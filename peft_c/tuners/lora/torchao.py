@@ -13,6 +13,7 @@ from peft_c.import_utils import is_torchao_available
 
 from ._quantized import RequantizedMerge, base_of
 from .config import LoraConfig
+from .core import _C, is_compiling, law  # noqa: F401 - see _LoraModule.forward
 from .layer import Linear
 
 

@@ -13,7 +13,7 @@ from peft_c.tuners import law
 
 from ._quantized import base_of
 from .config import LoraConfig
-from .core import LoraLayer
+from .core import _C, LoraLayer, is_compiling  # noqa: F401 - see _LoraModule.forward
 from .layer import Linear
 
 

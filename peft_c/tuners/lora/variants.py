@@ -21,7 +21,7 @@ from peft_c.utils.other import transpose
 from .arrow import ArrowLoraLinearLayer
 from .config import BdLoraConfig, LoraConfig, MontecloraConfig, PeftConfig
 from .conv import Conv1d, Conv2d, Conv3d, _ConvNd
-from .core import LoraLayer, LoraVariant
+from .core import _C, LoraLayer, LoraVariant, is_compiling, law  # noqa: F401 - see _LoraModule.forward
 from .dora import DoraConv1dLayer, DoraConv2dLayer, DoraConv3dLayer, DoraEmbeddingLayer, DoraLinearLayer
 from .layer import Embedding, Linear
 from .monteclora import MontecloraSampler

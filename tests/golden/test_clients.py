@@ -1,0 +1,72 @@
+"""What other projects do with the inside of peft works on peft_c in the same way."""
+
+import importlib
+import inspect
+import pkgutil
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+
+import peft_c
+import peft_c.tuners.lora
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def modules_with_linear_layers():
+    """(module, name) as unsloth looks for them, where the library of the module is installed."""
+    for info in pkgutil.iter_modules(peft_c.tuners.lora.__path__, "peft_c.tuners.lora."):
+        try:
+            module = importlib.import_module(info.name)
+        except ImportError:
+            continue
+        for name in dir(module):
+            if name.startswith("Linear") or name.endswith("Linear"):
+                yield module, name
+
+
+def test_forward_made_anew_from_its_source():
+    """unsloth executes `inspect.getsource(forward)` with the names of the module that has the class."""
+    found = list(modules_with_linear_layers())
+    assert ("peft_c.tuners.lora.layer", "Linear") in [(module.__name__, name) for module, name in found]
+    layer = peft_c.tuners.lora.Linear(nn.Linear(4, 6), "default", peft_c.LoraConfig(init_lora_weights=False), r=2)
+    x = torch.randn(3, 4)
+    for module, name in found:
+        forward = getattr(module, name).forward
+        names = {other: getattr(module, other) for other in dir(module)} | {"torch": torch}
+        names["VARIANT_KWARG_KEYS"] = peft_c.tuners.lora.layer.VARIANT_KWARG_KEYS
+        unknown = {n for n in forward.__code__.co_names if n in forward.__globals__} - names.keys()
+        assert not unknown, (module.__name__, name)
+        if forward is peft_c.tuners.lora.Linear.forward:
+            exec(textwrap.dedent(inspect.getsource(forward)), names)
+            for fast in (True, False):
+                with peft_c.fast_paths(fast):
+                    assert torch.equal(names["forward"](layer, x), layer(x))
+
+
+@pytest.mark.parametrize("case", ["fan_in_fan_out", "other factors", "experts"])
+def test_delta_of_factors_that_do_not_fit(case):
+    """axolotl puts a checkpoint's factors into layers of its own and looks at the shape of `get_delta_weight`."""
+    deltas = []
+    for package in (peft_c, peft):
+        torch.manual_seed(0)
+        config = package.LoraConfig(r=4, fan_in_fan_out=case == "fan_in_fan_out", init_lora_weights=False)
+        kwargs = {"r": 4, "lora_alpha": 8, "config": config}
+        if case == "experts":
+            base = nn.Module()
+            base.weight = nn.Parameter(torch.randn(2, 12, 16))
+            layer = package.tuners.lora.layer.ParamWrapper(base, "default", "weight", **kwargs)
+        else:
+            layer = package.tuners.lora.Linear(nn.Linear(16, 8), "default", **kwargs)
+        if case != "fan_in_fan_out":
+            sizes = {"experts": ((8, 12), (16, 8)), "other factors": ((4, 8), (16, 4))}[case]
+            for factor, size in zip((layer.lora_A, layer.lora_B), sizes, strict=True):
+                factor["default"].weight.data = torch.randn(size)
+        deltas.append(layer.get_delta_weight("default"))
+        with pytest.raises((RuntimeError, ValueError)):
+            layer.merge()
+    assert deltas[0].shape == deltas[1].shape
+    torch.testing.assert_close(*deltas)
