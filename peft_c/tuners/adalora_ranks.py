@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from ..utils.integrations import full_gradient
+
 if TYPE_CHECKING:
     from .adalora import AdaLoraConfig
-
-
-def _gradient(parameter: nn.Parameter) -> torch.Tensor | None:
-    integrations = sys.modules.get("transformers.integrations")
-    if integrations is not None and integrations.deepspeed_config() is not None:
-        import deepspeed
-
-        return deepspeed.utils.safe_get_full_grad(parameter)
-    return parameter.grad
 
 
 class RankAllocator:
@@ -35,10 +27,14 @@ class RankAllocator:
         if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1):
             raise ValueError(f"`beta1` and `beta2` have to be between 0 and 1, got {self.beta1} and {self.beta2}.")
         self.reset_ipt()
+        self._set_budget_scheduler(model)
+
+    def _set_budget_scheduler(self, model: nn.Module) -> None:
+        """Count the directions there are, and those that are to be left."""
         sizes = {name.replace("lora_A", "%s"): len(A) for name, A in self._parameters(model, "lora_A")}
         self.name_set = sorted(sizes)
         self.init_bgt = sum(sizes.values())
-        self.target_bgt = peft_config.target_r * len(sizes)
+        self.target_bgt = self.peft_config.target_r * len(sizes)
 
     def _parameters(self, model: nn.Module, kind: str) -> Iterator[tuple[str, nn.Parameter]]:
         part = f"{kind}.{self.adapter_name}"
@@ -70,7 +66,7 @@ class RankAllocator:
     def update_ipt(self, model: nn.Module) -> None:
         """Take the gradients of this step into the averages; parameters without one are left out."""
         for name, parameter in (item for kind in "EAB" for item in self._parameters(model, f"lora_{kind}")):
-            grad = _gradient(parameter)
+            grad = full_gradient(parameter)
             if grad is None:
                 continue
             ipt = self.ipt[name] = (parameter * grad).abs()
@@ -80,13 +76,18 @@ class RankAllocator:
             uncertainty = self.exp_avg_unc.get(name, zeros)
             self.exp_avg_unc[name] = self.beta2 * uncertainty + (1 - self.beta2) * (ipt - average).abs()
 
+    def _element_score(self, n: str) -> torch.Tensor:
+        """The importance of each element of the parameter called `n`."""
+        return self.exp_avg_ipt[n] * self.exp_avg_unc[n]
+
+    def _combine_ipt(self, ipt_E: torch.Tensor, ipt_AB: torch.Tensor) -> torch.Tensor:
+        """The importance of each direction (r): of its element of E, and of A and B, a column (r, 1) each."""
+        return ipt_E.view(-1) + ipt_AB.sum(dim=1)
+
     def _scores(self, name: str) -> torch.Tensor:
         """The importance of each direction (r) of the layer whose parameter E is called `name`."""
-        E, A, B = (
-            self.exp_avg_ipt[key] * self.exp_avg_unc[key]
-            for key in (name, name.replace("lora_E", "lora_A"), name.replace("lora_E", "lora_B"))
-        )
-        return E.view(-1) + (A.mean(dim=1) + B.mean(dim=0))
+        A, B = (self._element_score(name.replace("lora_E", kind)) for kind in ("lora_A", "lora_B"))
+        return self._combine_ipt(self._element_score(name), torch.stack([A.mean(dim=1), B.mean(dim=0)], dim=1))
 
     @torch.no_grad()
     def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:

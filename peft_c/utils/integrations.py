@@ -48,6 +48,16 @@ def check_deepspeed_zero3_enabled() -> bool:
     return is_deepspeed_zero3_enabled()
 
 
+def full_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
+    """A parameter's gradient, whole on each rank where DeepSpeed keeps it in parts."""
+    integrations = sys.modules.get("transformers.integrations")
+    if integrations is not None and integrations.deepspeed_config() is not None:
+        import deepspeed
+
+        return deepspeed.utils.safe_get_full_grad(parameter)
+    return parameter.grad
+
+
 @contextmanager
 def gather_params_ctx(
     param: nn.Parameter | Iterable[nn.Parameter],

@@ -70,3 +70,28 @@ def test_delta_of_factors_that_do_not_fit(case):
             layer.merge()
     assert deltas[0].shape == deltas[1].shape
     torch.testing.assert_close(*deltas)
+
+
+def test_adalora_scores():
+    """ms-swift allots AdaLoRA's ranks itself, from the scores of elements and their sum for each direction."""
+    found = []
+    for package in (peft_c, peft):
+        torch.manual_seed(0)
+        config = package.AdaLoraConfig(target_modules=["0"], init_r=4, target_r=2, total_step=10)
+        model = package.get_peft_model(nn.Sequential(nn.Linear(6, 5)), config)
+        model(torch.randn(3, 6)).square().sum().backward()
+        allocator = model.base_model.rankallocator
+        allocator.update_ipt(model.base_model.model)
+        budgets = allocator.init_bgt, allocator.target_bgt, allocator.name_set
+        allocator._set_budget_scheduler(model.base_model.model)
+        assert budgets == (allocator.init_bgt, allocator.target_bgt, allocator.name_set)
+        E, A, B = (allocator._element_score(f"0.lora_{kind}.default") for kind in "EAB")
+        found.append((*budgets, allocator._combine_ipt(E, torch.stack([A.mean(1), B.mean(0)], 1)), A, B))
+
+        def all_but_one(self, model, budget):
+            return {"left": self.init_bgt - 1}
+
+        allocator.mask_to_budget = all_but_one.__get__(allocator)
+        assert allocator.update_and_allocate(model.base_model.model, 5, force_mask=True)[1] == {"left": 3}
+    assert found[0][:3] == found[1][:3]
+    torch.testing.assert_close(found[0][3:], found[1][3:])
