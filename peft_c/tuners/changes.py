@@ -38,7 +38,8 @@ class LowRank(NamedTuple):
 
     def snapshot(self) -> LowRank:
         """The values as they are now. To be called without grad."""
-        return LowRank(self.A.clone(), self.B.clone(), float(self.scale))
+        scale = self.scale.full_tensor() if hasattr(self.scale, "full_tensor") else self.scale  # of a DTensor
+        return LowRank(self.A.clone(), self.B.clone(), float(scale))
 
     def is_wide(self) -> bool:
         """Whether a copy of the weight and one product take less time than the kernels' two and a small record."""

@@ -13,6 +13,7 @@ from torch import nn
 from ..utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
 from ..utils.other import ModulesToSaveWrapper, _freeze_adapter
 from .room import MapRoom, RoomConfig, RoomModel, option, register, shared
+from .undo import is_sharded
 
 
 @dataclass
@@ -73,18 +74,21 @@ class IA3Layer(MapRoom):
         return None if self.is_feedforward else self.scaled
 
     def scale_vector(self, name: str) -> tuple[torch.Tensor, int] | None:
-        grouped = self.is_feedforward and getattr(self.get_base_layer(), "groups", 1) > 1
-        return None if grouped else (self.entry("ia3_l", name).flatten(), int(self.is_feedforward))
+        scale, grouped = self.entry("ia3_l", name), getattr(self.get_base_layer(), "groups", 1) > 1
+        whole = not (is_sharded(scale) or (grouped and self.is_feedforward))
+        return (scale.flatten(), int(self.is_feedforward)) if whole else None
 
     def transform(
         self, name: str, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        scale = self.ia3_l[name].flatten()
-        if not self.is_feedforward:
-            return weight * scale[:, None], None if bias is None else bias * scale
-        groups = getattr(self.get_base_layer(), "groups", 1)
-        scale = scale.view(groups, 1, -1, 1)  # (group, out / groups, in / groups, kernel)
-        return (weight.reshape(groups, len(weight) // groups, scale.shape[2], -1) * scale).reshape(weight.shape), bias
+        scale = self.ia3_l[name]
+        if self.is_feedforward and scale.ndim > 2:
+            groups = self.get_base_layer().groups
+            scale = scale.view(groups, 1, -1, 1)  # (group, out / groups, in / groups, kernel)
+            split = weight.reshape(groups, len(weight) // groups, scale.shape[2], -1)
+            return (split * scale).reshape(weight.shape), bias
+        scale = scale if scale.ndim == 2 else scale.view(-1, 1)  # a DTensor cannot be flattened
+        return weight * scale, bias if bias is None or self.is_feedforward else bias * scale.squeeze(1)
 
 
 class Linear(IA3Layer):

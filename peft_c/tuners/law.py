@@ -385,6 +385,11 @@ def _merge_variant(layer: Any, step: Merge, targets: dict, plans: dict, safe_mer
     _merge_group(layer, step, {label: targets[label] for label in rest}, {name: rest}, safe_merge)
 
 
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether both are the same memory, seen in the same way. That of a DTensor is not known."""
+    return not is_sharded(one) and one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
+
+
 def _merge_replacement(layer: Any, step: Merge, targets: dict, plans: dict, safe_merge: bool) -> None:
     """Give weights the values an adapter computes from the present ones; the record is a copy of these."""
     (name,) = step.adapters
@@ -393,7 +398,7 @@ def _merge_replacement(layer: Any, step: Merge, targets: dict, plans: dict, safe
         tensor = weight.data
         if isinstance(merged, Times):
             undo = Product.of(weight, tensor, merged, safe_merge)
-        elif merged.data_ptr() == tensor.data_ptr() and merged.stride() == tensor.stride():  # it does not change
+        elif _is_same(merged, tensor):  # it does not change
             continue
         else:
             undo = Difference.exchange(weight, tensor, _own(merged, tensor, layer), False, safe_merge)

@@ -75,17 +75,18 @@ class SharedRoomModel(RoomModel):
 
 @dataclass
 class ProjectionConfig(RoomConfig):
-    """Base of the configs of methods with projections, called `random`, that are random and frozen."""
+    """Base of the configs of methods with projections, called `random`, that are drawn from a `seed` and frozen."""
 
     random: ClassVar[str]
+    seed: ClassVar[str] = "projection_prng_key"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.save_projection:
             warnings.warn(
                 f"Specified to not save {self.random} within the state dictionary, instead they will be restored "
-                "using the PRNG key store in `config.projection_prng_key`. Consider setting `config.save_projection` "
-                "to `True` to guarantee restoring the checkpoint correctly on all system configurations."
+                f"using the PRNG key store in `config.{self.seed}`. Consider setting `config.save_projection` to "
+                "`True` to guarantee restoring the checkpoint correctly on all system configurations."
             )
 
 

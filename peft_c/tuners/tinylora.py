@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,14 +13,15 @@ from torch import nn
 
 from ._buffer_dict import BufferDict
 from .law import LowRank
-from .room import RoomConfig, State, option, positive, register, shared, weight_view
-from .shared_room import SharedRoom, SharedRoomModel, check_projections, wide
+from .room import State, option, positive, register, shared, weight_view
+from .shared_room import ProjectionConfig, SharedRoom, SharedRoomModel, check_projections, wide
 
 
 @dataclass
-class TinyLoraConfig(RoomConfig):
+class TinyLoraConfig(ProjectionConfig):
     """Options of TinyLoRA."""
 
+    random, seed = "projection tensors P", "projection_seed"
     r: int = option(2, "Number of singular vectors of each layer's weight.", positive=True)
     u: int = option(64, "Number of trained values of each group of layers.", positive=True)
     weight_tying: float = option(0.0, "From 0.0, each layer has values of its own, to 1.0, all layers share them.")
@@ -39,12 +39,6 @@ class TinyLoraConfig(RoomConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.save_projection:
-            warnings.warn(
-                "Specified to not save projection tensors P within the state dictionary. They will be restored "
-                "using the PRNG key stored in `config.projection_seed`. Consider setting `config.save_projection` "
-                "to `True` to guarantee restoring the checkpoint correctly on all system configurations."
-            )
         if not 0 <= self.weight_tying <= 1:
             raise ValueError(
                 f"`weight_tying` should be a float between 0.0 and 1.0 but the value passed is {self.weight_tying}"

@@ -166,7 +166,7 @@ def one_process():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("method", ["lora", "loha", "hira"])
+@pytest.mark.parametrize("method", ["lora", "loha", "hira", "ia3"])
 def test_sharded_weights(one_process, method):
     from torch.distributed.fsdp import fully_shard
 
@@ -186,3 +186,18 @@ def test_sharded_weights(one_process, method):
             assert same([weight.full_tensor() for weight in weights(model)], before)
         with model.disable_adapter():
             assert torch.equal(model(x), base)
+
+
+def test_the_second_process_has_no_part_of_ranknum():
+    dist = pytest.importorskip("torch.distributed")
+    fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("fake", store=fake.FakeStore(), rank=1, world_size=2)
+    try:
+        model = make("adalora")
+        fully_shard(model)
+        model.merge_adapter()
+        assert [layer.merged_adapters for layer in layers(model)] == [["default"]] * len(layers(model))
+    finally:
+        dist.destroy_process_group()
