@@ -79,14 +79,15 @@ class ProjectionConfig(RoomConfig):
 
     random: ClassVar[str]
     seed: ClassVar[str] = "projection_prng_key"
+    restored: ClassVar[str] = ", instead they will be restored using the PRNG key store in"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.save_projection:
             warnings.warn(
-                f"Specified to not save {self.random} within the state dictionary, instead they will be restored "
-                f"using the PRNG key store in `config.{self.seed}`. Consider setting `config.save_projection` to "
-                "`True` to guarantee restoring the checkpoint correctly on all system configurations."
+                f"Specified to not save {self.random} within the state dictionary{self.restored} `config.{self.seed}`."
+                " Consider setting `config.save_projection` to `True` to guarantee restoring the checkpoint correctly "
+                "on all system configurations."
             )
 
 

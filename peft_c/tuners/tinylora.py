@@ -22,6 +22,7 @@ class TinyLoraConfig(ProjectionConfig):
     """Options of TinyLoRA."""
 
     random, seed = "projection tensors P", "projection_seed"
+    restored = ". They will be restored using the PRNG key stored in"
     r: int = option(2, "Number of singular vectors of each layer's weight.", positive=True)
     u: int = option(64, "Number of trained values of each group of layers.", positive=True)
     weight_tying: float = option(0.0, "From 0.0, each layer has values of its own, to 1.0, all layers share them.")
