@@ -25,6 +25,12 @@ static int shares(PyTypeObject *type, PyObject *base, PyObject *name) {
     return result;
 }
 
+PyObject *method_name(const module_state *state, int method) {
+    PyObject *const names[] = {state->names.set_adapter, state->names.enable_adapters, state->names.set_requires_grad,
+                               state->names._freeze_non_trainable_peft_weights};
+    return names[method];
+}
+
 static PyObject *attribute_name(const module_state *state, int attribute) {
     PyObject *const names[] = {state->names.adapter_layer_names, state->names.other_param_names,
                                state->names.frozen_peft_weight_names, state->names.merged_adapters};
@@ -42,10 +48,8 @@ static int ask_containers(class_facts *facts) {
 }
 
 static int ask_layer(const module_state *state, class_facts *facts) {
-    PyObject *const methods[] = {state->names.set_adapter, state->names.enable_adapters,
-                                 state->names.set_requires_grad, state->names._freeze_non_trainable_peft_weights};
     for (int m = 0; m < METHODS; m++) {
-        const int same = shares(facts->type, state->types.LayerBase, methods[m]);
+        const int same = shares(facts->type, state->types.LayerBase, method_name(state, m));
         if (same < 0) return -1;
         if (!same) facts->own |= 1u << m;
     }

@@ -51,6 +51,7 @@ class_facts *class_of(const module_state *state, class_table *table, PyTypeObjec
 /* 1 if what is known of all classes of a table still holds, 0 if not, -1 with an exception. */
 int classes_same(const module_state *state, const class_table *table);
 void class_table_free(class_table *table);
+PyObject *method_name(const module_state *state, int method); /* borrowed */
 /* An attribute of `layer`, whose __dict__ is `dict`: new reference. */
 PyObject *layer_attribute(const module_state *state, class_facts *facts, PyObject *layer, PyObject *dict,
                           int attribute);

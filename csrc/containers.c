@@ -27,6 +27,17 @@ void layer_close(tuned_layer *self) {
     Py_XDECREF(self->last);
 }
 
+/* Whether the layer's __dict__ has a method. */
+static bool has_method(const module_state *state, const tuned_layer *self, int method) {
+    const int has = PyDict_Contains(self->dict, method_name(state, method));
+    if (has < 0) PyErr_Clear();
+    return has > 0;
+}
+
+bool layer_has_own(const module_state *state, const tuned_layer *self, int method) {
+    return self->facts->own & 1u << method || (!layer_was_plain(self) && has_method(state, self, method));
+}
+
 /* Looks through a layer's __dict__ for layer_is_plain. */
 static void look_through(const module_state *state, tuned_layer *self) {
     PyObject *const names[] = {state->names.adapter_layer_names, state->names.other_param_names,
@@ -36,6 +47,9 @@ static void look_through(const module_state *state, tuned_layer *self) {
         if (self->facts->attributes[k] != NULL && PyDict_Contains(self->dict, names[k]) == 0) continue;
         PyErr_Clear(); /* whoever looks it up will see */
         return;
+    }
+    for (int m = 0; m < METHODS; m++) {
+        if (has_method(state, self, m)) return;
     }
     for (Py_ssize_t at = 0, next = 0; PyDict_Next(self->dict, &next, &key, NULL); at = next) self->last_at = at;
     self->last = Py_XNewRef(key);

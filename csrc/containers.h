@@ -42,9 +42,16 @@ typedef struct {
 /* Fills in all but the containers. 0, or -1 with an exception; to be closed in both cases. */
 int layer_open(const module_state *state, class_table *classes, PyObject *object, tuned_layer *self);
 void layer_close(tuned_layer *self);
-/* Whether the layer leaves to its class what names of containers and of frozen weights there are: that was so when its
- * __dict__ was looked through, and it has as many keys as then and the same last one; others would come after it. */
+/* Whether the layer leaves to its class what names of containers and of frozen weights there are and what its methods
+ * do: that was so when its __dict__ was looked through, and it has as many keys as then and the same last one; others
+ * would come after it. */
 bool layer_is_plain(const module_state *state, tuned_layer *self);
+/* The same, where layer_is_plain has been asked in this call; false where it has not. */
+static inline bool layer_was_plain(const tuned_layer *self) {
+    return self->last != NULL && PyDict_Size(self->dict) == self->dict_size;
+}
+/* Whether the layer or its class has its own method `method`. Without exceptions. */
+bool layer_has_own(const module_state *state, const tuned_layer *self, int method);
 /* Opens the containers of layers, which the pool then has room for. 0, or -1 with an exception. */
 int containers_open(const module_state *state, tuned_layer *const *layers, size_t count, container_pool *pool);
 /* Reads the sizes again. 1 if one is another. */

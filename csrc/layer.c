@@ -41,10 +41,9 @@ static int perform(switch_call *call, const layer_switch *what, target *layers, 
 /* Freezes what frozen_peft_weight_names declares for `names` (an iterable; NULL: the active ones). */
 static int freeze(switch_call *call, const stage *opened, const target *self, PyObject *names) {
     tuned_layer *const of = self->of;
-    const bool plain = of->last != NULL && PyDict_Size(of->dict) == of->dict_size; /* as in this call's check */
-    PyObject *active = NULL,
-             *frozen = plain ? Py_NewRef(of->facts->attributes[FROZEN_NAMES])
-                             : layer_attribute(call->state, of->facts, of->object, of->dict, FROZEN_NAMES);
+    PyObject *active = NULL, *frozen = layer_was_plain(of) ? Py_NewRef(of->facts->attributes[FROZEN_NAMES])
+                                                           : layer_attribute(call->state, of->facts, of->object,
+                                                                             of->dict, FROZEN_NAMES);
     int rc = frozen ? PyObject_IsTrue(frozen) : -1;
     if (rc > 0) {
         stage work = {.pool = opened->pool};
@@ -60,7 +59,7 @@ static int freeze(switch_call *call, const stage *opened, const target *self, Py
 
 /* The same, by the layer's own method if it has one. */
 static int freeze_declared(switch_call *call, const stage *opened, const target *self, PyObject *names) {
-    if (!(self->of->facts->own & 1u << FREEZE)) return freeze(call, opened, self, names);
+    if (!layer_has_own(call->state, self->of, FREEZE)) return freeze(call, opened, self, names);
     PyObject *active =
         names ? Py_NewRef(names) : PyObject_GetAttr(self->of->object, call->state->names.active_adapters);
     PyObject *list = active ? PySequence_List(active) : NULL, *done = NULL;
@@ -138,7 +137,7 @@ static int own_set_adapter(const module_state *state, PyObject *layer, PyObject 
 /* Activates what is active already, for which a set_adapter of the layer's own is called. */
 static int activate(switch_call *call, const stage *opened, const target *self, PyObject *active) {
     tuned_layer *const of = self->of;
-    if (of->facts->own & 1u << SET_ADAPTER) return own_set_adapter(call->state, of->object, active, 0);
+    if (layer_has_own(call->state, of, SET_ADAPTER)) return own_set_adapter(call->state, of->object, active, 0);
     target inner = {.of = of};
     int rc = switch_names(call, active);
     if (rc == 0) rc = perform(call, &set_adapter, &inner, 1, opened->pool, 0);
@@ -148,7 +147,7 @@ static int activate(switch_call *call, const stage *opened, const target *self, 
 
 static int plan_enable(switch_call *call, stage *work, target *self) {
     int rc = -1;
-    const int off = disabled(call, self), own = (self->of->facts->own & 1u << SET_ADAPTER) != 0;
+    const int off = disabled(call, self), own = layer_has_own(call->state, self->of, SET_ADAPTER);
     PyObject *active = NULL;
     self->memory = off > 0 ? memory_of(call, self) : NULL;
     Py_XINCREF(self->memory);
@@ -231,7 +230,7 @@ int layers_switch(const module_state *state, int method, tuned_layer *const *lay
     if (rc < 0) PyErr_NoMemory();
     if (rc == 0 && names != NULL) rc = switch_names(&call, names);
     for (size_t i = 0; rc == 0 && i < size; i++) {
-        if (layers[i]->facts->own & 1u << method) {
+        if (layer_has_own(state, layers[i], method)) {
             rc = own_method(state, method, layers[i]->object, names, flag);
         } else {
             targets[count++].of = layers[i];

@@ -186,6 +186,38 @@ def test_methods_put_on_a_class_are_called(monkeypatch):
     assert len(calls) == 3 and all(".other." in name for name in trainable(model))
 
 
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize(
+    ("method", "switch"),
+    [
+        ("set_adapter", lambda model: model.base_model.set_adapter(["other"])),
+        ("set_adapter", lambda model: model.base_model.enable_adapter_layers()),
+        ("enable_adapters", lambda model: model.base_model.disable_adapter_layers()),
+        ("set_requires_grad", lambda model: model.set_requires_grad("other", False)),
+    ],
+)
+def test_methods_put_on_one_layer_are_called_as_in_peft(method, switch, seen):
+    peft, calls = pytest.importorskip("peft"), []
+    for package in (peft, peft_c):
+        model = package.get_peft_model(base(), package.LoraConfig(r=2, target_modules=["0", "1.0", "1.1"]))
+        model.add_adapter("other", package.LoraConfig(r=2, target_modules=["0", "1.0", "1.1"]))
+        if seen:
+            switch(model)
+        layer = model.base_model.model[0]
+        own, found = getattr(layer, method), []
+
+        def spied(*args, own=own, found=found, **kwargs):
+            found.append([*args, *kwargs.values()][0])
+            return own(*args, **kwargs)
+
+        setattr(layer, method, spied)
+        switch(model)
+        delattr(layer, method)
+        switch(model)
+        calls.append(found)
+    assert calls[0] == calls[1] and len(calls[0]) == 1
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), copy.copy])
 def test_copies_have_trees_of_their_own(copied):
     model = adapted()
