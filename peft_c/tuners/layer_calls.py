@@ -43,6 +43,7 @@ _ORDERS = {
     ),
     "road": ("adapter_name config inference_mode", "adapter_name config"),
     "shira": ("adapter_name mask r config inference_mode", "mask adapter_name config r"),
+    "tinylora": ("adapter_name tinylora_v v_key r config", "tinylora_v v_key adapter_name config"),
     "unilora": ("adapter_name unilora_theta_d config", "unilora_theta_d adapter_name config"),
     "vblora": (
         "adapter_name vblora_vector_bank r config inference_mode",

@@ -479,7 +479,7 @@ class Unscaled:
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """The method has no scale: warns for each adapter that acts."""
-        if any(map(self.has_adapter, self.active_adapters)):
+        for _ in filter(self.has_adapter, self.active_adapters):
             warnings.warn(f"Unscaling operation for {self.title} not supported! Keeping scale to 1.")
 
 

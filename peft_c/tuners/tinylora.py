@@ -54,21 +54,20 @@ class TinyLoraLayer(SharedRoom):
     adapter_layer_names = ("tinylora_v",)
     other_param_names = ("tinylora_A", "tinylora_B", "tinylora_P", "tinylora_dropout", "r", "u", "_tinylora_v_key")
     containers = dict.fromkeys(other_param_names[:3], partial(BufferDict, persistent=True))
-    own, dropout = "tinylora_A", "tinylora_dropout"
+    own, dropout, _layer_idx = "tinylora_A", "tinylora_dropout", 0
 
-    def create(self, name: str, config: TinyLoraConfig, shared: dict[str, nn.Module], group: str, index: int) -> None:
+    def create(self, name: str, config: TinyLoraConfig, shared: Any, v_key: str, layer_idx: int | None = None) -> None:
         self.share(shared)
-        self._tinylora_v_key[name] = group
+        self._layer_idx = self._layer_idx if layer_idx is None else layer_idx
+        self._tinylora_v_key[name], self.u[name] = v_key, config.u
         self.add_dropout(name, config.tinylora_dropout)
-        base = self.get_base_layer()
-        weight = weight_view(base).matrix(base.weight.data)
+        weight = weight_view(self.get_base_layer()).matrix().detach()
         U, S, V = torch.linalg.svd(weight.float(), full_matrices=False)
-        r = min(positive("r", config.r), len(S))
+        r = self.r[name] = min(positive("r", config.r), len(S))
         U, S, V = (part.to(weight.dtype) for part in (U[:, :r], S[:r], V[:r]))
-        self.r[name], self.u[name] = r, config.u
         self.tinylora_A[name] = (S.sqrt()[:, None] * V).contiguous()
         self.tinylora_B[name] = (U * S.sqrt()).contiguous()
-        generator = torch.Generator().manual_seed(config.projection_seed + index)
+        generator = torch.Generator().manual_seed(config.projection_seed + self._layer_idx)
         self.tinylora_P.persistent = config.save_projection
         self.tinylora_P[name] = torch.normal(0.0, 1 / r**0.5, size=(config.u, r, r), generator=generator)
 
@@ -119,7 +118,7 @@ class TinyLoraModel(SharedRoomModel):
             if config.init_weights is not True:
                 nn.init.uniform_(v, -config.init_v_bound, config.init_v_bound)
             self.tinylora_v[name][group] = nn.Parameter(v)
-        return {"shared": {"tinylora_v": self.tinylora_v}, "group": group, "index": index}
+        return {"shared": {"tinylora_v": self.tinylora_v}, "v_key": group, "layer_idx": index}
 
     def _init_tinylora_v(self, config: TinyLoraConfig, adapter_name: str) -> None:
         """Give the values of an adapter uniform random ones."""

@@ -13,7 +13,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 GIVEN = {"adapter_name": "new", "r": 4, "lora_alpha": 6, "alpha": 3, "module_name": "0", "block_size": 2}
 GIVEN |= {"delora_lambda": 3.0, "n_frequency": 7, "effective_rank": 3, "inference_mode": True, "is_feedforward": True}
 GIVEN |= {"device": None, "dtype": None}
-OTHERS = {"lora", "tinylora", "trainable_tokens"}  # TinyLoRA's layers know their place in the model
+GIVEN |= {"v_key": "0"}
+OTHERS = {"lora", "trainable_tokens"}
 REFUSED = {("hira", kind) for kind in ("Conv1d", "Conv2d", "Conv3d")} | {("frod", "Conv1D")}  # by PEFT, so called
 
 
@@ -65,7 +66,8 @@ def test_constructors(method, kind):
     for package in (peft_c, peft):
         layer, values = layer_and_values(method, kind, package, 1)
         torch.manual_seed(5)
-        made = type(layer)(layer.get_base_layer(), *values)
+        place = {"layer_idx": 0} if method == "tinylora" else {}
+        made = type(layer)(layer.get_base_layer(), *values, **place)
         assert made.merged_adapters == []
         found.append(new_parameters(made))
     assert_same(*found)

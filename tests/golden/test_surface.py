@@ -247,8 +247,9 @@ def test_scaling_warns_for_adapters_that_act(method):
     found = []
     for package in (peft_c, peft):
         model = start(method, package=package)
+        model.add_adapter("other", config_of(method, package=package))
         counts = []
-        for names in (["default"], []):
+        for names in (["default", "other"], ["default"], []):
             for layer in layers(model):
                 layer.set_adapter(names)
                 with warnings.catch_warnings(record=True) as caught:
