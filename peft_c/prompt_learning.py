@@ -424,7 +424,7 @@ def _forward_with_head(model: PeftModel, kwargs: dict[str, Any]) -> Any:
     else:
         output_cls = modeling_outputs.TokenClassifierOutput
         if labels is not None:
-            loss = loss_utils.ForTokenClassification(logits, labels, base.config)
+            loss = nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1))
     if not kwargs["return_dict"]:
         output = (*fields.values(), *outputs[2:])
         return output if loss is None else (loss, *output)

@@ -132,7 +132,7 @@ class CPTEmbedding(BasePromptEncoder):
         labels = labels.to(logits.device)[:, 1:]
         types = cpt_type_mask.to(logits.device)[:, 1:]
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
-        weights = torch.ones_like(losses)
+        weights = torch.ones_like(losses, dtype=torch.float32)
         if config.opt_weighted_loss_type == "decay":
             for row, kinds in zip(weights, types, strict=True):
                 examples = kinds[(kinds > 0) & (kinds % 4 == _LABEL)].unique()

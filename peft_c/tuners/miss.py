@@ -75,12 +75,14 @@ class MissLinear(Unscaled, AddRoom):
         delta = torch.einsum("oaib,obc->oaic", weight, block) + block.unsqueeze(2)
         return delta.reshape(self.out_features, self.in_features).to(self.miss_block[name].dtype)
 
+    def adapter_input(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        x, short = super().adapter_input(name, x), -self.in_features % self.miss_r[name]
+        return F.pad(x, (0, short)) if short else x  # before the dropout, whose mask is that of whole blocks
+
     def halves(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         if self.miss_fn[name] == "bat":
             return None
-        r = self.miss_r[name]
-        x = F.pad(x, (0, -x.shape[-1] % r)) if x.shape[-1] % r else x
-        return x.unflatten(-1, (-1, r)).sum(-2), self.block(name)
+        return x.unflatten(-1, (-1, self.miss_r[name])).sum(-2), self.block(name)
 
 
 MissLayer = MissLinear

@@ -559,6 +559,11 @@ class AddRoom(Room):
         """The dtype an adapter wants its input in: that of its first parameter; None for token ids."""
         return None if isinstance(self.get_base_layer(), nn.Embedding) else self.parameter_dtype(name)
 
+    def adapter_input(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """What the adapter's dropout gets."""
+        wanted = self.adapter_dtype(name)
+        return x if wanted is None else self._cast_input_dtype(x, wanted)
+
     def parameter_dtype(self, name: str) -> torch.dtype:
         """The dtype of an adapter's first parameter."""
         container = next(layer for layer in self.adapter_layer_names if name in self._modules[layer])
@@ -584,8 +589,7 @@ class AddRoom(Room):
         output = result = self.base_output(x, *args, **kwargs)
         in_place = len(names) == 1 and self.owns_output(x, type(self).term_beside is AddRoom.term_beside)
         for name in names:
-            wanted = self.adapter_dtype(name)
-            part = x if wanted is None else self._cast_input_dtype(x, wanted)
+            part = self.adapter_input(name, x)
             part = getattr(self, self.dropout)[name](part) if self.drops(name) and part.is_floating_point() else part
             halves = self.halves(name, part) if part.dtype == result.dtype else None
             if halves is not None:

@@ -39,16 +39,11 @@ class ShadowLayer(Room):
     """A block: h' = h + alpha * up(down(dropout(h - s))) goes in; from its output o the shadow becomes
     s' = (1 - g) s + g T(o), g = sigmoid(G(o)). Without a ShadowCarrier as input it is the block alone."""
 
-    returns_input_dtype = False
-    adapter_layer_names = (
-        "shadow_down",
-        "shadow_up",
-        "shadow_update_transform",
-        "shadow_update_gate",
-        "shadow_dropout",
-    )
+    __module__ = f"{__package__}.shadow"  # as its repr says
+    returns_input_dtype, never_merged = False, MERGE_MESSAGE
+    adapter_layer_names = tuple(f"shadow_{part}" for part in "down up update_transform update_gate dropout".split())
     other_param_names = ("shadow_r", "shadow_alpha")
-    containers = dict.fromkeys(adapter_layer_names, nn.ModuleDict)
+    containers = dict.fromkeys((*adapter_layer_names[:2], "shadow_dropout", *adapter_layer_names), nn.ModuleDict)
     input_name = "hidden_states"
 
     def prepare(self, base: nn.Module, config: ShadowConfig) -> None: ...
@@ -87,9 +82,6 @@ class ShadowLayer(Room):
         shadow = (1.0 - gate) * x.shadow.to(dtype) + gate * self.shadow_update_transform[name](wide)
         carrier = ShadowCarrier(hidden, shadow.to(x.shadow.dtype))
         return (carrier, *parts[1:]) if isinstance(output, tuple) else carrier
-
-    def _merge_changes(self, name: str) -> dict[str, Any]:
-        raise NotImplementedError(MERGE_MESSAGE)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -142,6 +142,8 @@ class WaveFTModel(RoomModel):
         targets = (module for name, module in self.model.named_modules() if check_target_module_exists(config, name))
         targets = [target.get_base_layer() if isinstance(target, BaseTunerLayer) else target for target in targets]
         sizes = [target.weight.numel() for target in targets if self.room_for(target) is not None]
+        if not sizes:
+            raise ValueError("No target modules found for proportional parameter allocation.")
         inputs, outputs = _get_in_out_features(base)
         return max(1, round(inputs * outputs / sum(sizes) * (config.n_frequency * len(sizes))))
 

@@ -89,3 +89,10 @@ def test_the_layers_of_lycoris_methods(method):
         for package in (peft_c, peft)
     )
     assert ours == theirs
+
+
+def test_proportional_parameters_of_targets_that_waveft_does_not_adapt():
+    for package in (peft, peft_c):
+        config = package.WaveFTConfig(target_modules=["0"], n_frequency=4, proportional_parameters=True)
+        with pytest.raises(ValueError, match="No target modules found for proportional"):
+            package.get_peft_model(nn.Sequential(nn.Conv1d(4, 4, 1)), config)

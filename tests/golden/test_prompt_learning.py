@@ -125,6 +125,16 @@ def test_a_new_prompt_has_the_same_values_names_and_flags(method, task):
 
 
 @each
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_dtypes_of_what_a_forward_returns(method, task, dtype):
+    found = []
+    for model in both(method, task):
+        output = model.to(dtype)(**inputs(method, task))
+        found.append({name: value.dtype for name, value in output.items() if isinstance(value, torch.Tensor)})
+    assert found[0] == found[1]
+
+
+@each
 def test_loss_output_and_gradients(method, task):
     results = []
     for model in both(method, task):

@@ -138,6 +138,26 @@ def test_outputs_and_gradients(method, kind):
         assert method in OTHER_GRADIENTS or close(found[0][2][name], gradient, 1e-3), name
 
 
+WITH_DROPOUT = [
+    (method, kind, field.name)
+    for method, kind in PAIRS
+    for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[method.upper()])
+    if field.name.endswith("dropout") and (method, kind) not in OTHER_FORWARD
+]
+
+
+@pytest.mark.parametrize(("method", "kind", "option"), WITH_DROPOUT)
+def test_dropout(method, kind, option):
+    """Of blocks that do not divide the inputs, too."""
+    found = []
+    for package in (peft_c, peft):
+        model = start(method, kind, package, **{option: 0.4}, **({"r": 5} if method == "miss" else {})).train()
+        disturb(model)
+        found += [run(model, method, kind), torch.rand(1)]
+    assert close(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+
+
 @without(MERGEABLE, OTHER_MERGE)
 def test_merged_weights(method, kind):
     ours, theirs = make(method, kind), make(method, kind, peft)

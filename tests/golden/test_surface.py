@@ -47,6 +47,20 @@ def test_the_order_of_a_layers_modules(method):
     assert [name for name, _ in ours.named_modules()] == [name for name, _ in theirs.named_modules()]
 
 
+def test_the_modules_of_shadow():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    found = []
+    for package in (peft_c, peft):
+        base = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=20, **sizes))
+        model = package.get_peft_model(base, package.ShadowConfig(r=2, task_type="CAUSAL_LM"))
+        with pytest.raises(NotImplementedError):
+            model.unmerge_adapter()
+        found.append([(name, type(module).__name__) for name, module in model.named_modules()])
+        found.append([layer.module_type for layer in model.get_layer_status()])
+    assert found[:2] == found[2:]
+
+
 @pytest.mark.parametrize(("method", "kind"), PAIRS)
 def test_what_a_layer_is_an_instance_of(method, kind):
     found = [layers(start(method, kind, package))[0] for package in (peft_c, peft)]
