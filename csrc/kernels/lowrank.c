@@ -51,10 +51,6 @@ void turn_terms(const pk_isa *isa, const pk_lowrank *parts, int nparts, int64_t 
                                                 parts[i].scale);
 }
 
-static void turn(const product_job *e, const char *t, int64_t m, char *to) {
-    turn_terms(e->isa, e->parts, e->nparts, e->rank, e->wide, t, m, to);
-}
-
 /* to[q] = scale times element ids[q] of a row of this type */
 static INLINE void look_up_row(pk_dtype dtype, const char *row, int64_t step, const int64_t *ids, int64_t m,
                                double scale, int wide, void *to) {
@@ -86,6 +82,16 @@ static void look_up(const product_job *e, int64_t i0, int64_t m, char *turned) {
                 look_up_row(PK_F16, row, step, ids, m, scale, e->wide, turned);
         }
     }
+}
+
+/* rows i0 .. i0 + m of t, looked up or computed before, to where they are expanded from: (R, m) */
+static const char *turn(const product_job *e, int64_t i0, int64_t m) {
+    const int64_t at = i0 * e->rank * acc_size(e->wide);
+    if (e->ids)
+        look_up(e, i0, m, e->turned + at);
+    else
+        turn_terms(e->isa, e->parts, e->nparts, e->rank, e->wide, e->t + at, m, e->turned + at);
+    return e->turned + at;
 }
 
 /* y(i, j0 + q) op= d[q], q < n */
@@ -169,16 +175,11 @@ static void product_rows(int64_t begin, int64_t end, void *ctx) {
     const product_job *const e = ctx;
     const int64_t size = acc_size(e->wide);
     for (int64_t b = begin; b < end; b++) {
-        const int64_t i0 = b * e->block, m = min64(e->block, e->y->rows - i0), at = i0 * e->rank * size;
-        int64_t p = 0;
-        if (e->ids) {
-            look_up(e, i0, m, e->turned + at);
-        } else {
-            for (int i = 0; i < e->nparts; p += e->parts[i++].up.cols)
-                dots_block(&e->dots[i], i0, m, 0, e->parts[i].up.cols, e->t + at + p * size, e->rank);
-            turn(e, e->t + at, m, e->turned + at);
-        }
-        (e->strips ? expand_strips : expand_rows)(e, i0, m, e->turned + at);
+        const int64_t i0 = b * e->block, m = min64(e->block, e->y->rows - i0);
+        int64_t p = i0 * e->rank;
+        for (int i = 0; !e->ids && i < e->nparts; p += e->parts[i++].up.cols)
+            dots_block(&e->dots[i], i0, m, 0, e->parts[i].up.cols, e->t + p * size, e->rank);
+        (e->strips ? expand_strips : expand_rows)(e, i0, m, turn(e, i0, m));
     }
 }
 
@@ -209,10 +210,7 @@ static int product_few(product_job *e, const pk_mat *x, work_area *area, pk_para
     for (int i = 0; !e->ids && i < e->nparts && rc == PK_OK; p += e->parts[i++].up.cols)
         rc = dots_run(x, &e->parts[i].down, area->base ? e->t + p * size : NULL, e->rank, e->wide, area, par);
     if (!area->base || rc != PK_OK) return rc;
-    if (e->ids)
-        look_up(e, 0, m, e->turned);
-    else
-        turn(e, e->t, m, e->turned);
+    turn(e, 0, m);
     return run_parallel(par, (e->y->cols + nr - 1) / nr, e->rank * nr * (8 + m) / 12, expand_columns, e);
 }
 

@@ -338,8 +338,6 @@ def move_parts(layer: nn.Module, marks: tuple[str, ...], weight: Callable[[], to
         return
     parts = [module for name, module in layer.named_modules() if any(mark in name for mark in marks)]
     device = weight().device if parts else None
-    if all(_are_at(_own_tensors(part), device, None) for part in parts):
-        return
     for part in parts:
         if not any(parameter.is_meta for parameter in part.parameters()):
             part.to(device)
