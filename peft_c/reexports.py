@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 _HOMES = (
@@ -22,11 +23,15 @@ _HOMES = (
 )
 
 
-def elsewhere(module: str, *more: str) -> Callable[[str], Any]:
-    """A `__getattr__` for the module of that name: a name that it lacks is looked for where PEFT has most of
-    those that its modules share, and in `more`. Raises `AttributeError` where it is in none of them."""
+def elsewhere(module: str, *more: str, own: Callable[[str], Any] | None = None) -> Callable[[str], Any]:
+    """A `__getattr__` for the module of that name: a name that it lacks, and its `own` one too, is looked for where
+    PEFT has most of those that its modules share, and in `more`. Raises `AttributeError` where it is in none of
+    them."""
 
     def __getattr__(name: str) -> Any:
+        if own is not None:
+            with suppress(AttributeError):
+                return own(name)
         homes = () if name.startswith("__") else (*more, *_HOMES)
         for home in homes:
             found = importlib.import_module(f"{__package__}.{home}")

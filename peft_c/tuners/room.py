@@ -961,7 +961,7 @@ def register(
             if not hasattr(module, part):
                 setattr(module, part, module)
         module.__path__ = []
-        vars(module).setdefault("__getattr__", elsewhere(module.__name__))
+        module.__getattr__ = elsewhere(module.__name__, own=vars(module).get("__getattr__"))
     add_peft_type(name.upper())
     config.method, config.__doc__ = name, documented(config)
     if issubclass(model, RoomModel):

@@ -257,3 +257,10 @@ def test_configs_of_methods_are_called_alike(peft):
     for method, theirs in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items():
         mine = peft_c.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[method]
         assert parameters(mine) == parameters(theirs), method
+
+
+@pytest.mark.parametrize("module", ["adamss.layer", "shadow.layers", "vera.layer"])
+def test_what_layers_modules_import_is_found_there(module):
+    found = importlib.import_module(f"peft_c.tuners.{module}")
+    assert found.BaseTunerLayer is importlib.import_module("peft_c.tuners.tuners_utils").BaseTunerLayer
+    assert not hasattr(found, "nothing_of_that_name")
