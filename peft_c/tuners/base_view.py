@@ -61,8 +61,8 @@ class BaseView(NamedTuple):
     def restore(self, matrix: torch.Tensor, shape: torch.Size | None = None) -> torch.Tensor:
         """The inverse of `matrix`: a tensor of the weight's shape (default: the live weight's) from a matrix.
 
-        Where that is a mere transposition, a matrix of other sizes keeps them.
+        A matrix that is not the weight's keeps its shape.
         """
         shape = self.tensor.shape if shape is None else shape
         turned = matrix.mT if self.transposed else matrix
-        return turned if turned.ndim == len(shape) else turned.reshape(shape)
+        return turned if turned.ndim == len(shape) or turned.numel() != shape.numel() else turned.reshape(shape)
