@@ -308,8 +308,9 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         return is_bare(self._modules["base_layer"])
 
     def owns_output(self, x: torch.Tensor, in_graph: bool = False) -> bool:
-        """Whether nobody else can hold what `base_output` gives for x, so that it may be written to: without autograd,
-        or `in_graph`, where it is no view that a write would make a graph of its own for."""
+        """Whether `base_output` gives for x what nobody else can hold and has its features last, so that it may be
+        written to: without autograd, or `in_graph`, where it is no view that a write would make a graph of its own
+        for."""
         if type(self._modules["base_layer"]) is not nn.Linear or not x.is_cpu or torch.compiler.is_compiling():
             return False
         free = in_graph and x.dim() == 2 and _C.may_act() if torch.is_grad_enabled() else True
