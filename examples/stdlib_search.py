@@ -210,7 +210,7 @@ def _batches(task: Task, steps: int, size: int, rng: random.Random):
         yield [(rng.choice(by_answer[a]), task.documents[a]) for a in chosen]
 
 
-def train(model, tokenizer, task: Task, steps: int = 50, batch_size: int = 32, lr: float = 2e-3) -> list[float]:
+def train(model, tokenizer, task: Task, steps: int = 40, batch_size: int = 32, lr: float = 2e-3) -> list[float]:
     """Train the active adapter with in-batch negatives (each query against all documents of its batch); the losses."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
