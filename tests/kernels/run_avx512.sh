@@ -11,7 +11,11 @@ if ! grep -qw avx2 /proc/cpuinfo || ! echo '#include <simde/x86/avx512.h>' | "$c
 fi
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-"$cc" -std=c11 -ffp-contract=off -O2 -Wno-psabi -pthread -mavx2 -mfma -mf16c -mbmi -mbmi2 -mpopcnt -I"$kernels" \
-    -include "$here/emulated_avx512.h" '-D__builtin_cpu_supports(feature)=1' \
-    "$kernels"/*.c "$here/shim.c" "$here/selftest.c" -lm -o "$out/selftest"
+flags=(-std=c11 -ffp-contract=off -O2 -pthread -I"$kernels" '-D__builtin_cpu_supports(feature)=1')
+for isa in avx512 avx512bf16; do
+    "$cc" "${flags[@]}" -Wno-psabi -mavx2 -mfma -mf16c -mbmi -mbmi2 -mpopcnt -include "$here/emulated_avx512.h" \
+        -c "$kernels/isa_$isa.c" -o "$out/$isa.o"
+done
+others=$(ls "$kernels"/*.c | grep -v isa_avx512)
+"$cc" "${flags[@]}" $others "$here/shim.c" "$here/selftest.c" "$out"/*.o -lm -o "$out/selftest"
 "$out/selftest" "${1:-10}"
