@@ -13,6 +13,8 @@ from .config import LoraConfig
 
 
 class TeLinear(QuantizedLinear):
+    """LoRA on one of TransformerEngine's linear layers; it cannot be merged."""
+
     merge_error = NotImplementedError
     mixed_batches = False
 
