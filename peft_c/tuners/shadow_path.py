@@ -211,7 +211,8 @@ class ShadowPath:
             loss = self.shadow_auxiliary_loss(labels, attention_mask=kwargs.get("attention_mask"))
             if loss is not None:
                 output.shadow_loss = self.last_shadow_loss = loss.detach()
-                output.loss = output.loss + self.peft_config[self.active_adapters[0]].auxiliary_loss_weight * loss
+                if (weight := self.peft_config[self.active_adapters[0]].auxiliary_loss_weight) > 0:
+                    output.loss = output.loss + weight * loss
         return output
 
     def _resolve_shadow_head(self, name: str) -> nn.Module | None:

@@ -56,7 +56,8 @@ def set_adapter(
     if first is None:
         return
     merged, wrappers = first
-    chosen = [(wrapper, wrapper.check_set_adapter(adapter_name)) for wrapper in wrappers]
+    # an empty list switches everything off
+    chosen = [(wrapper, wrapper.check_set_adapter(adapter_name) if adapter_name else None) for wrapper in wrappers]
     for layer in merged:
         warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
         layer.unmerge()

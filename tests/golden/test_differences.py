@@ -212,3 +212,17 @@ def test_tied_weights_are_merged_once():
     assert model.base_model.model.head.base_layer.weight is model.base_model.model.embed.weight
     model.unmerge_adapter()
     assert same_bits(model, before)
+
+
+def test_a_new_adapter_after_the_only_one_was_deleted():
+    model = net(modules_to_save=["2"], target_modules=["0"])
+    config = copy.deepcopy(model.peft_config["default"])
+    model.delete_adapter("default")
+    model.add_adapter("other", config)
+    model.set_adapter("other")
+    kept = model.base_model.model[2]
+    assert kept.active_adapters == ["other"]
+    assert all(p.requires_grad for p in kept.modules_to_save["other"].parameters())
+    assert model.base_model.model[0].lora_A["other"].weight.requires_grad
+    model.base_model.set_adapter([])
+    assert not any(p.requires_grad for p in model.parameters())

@@ -53,7 +53,11 @@ def test_the_modules_of_shadow():
     found = []
     for package in (peft_c, peft):
         base = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=20, **sizes))
-        model = package.get_peft_model(base, package.ShadowConfig(r=2, task_type="CAUSAL_LM"))
+        model = package.get_peft_model(
+            base.double(), package.ShadowConfig(r=2, auxiliary_loss_weight=0.0, task_type="CAUSAL_LM")
+        )
+        ids = torch.tensor([[1, 2, 3]])
+        assert model(input_ids=ids, labels=ids).loss.dtype is torch.float32
         with pytest.raises(NotImplementedError):
             model.unmerge_adapter()
         found.append([(name, type(module).__name__) for name, module in model.named_modules()])
