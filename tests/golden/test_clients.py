@@ -3,7 +3,10 @@
 import importlib
 import inspect
 import pkgutil
+import subprocess
+import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,3 +101,11 @@ def test_adalora_scores():
         assert allocator.update_and_allocate(model.base_model.model, 5, force_mask=True)[1] == {"left": 3}
     assert found[0][:3] == found[1][:3]
     torch.testing.assert_close(found[0][3:], found[1][3:])
+
+
+def test_modules_are_attributes_after_the_import_of_the_package():
+    """axolotl says `import peft` and then `peft.utils.other`, as one may with PEFT, which imports them all."""
+    names = sorted(info.name for info in pkgutil.iter_modules(peft.utils.__path__))
+    code = f"import peft_c\nfor name in {names}:\n    assert getattr(peft_c.utils, name).__name__.endswith(name)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
