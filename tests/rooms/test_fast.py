@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_c
 from peft_c import _C
-from peft_c.tuners import products, room
+from peft_c.tuners import products, room_layer
 from peft_c.tuners.products import einsum, linear, multipliable, product
 from tests.rooms.cases import PAIRS, config_of
 
@@ -167,7 +167,7 @@ def test_products_in_half_precision_are_rounded_once_on_cpus_that_multiply_it_sl
 
 @torch.no_grad()
 def test_convolutions_in_half_precision_are_computed_in_fp32_unless_somebody_looks_at_them(monkeypatch):
-    for module in (products, room):
+    for module in (products, room_layer):
         monkeypatch.setattr(module, "multiplies_slowly", lambda tensor: tensor.dtype == torch.bfloat16)
     base = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1)).to(torch.bfloat16)
     conv, x = base[0], torch.randn(2, 4, 5, 5, dtype=torch.bfloat16)
