@@ -74,9 +74,9 @@ class IA3Layer(MapRoom):
         return None if self.is_feedforward else self.scaled
 
     def scale_vector(self, name: str) -> tuple[torch.Tensor, int] | None:
-        scale, grouped = self.entry("ia3_l", name), getattr(self.get_base_layer(), "groups", 1) > 1
-        whole = not (is_sharded(scale) or (grouped and self.is_feedforward))
-        return (scale.flatten(), int(self.is_feedforward)) if whole else None
+        scale = self.entry("ia3_l", name)
+        grouped = self.is_feedforward and getattr(self.get_base_layer(), "groups", 1) > 1
+        return None if grouped or is_sharded(scale) else (scale.flatten(), int(self.is_feedforward))
 
     def transform(
         self, name: str, weight: torch.Tensor, bias: torch.Tensor | None
