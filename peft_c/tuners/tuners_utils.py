@@ -95,14 +95,18 @@ def _check_lora_target_modules_mamba(peft_config: PeftConfig, model: nn.Module, 
         )
 
 
+# programs look for the end of it in the warning
 UNTYING_EXAMPLE = """
 ```python
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained(name, tie_word_embeddings=False)
+model = AutoModelForCausalLM.from_pretrained(model_id, tie_word_embeddings=False)
 model.get_output_embeddings().weight.data = model.get_input_embeddings().weight.data.clone()
-model.save_pretrained("untied")
-model = AutoModelForCausalLM.from_pretrained("untied")  # the model to adapt
+untied_model_dir = "path/to/untied/model"
+model.save_pretrained(untied_model_dir)
+
+# Now use the original model but in untied format
+model = AutoModelForCausalLM.from_pretrained(untied_model_dir)
 ```
 """
 
