@@ -21,31 +21,22 @@
 #undef _kor_mask16
 #define _kor_mask16(a, b) ((__mmask16)((a) | (b)))
 
-EMULATED __m512i emulated_cvtepi8_epi32(__m128i x) {
-    int8_t from[16];
-    int32_t to[16];
-    memcpy(from, &x, sizeof from);
-    for (int i = 0; i < 16; i++) to[i] = from[i];
-    return simde_mm512_loadu_si512(to);
-}
+/* sixteen integers of one type as another: its lower bits, or more */
+#define EMULATED_CONVERT(name, of, of_vector, as, as_vector) \
+    EMULATED as_vector emulated_##name(of_vector x) { \
+        of from[16]; \
+        as to[16]; \
+        as_vector result; \
+        memcpy(from, &x, sizeof from); \
+        for (int i = 0; i < 16; i++) to[i] = (as)from[i]; \
+        memcpy(&result, to, sizeof result); \
+        return result; \
+    }
+EMULATED_CONVERT(cvtepi8_epi32, int8_t, __m128i, int32_t, __m512i)
+EMULATED_CONVERT(cvtepu16_epi32, uint16_t, __m256i, uint32_t, __m512i)
+EMULATED_CONVERT(cvtepi32_epi16, uint32_t, __m512i, uint16_t, __m256i)
 #define _mm512_cvtepi8_epi32 emulated_cvtepi8_epi32
-
-EMULATED __m512i emulated_cvtepu16_epi32(__m256i x) {
-    uint16_t from[16];
-    uint32_t to[16];
-    memcpy(from, &x, sizeof from);
-    for (int i = 0; i < 16; i++) to[i] = from[i];
-    return simde_mm512_loadu_si512(to);
-}
 #define _mm512_cvtepu16_epi32 emulated_cvtepu16_epi32
-
-EMULATED __m256i emulated_cvtepi32_epi16(__m512i x) {
-    uint32_t from[16];
-    uint16_t to[16];
-    memcpy(from, &x, sizeof from);
-    for (int i = 0; i < 16; i++) to[i] = (uint16_t)from[i];
-    return _mm256_loadu_si256((const __m256i *)(const void *)to);
-}
 #define _mm512_cvtepi32_epi16 emulated_cvtepi32_epi16
 
 EMULATED __mmask32 emulated_cmplt_epi16_mask(__m512i x, __m512i y) {
