@@ -24,9 +24,9 @@ _HOMES = (
 
 
 def elsewhere(module: str, *more: str, own: Callable[[str], Any] | None = None) -> Callable[[str], Any]:
-    """A `__getattr__` for the module of that name: a name that it lacks, and its `own` one too, is looked for where
-    PEFT has most of those that its modules share, and in `more`. Raises `AttributeError` where it is in none of
-    them."""
+    """A `__getattr__` for the module of that name: a name that it lacks is looked for in its `own` one, if it has one,
+    then in `more` and where PEFT has most of those that its modules share. Raises `AttributeError` where it is in none
+    of them."""
 
     def __getattr__(name: str) -> Any:
         if own is not None:
