@@ -647,7 +647,7 @@ class PeftModel(AdapterLoadingMixin, nn.Module):
 
         Raises `ValueError` for an unknown name. For several active adapters use `model.base_model.set_adapter`.
         """
-        if not isinstance(adapter_name, str):
+        if isinstance(adapter_name, (list, tuple, set)):
             raise TypeError(
                 f"Expected the name of one adapter, got {adapter_name!r}. To activate several adapters, call "
                 "`model.base_model.set_adapter`."

@@ -83,7 +83,7 @@ class AdaLoraLayer(AddRoom, LoraLayer):
     def prepare(self, base: nn.Module, config: AdaLoraConfig) -> None:
         super().prepare(base, config)
         base.weight.requires_grad = False
-        self.lora_variant, self.use_rslora = {}, {}
+        self.lora_variant, self.use_rslora, self.use_dora, self.lora_bias = {}, {}, {}, {}
 
     def create(self, name: str, config: AdaLoraConfig, r: int, lora_alpha: int) -> None:
         if r < 0:

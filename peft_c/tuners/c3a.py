@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .room import AddRoom, RoomConfig, RoomModel, option, positive, register, rows_of, shared
+from .tensor_functions import convolve
 
 
 @dataclass
@@ -26,13 +27,6 @@ class C3AConfig(RoomConfig):
     init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] | None = option(
         "xavier_uniform", "Initialisation of the kernel; True: zeros (no change), False: 'xavier_uniform'."
     )
-
-
-def convolve(x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
-    """x (..., n * b) times the block circulant matrix of `kernel` (m, n, b), transposed: (..., m * b)."""
-    n, b = kernel.shape[1:]
-    spectrum = torch.fft.ifft(x.unflatten(-1, (n, b))).unsqueeze(-3) * torch.fft.fft(kernel)
-    return torch.fft.fft(spectrum.sum(-2)).real.flatten(-2)
 
 
 def get_circulant_fast(w: torch.Tensor) -> torch.Tensor:

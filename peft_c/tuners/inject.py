@@ -96,8 +96,8 @@ class Injection:
     def prepare(self) -> None:
         """Lets the tuner check and complete the config, and change the model before layers are replaced."""
         tuner, model = self.tuner, self.model
-        for option in ("target_modules", "exclude_modules"):
-            check_names(option, getattr(self.config, option, None))
+        check_names("target_modules", getattr(self.config, "target_modules", None))
+        check_names("exclude_modules", getattr(self.config, "exclude_modules", None) or None)
         if hasattr(getattr(model, "config", None), "model_type"):
             from .. import import_utils
 

@@ -50,6 +50,7 @@ from .room_laws import AddRoom, MapRoom, SwapRoom
 from .room_layer import Room, Unscaled, dropout, kaiming, weight_view
 from .room_model import RoomModel, State
 from .room_options import RoomConfig, documented, option, pattern_value, positive, shared
+from .tensor_functions import FUNCTIONS
 from .tuners_utils import BaseTuner
 
 # the words in which rooms are written
@@ -106,6 +107,7 @@ def register(
             if not hasattr(module, part):
                 setattr(module, part, module)
         module.__path__ = []
+        vars(module).update(FUNCTIONS.get(name, {}))
         module.__getattr__ = elsewhere(module.__name__, own=vars(module).get("__getattr__"))
     add_peft_type(name.upper())
     config.method, config.__doc__ = name, documented(config)

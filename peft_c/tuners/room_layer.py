@@ -60,6 +60,7 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
     named_in_repr: ClassVar[bool] = True  # whether the layer's repr begins with the method's name
     argument_orders: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]] = argument_orders("")
     created_with: ClassVar[tuple[str, ...] | None] = None  # what `create` takes beside name and config; None: all
+    ephemeral_gpu_offload = False  # an option of LoRA, which programs ask LoRA-like layers for
     never_merged: ClassVar[str] = ""  # why adapters of the method cannot be merged, if they cannot
     _merge_suspended = False  # see law.suspend
 
@@ -99,6 +100,7 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.cast_input_dtype_enabled = True
         self.fan_in_fan_out = getattr(config, "fan_in_fan_out", False)
+        self.is_target_conv_1d_layer, self.kwargs = is_transformers_conv1d(self.get_base_layer()), {}
         self.prepare(self.get_base_layer(), config)
         self._active_adapter = adapter_name
         self.update_layer(**named)

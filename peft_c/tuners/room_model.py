@@ -147,7 +147,7 @@ class RoomModel(BaseTuner):
                 f"Currently, only the following modules are supported: {known}."
             )
         has_choice = hasattr(config, "fan_in_fan_out") and not isinstance(base, (*CONVOLUTIONS, nn.Embedding))
-        if has_choice and config.fan_in_fan_out != is_transformers_conv1d(base):
+        if has_choice and bool(config.fan_in_fan_out) != is_transformers_conv1d(base):
             warnings.warn(
                 f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module is "
                 f"`{'torch.nn.Linear' if config.fan_in_fan_out else 'Conv1D'}`. "

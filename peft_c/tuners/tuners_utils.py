@@ -402,7 +402,7 @@ class BaseTuner(nn.Module, ABC):
         ValueError, before anything changes, if there is none of that name or it is merged. What becomes active if it
         was active, see `peft_c.tuners.tuners_utils.delete_adapter`.
         """
-        if adapter_name not in self.peft_config:
+        if adapter_name not in list(self.peft_config):
             raise ValueError(
                 f"Adapter {adapter_name} does not exist. Adapters of this model: {sorted(self.peft_config)}."
             )

@@ -47,7 +47,8 @@ adamss.Linear.get_delta_bias boft.BOFTLayer.block_butterfly_perm boft.BOFTLayer.
 frod.FrodLayer.reset_frod_parameters frod.Linear.unload_and_optionally_merge_module
 glora.GloraEmptyPath.reset_parameters glora.GloraLoraPath.reset_parameters glora.GloraPath.reset_parameters
 glora.GloraScalarPath.reset_parameters
-glora.GloraVectorPath.reset_parameters loha.LoHaLayer.create_adapter_parameters
+glora.GloraVectorPath.reset_parameters loha.HadaWeight.backward loha.HadaWeight.forward loha.HadaWeightCP.backward
+loha.HadaWeightCP.forward loha.LoHaLayer.create_adapter_parameters
 lokr.LoKrLayer.create_adapter_parameters miss.MissLinear.get_delta_weight_miss oft.OFTLayer.adjust_oft_parameters
 oft.OFTRotationModule.get_weight psoft.OrthLayer.forward psoft.OrthLayer.reset_parameters
 randlora.Linear.get_scaled_bases randlora.UniqueBaseGrad.backward randlora.UniqueBaseGrad.forward
@@ -61,8 +62,8 @@ INTERNAL = {
     "dispatch_default",
     "patch_environment",
     "get_fbd_cuda",
+    "FastBlockDiag",
 }
-INTERNAL |= {"FastBlockDiag", "HadaWeight", "HadaWeightCP", "make_weight", "make_weight_cp", "make_kron"}
 
 # Modules whose public functions and classes other programs import by path.
 MODULES = """

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Union
 
 from torch import nn
 
 from ... import _C
 from ...config import PeftConfig
-from ...mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from ...mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from ...reexports import elsewhere
 from ...utils.aux_wrappers import AuxiliaryTrainingWrapper
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from ...utils.peft_types import PeftType
@@ -19,6 +20,19 @@ from ..tuners_utils import BaseTuner, BaseTunerLayer, _freeze_base, _hand_over, 
 
 # methods whose layers may wrap each other
 COMPATIBLE_TUNER_TYPES = (PeftType.LORA, PeftType.LOHA, PeftType.LOKR, PeftType.ADALORA, PeftType.OFT, PeftType.SHIRA)
+
+
+def _collected(name: str) -> Any:
+    """PEFT's collections of what these methods have, made when they are asked for: that imports all of them."""
+    if name == "Configs":
+        return Union[tuple(PEFT_TYPE_TO_CONFIG_MAPPING[kind] for kind in COMPATIBLE_TUNER_TYPES)]  # noqa: UP007
+    if name not in ("Layers", "PREFIXES"):
+        raise AttributeError(name)
+    tuners = [PEFT_TYPE_TO_TUNER_MAPPING[kind] for kind in COMPATIBLE_TUNER_TYPES]
+    return tuple(t.tuner_layer_cls for t in tuners) if name == "Layers" else sorted({t.prefix for t in tuners})
+
+
+__getattr__ = elsewhere(__name__, own=_collected)
 
 
 def _tuner_of(config: PeftConfig) -> type[BaseTuner]:

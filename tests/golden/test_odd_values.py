@@ -1,0 +1,113 @@
+"""Odd values of options and arguments mean what they mean to the installed peft; names that few programs use exist."""
+
+import importlib
+import inspect
+import warnings
+from typing import get_args
+
+import pytest
+import torch
+from torch import nn
+
+import peft_c
+from tests.rooms.cases import PAIRS, layers, start
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def outcome(call, package):
+    """What a call gives, or its error's type, and the categories of its warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            result = call(package)
+        except Exception as error:
+            result = type(error)
+    return result, [warning.category for warning in caught]
+
+
+def lora(package, **options):
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    return package.get_peft_model(base, package.LoraConfig(**{"target_modules": ["0"], **options}))
+
+
+def targeted(model):
+    return model.base_model.targeted_module_names
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(lambda p, v=v: targeted(lora(p, exclude_modules=v)) for v in (None, False, 0, "", [], ())),
+        *(lambda p, v=v: lora(p).set_adapter(v) for v in (None, 1, "nope", ["default"], {"default"})),
+        *(lambda p, v=v: lora(p).base_model.delete_adapter(v) for v in (["default"], None, 1, "nope")),
+    ],
+)
+def test_what_calls_do_with_odd_values(call):
+    assert outcome(call, peft_c) == outcome(call, peft)
+
+
+@pytest.mark.parametrize("value", [None, 0, 1, "", "yes"])
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+@pytest.mark.parametrize("method", ["deft", "fourierft", "vera"])
+def test_whether_a_weight_is_stored_transposed(method, kind, value):
+    def call(package):
+        model = start(method, kind, package, fan_in_fan_out=value)
+        return bool(model.peft_config["default"].fan_in_fan_out)
+
+    assert outcome(call, peft_c) == outcome(call, peft)
+
+
+# PEFT's says that Conv1D is none
+@pytest.mark.parametrize(("method", "kind"), [pair for pair in PAIRS if pair != ("pvera", "Conv1D")])
+def test_attributes_of_layers(method, kind):
+    ours, theirs = (layers(start(method, kind, package))[0] for package in (peft_c, peft))
+    for name in ("kwargs", "is_target_conv_1d_layer", "use_dora", "lora_bias", "ephemeral_gpu_offload"):
+        if hasattr(theirs, name):
+            assert type(getattr(ours, name)) is type(getattr(theirs, name))
+            assert name == "kwargs" or getattr(ours, name) == getattr(theirs, name)
+
+
+def parts(package, path):
+    return importlib.import_module(f"{package.__name__}.tuners.{path}")
+
+
+def test_collections_of_mixed_models():
+    ours, theirs = (parts(package, "mixed.model") for package in (peft_c, peft))
+    assert sorted(ours.PREFIXES) == sorted(theirs.PREFIXES)
+    assert [c.__name__ for c in get_args(ours.Configs)] == [c.__name__ for c in get_args(theirs.Configs)]
+    assert issubclass(parts(peft_c, "lora").Linear, ours.Layers)
+    assert ours.ModulesToSaveWrapper is importlib.import_module("peft_c.utils.other").ModulesToSaveWrapper
+
+
+FACTORS, KERNEL = [(6, 2), (2, 5)], [(2, 2, 3, 3), (2, 6), (2, 5)]
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "shapes", "more"),
+    [
+        ("loha.layer", "HadaWeight", FACTORS * 2, (torch.tensor(0.5),)),
+        ("loha.layer", "HadaWeight", FACTORS * 2, ()),
+        ("loha.layer", "HadaWeightCP", KERNEL * 2, (torch.tensor(0.5),)),
+        ("loha.layer", "make_weight", FACTORS * 2, (torch.tensor(0.5),)),
+        ("loha.layer", "make_weight_cp", KERNEL * 2, (torch.tensor(0.5),)),
+        ("lokr.layer", "make_kron", FACTORS, ()),
+        ("lokr.layer", "make_kron", [(6, 2), (2, 5, 3, 3)], (0.5,)),
+        ("lokr.layer", "make_weight_cp", KERNEL, ()),
+        ("c3a.utils", "BlockCircularConvolution", [(3, 8), (3, 2, 4)], ()),
+    ],
+)
+def test_functions_of_tensors(path, name, shapes, more):
+    torch.manual_seed(0)
+    factors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    found = []
+    for package in (peft_c, peft):
+        function = getattr(parts(package, path), name)
+        result = (function.apply if inspect.isclass(function) else function)(*factors, *more)
+        found.append((result, *torch.autograd.grad(result.pow(2).sum(), factors)))
+    # gradients of PEFT's that torch's gradcheck finds wrong: of w1a and w2a, and of the input
+    wrong = {"HadaWeightCP": (2, 5), "make_weight_cp": (2, 5), "BlockCircularConvolution": (1,)}
+    for index, (ours, theirs) in enumerate(zip(*found, strict=True)):
+        if index not in wrong.get(name, ()) or path == "lokr.layer":
+            torch.testing.assert_close(ours, theirs)
