@@ -51,7 +51,7 @@ class MissLinear(Unscaled, AddRoom):
         if form == "mini" and self.out_features % mini_r:
             raise ValueError(f"mini_r ({mini_r}) has to divide out_features ({self.out_features}).")
         self.miss_r[name], self.miss_mini_r[name], self.miss_fn[name] = r, mini_r, form
-        self.add_dropout(name, 0.0 if form == "bat" else config.miss_dropout)
+        self.add_dropout(name, config.miss_dropout)
         shapes = {"bat": (self.out_features // r, r, r), "mini": (r, mini_r)}
         block = torch.zeros(shapes.get(form, (r, self.out_features)))
         if not form:
@@ -60,6 +60,9 @@ class MissLinear(Unscaled, AddRoom):
 
     def dense(self, name: str, x: torch.Tensor) -> bool:
         return self.miss_fn[name] == "bat"
+
+    def drops(self, name: str) -> bool:
+        return self.miss_fn[name] != "bat" and super().drops(name)
 
     def block(self, name: str) -> torch.Tensor:
         """D (r, out)."""

@@ -69,6 +69,17 @@ def test_attributes_of_layers(method, kind):
             assert name == "kwargs" or getattr(ours, name) == getattr(theirs, name)
 
 
+@pytest.mark.parametrize("form", [True, "bat", "mini"])
+def test_the_dropout_of_each_form_of_miss(form):
+    found = []
+    for package in (peft_c, peft):
+        model = start("miss", package=package, init_weights=form, mini_r=2, miss_dropout=0.5).train()
+        torch.manual_seed(0)
+        found.append((repr(layers(model)[0].miss_dropout), model(torch.ones(2, 16))))
+    assert found[0][0] == found[1][0]
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
 def parts(package, path):
     return importlib.import_module(f"{package.__name__}.tuners.{path}")
 
