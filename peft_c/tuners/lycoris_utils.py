@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..reexports import elsewhere
 from .room import AddRoom, RoomConfig, RoomModel, apply_weight, kaiming, option, positive, shared
 
 
@@ -107,3 +108,6 @@ class LycorisTuner(RoomModel):
     """Injects a LyCORIS method, with rank and alpha by module."""
 
     by_pattern = {"r": "rank_pattern", "alpha": "alpha_pattern"}
+
+
+__getattr__ = elsewhere(__name__)

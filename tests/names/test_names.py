@@ -216,7 +216,8 @@ def test_prompt_configs_are_exchanged(peft, name, tmp_path):
 # Modules from which programs take names that stand elsewhere.
 PASSED_ON = """
 mapping_func mixed_model peft_model tuners.tuners_utils tuners.lora tuners.lora.model tuners.lora.layer
-tuners.boft.model tuners.ia3.layer tuners.loha.layer tuners.oft.config tuners.vera.model
+tuners.boft.model tuners.ia3.layer tuners.loha.layer tuners.lycoris_utils tuners.mixed.model tuners.oft.config
+tuners.vera.model
 """.split()
 
 
