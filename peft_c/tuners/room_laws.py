@@ -151,7 +151,10 @@ class AddRoom(Room):
         return weight, bias
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """What merging the adapter adds to the base weight, in the dtype in which PEFT gives it."""
+        """What merging the adapter adds to the base weight, in the dtype in which PEFT gives it; ValueError if there is
+        no adapter of that name."""
+        if not self.has_adapter(adapter):
+            raise ValueError(f"Adapter {adapter} not found.")
         delta = self.whole_delta(adapter)
         if self.delta_like == "weight" and self.quantization_backend is None:
             return delta.to(self.get_base_layer().weight.dtype)

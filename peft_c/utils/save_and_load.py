@@ -528,6 +528,8 @@ def _find_weights(model_id: str, subfolder: str | None, download: dict[str, Any]
             return hub.download_file(model_id, name, subfolder=subfolder, **download)
         except (EntryNotFoundError, LocalEntryNotFoundError) as exc:
             reason = exc
+    if isinstance(reason, LocalEntryNotFoundError):  # the Hub was not asked, or did not answer
+        raise reason
     raise ValueError(message) from reason
 
 

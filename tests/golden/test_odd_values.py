@@ -41,6 +41,7 @@ def targeted(model):
     [
         *(lambda p, v=v: targeted(lora(p, exclude_modules=v)) for v in (None, False, 0, "", [], ())),
         *(lambda p, v=v: lora(p).set_adapter(v) for v in (None, 1, "nope", ["default"], {"default"})),
+        *(lambda p, v=v: layers(start("c3a", package=p))[0].get_delta_weight(v) for v in ("nope", None, 1, ["default"])),
         *(lambda p, v=v: lora(p).base_model.delete_adapter(v) for v in (["default"], None, 1, "nope")),
     ],
 )

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from peft_c import LoraConfig, PeftModel, get_peft_model, hub
+from peft_c import LoraConfig, PeftModel, get_peft_model, hub, load_peft_weights
 
 from . import tiny
 
@@ -66,3 +66,10 @@ def test_old_name_of_the_token_is_understood(monkeypatch, tmp_path):
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="Can't find 'adapter_config.json' at 'me/nothing'"):
         hub.find_file("me/nothing", "adapter_config.json")
+
+
+def test_weights_that_are_not_there_without_the_hub(monkeypatch):
+    """The type of error that programs know from huggingface_hub."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(huggingface_hub.errors.LocalEntryNotFoundError):
+        load_peft_weights("me/nothing")
