@@ -151,8 +151,8 @@ class AddRoom(Room):
         return weight, bias
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """What merging the adapter adds to the base weight, in the dtype in which PEFT gives it; ValueError if there is
-        no adapter of that name."""
+        """What merging the adapter adds to the base weight, in the dtype in which PEFT gives it; ValueError if there
+        is no adapter of that name."""
         if not self.has_adapter(adapter):
             raise ValueError(f"Adapter {adapter} not found.")
         delta = self.whole_delta(adapter)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..utils.peft_types import TaskType
-from .room import Room, dropout, positive
+from .room import Room, positive
 from .shadow_backbone import (
     flux_backend,
     is_diffusion_transformer,
@@ -56,7 +56,8 @@ class ShadowLayer(Room):
         self.shadow_up[name] = nn.Linear(r, size, bias=False)
         if config.init_weights:
             nn.init.zeros_(self.shadow_up[name].weight)
-        self.shadow_dropout[name] = dropout(config.shadow_dropout)
+        p = config.shadow_dropout
+        self.shadow_dropout[name] = nn.Dropout(p) if p else nn.Identity()  # a negative one is refused, as in PEFT
         width = config.update_hidden_size or r
         for container in (self.shadow_update_transform, self.shadow_update_gate):
             container[name] = nn.Sequential(nn.Linear(size, width), nn.GELU(), nn.Linear(width, size))

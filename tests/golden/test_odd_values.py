@@ -24,12 +24,20 @@ def outcome(call, package):
             result = call(package)
         except Exception as error:
             result = type(error)
-    return result, [warning.category for warning in caught]
+    return result, [warning.category for warning in caught if issubclass(warning.category, UserWarning)]
 
 
 def lora(package, **options):
     base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     return package.get_peft_model(base, package.LoraConfig(**{"target_modules": ["0"], **options}))
+
+
+def shadow(package, p):
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers = pytest.importorskip("transformers")
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=20, **sizes))
+    model = package.get_peft_model(base, package.ShadowConfig(r=2, shadow_dropout=p, task_type="CAUSAL_LM"))
+    return [repr(module) for name, module in model.named_modules() if name.endswith("dropout.default")]
 
 
 def targeted(model):
@@ -41,7 +49,11 @@ def targeted(model):
     [
         *(lambda p, v=v: targeted(lora(p, exclude_modules=v)) for v in (None, False, 0, "", [], ())),
         *(lambda p, v=v: lora(p).set_adapter(v) for v in (None, 1, "nope", ["default"], {"default"})),
-        *(lambda p, v=v: layers(start("c3a", package=p))[0].get_delta_weight(v) for v in ("nope", None, 1, ["default"])),
+        *(
+            lambda p, v=v: layers(start("c3a", package=p))[0].get_delta_weight(v)
+            for v in ("nope", None, 1, ["default"])
+        ),
+        *(lambda p, v=v: shadow(p, v) for v in (None, 0, 0.5, -1, 2)),
         *(lambda p, v=v: lora(p).base_model.delete_adapter(v) for v in (["default"], None, 1, "nope")),
     ],
 )
