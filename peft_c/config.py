@@ -32,6 +32,14 @@ def _get_commit_hash(pkg_name: str) -> str | None:
     return json.loads(recorded).get("vcs_info", {}).get("commit_id") if recorded else None
 
 
+def _check_and_remove_unused_kwargs(cls: type, kwargs: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """Takes what the class does not know out of `kwargs`; returns them and the names taken out."""
+    unknown = kwargs.keys() - inspect.signature(cls.__init__).parameters.keys()
+    for name in unknown:
+        del kwargs[name]
+    return kwargs, unknown
+
+
 def check_is_config(value: Any) -> None:
     """TypeError unless `value` is the configuration of an adapter."""
     if not hasattr(value, "peft_type"):

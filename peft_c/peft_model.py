@@ -512,6 +512,8 @@ class PeftModel(AdapterLoadingMixin, nn.Module):
             config.runtime_config.ephemeral_gpu_offload = ephemeral_gpu_offload
         elif ephemeral_gpu_offload:
             warnings.warn("Ephemeral GPU offloading is not supported for this model. Ignoring.")
+        if ephemeral_gpu_offload:  # a `load_adapter` that is overridden need not know it
+            kwargs["ephemeral_gpu_offload"] = True
         index = offload.disk_index(model, kwargs.get("use_safetensors", True))
         if index is not None:
             kwargs["offload_index"] = index
@@ -531,7 +533,6 @@ class PeftModel(AdapterLoadingMixin, nn.Module):
                 adapter_name,
                 is_trainable=is_trainable,
                 autocast_adapter_dtype=autocast_adapter_dtype,
-                ephemeral_gpu_offload=ephemeral_gpu_offload,
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 key_mapping=key_mapping,
                 **kwargs,

@@ -283,6 +283,16 @@ def _mismatches(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> list[t
     return found
 
 
+def _find_mismatched_keys(
+    model: nn.Module, peft_model_state_dict: dict[str, torch.Tensor], ignore_mismatched_sizes: bool = False
+) -> tuple[dict[str, torch.Tensor], list[tuple[str, torch.Size, torch.Size]]]:
+    """Takes the entries that do not fit out of the state dict, if they are to be ignored, and returns both."""
+    found = _mismatches(model, peft_model_state_dict) if ignore_mismatched_sizes else []
+    for key, _, _ in found:
+        del peft_model_state_dict[key]
+    return peft_model_state_dict, found
+
+
 def _reshard_dtensor_values_for_load(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Splits tensors for parameters that are DTensors. Whole tensors and this rank's part of one are accepted."""
     from transformers.distributed.sharding_utils import DtensorShardOperation

@@ -1,5 +1,6 @@
 """What other projects do with the inside of peft works on peft_c in the same way."""
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -103,9 +104,92 @@ def test_adalora_scores():
     torch.testing.assert_close(found[0][3:], found[1][3:])
 
 
-def test_modules_are_attributes_after_the_import_of_the_package():
+@pytest.mark.parametrize("package", ["utils", "tuners"])
+def test_modules_are_attributes_after_the_import_of_the_package(package):
     """axolotl says `import peft` and then `peft.utils.other`, as one may with PEFT, which imports them all."""
-    names = sorted(info.name for info in pkgutil.iter_modules(peft.utils.__path__))
-    code = f"import peft_c\nfor name in {names}:\n    assert getattr(peft_c.utils, name).__name__.endswith(name)"
+    path = getattr(peft, package).__path__
+    names = sorted(info.name for info in pkgutil.iter_modules(path))
+    code = f"import peft_c\nfor name in {names}:\n    assert getattr(peft_c.{package}, name).__name__.endswith(name)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
+
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.conv, self.lin = nn.Embedding(7, 6), nn.Conv2d(1, 4, 3), nn.Linear(6, 5)
+
+    def forward(self, ids):
+        return self.lin(self.embed(ids)).sum() + self.conv(torch.ones(1, 1, 4, 4)).sum()
+
+
+@pytest.mark.parametrize("name", ["embed", "conv", "lin"])
+@pytest.mark.parametrize("kind", ["linear", "ties", "svd", "magnitude_prune_svd"])
+def test_combination_of_single_layers(name, kind):
+    """Merging methods with weights of their own for each layer call what PEFT calls for each of them."""
+    found = []
+    for package in (peft_c, peft):
+        torch.manual_seed(0)
+        config = package.LoraConfig(r=3, target_modules=[name], init_lora_weights=False)
+        model = package.get_peft_model(Body(), config)
+        model.add_adapter("b", config)
+        tuner, layer = model.base_model, model.get_submodule(f"base_model.model.{name}")
+        first = [f["default"] for f in (layer.lora_embedding_A, layer.lora_embedding_B)] if name == "embed" else None
+        A, B = first or [f["default"].weight for f in (layer.lora_A, layer.lora_B)]
+        arguments = kind, ["default", "b"], [0.7, -0.4]
+        if kind.endswith("svd"):
+            method = tuner._svd_generalized_task_arithmetic_weighted_adapter
+            A, B = method(*arguments, 3, layer, A, B, 0.5, "total")
+            found.append((A.shape, B.shape, torch.mm(B.flatten(1), A.flatten(1))))
+        else:
+            A, B = tuner._generalized_task_arithmetic_weighted_adapter(*arguments, layer, 0.5, "total")
+            found.append((A, B))
+    assert found[0][0].shape == found[1][0].shape if kind in ("linear", "ties") else found[0][:2] == found[1][:2]
+    torch.testing.assert_close(found[0][-1], found[1][-1])
+
+
+def test_hook_for_mixed_batches():
+    """unsloth's tests give layers their `adapter_names` by PEFT's own hook."""
+    results = []
+    for package in (peft_c, peft):
+        hook = importlib.import_module(f"{package.__name__}.tuners.lora.model")._adapter_names_pre_forward_hook
+        torch.manual_seed(0)
+        config = package.LoraConfig(init_lora_weights=False)
+        layer = package.tuners.lora.Linear(nn.Linear(4, 6), "default", config, r=2, lora_alpha=2).eval()
+        hook = functools.partial(hook, adapter_names=["default", "__base__"])
+        layer.register_forward_pre_hook(hook, with_kwargs=True)
+        results.append(layer(torch.ones(2, 4)))
+    torch.testing.assert_close(*results)
+    assert not torch.equal(results[0][0], results[0][1])
+
+
+def test_helpers_of_own_configs_and_loaders():
+    """Packages with methods of their own take these from PEFT's modules."""
+    results = []
+    for package in (peft_c, peft):
+        config = importlib.import_module(f"{package.__name__}.config")
+        saving = importlib.import_module(f"{package.__name__}.utils.save_and_load")
+        known = config._check_and_remove_unused_kwargs(package.LoraConfig, {"r": 3, "nonsense": 1})
+        entries = [{"weight": torch.zeros(4, 3), "bias": torch.zeros(3), "other": torch.zeros(1)} for _ in range(2)]
+        kept = saving._find_mismatched_keys(nn.Linear(3, 5), entries[0])
+        taken = saving._find_mismatched_keys(nn.Linear(3, 4), entries[1], ignore_mismatched_sizes=True)
+        assert kept[0] is entries[0] and taken[0] is entries[1]
+        results.append((known, list(kept[0]), kept[1], list(taken[0]), taken[1]))
+    assert results[0] == results[1]
+
+
+def test_overridden_load_adapter_need_not_know_of_offloading(tmp_path):
+    arguments = []
+    for package in (peft_c, peft):
+
+        class Own(package.PeftModel):
+            def load_adapter(self, *args, **kwargs):
+                arguments.append((len(args), set(kwargs)))
+                return super().load_adapter(*args, **kwargs)
+
+        config = package.LoraConfig(target_modules=["lin"])
+        package.get_peft_model(Body(), config).save_pretrained(tmp_path)
+        Own.from_pretrained(Body(), tmp_path)
+    assert arguments[0] == arguments[1]
+    model = peft_c.PeftModel.from_pretrained(Body(), tmp_path, ephemeral_gpu_offload=True)
+    assert model.peft_config["default"].runtime_config.ephemeral_gpu_offload

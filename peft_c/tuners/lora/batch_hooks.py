@@ -29,6 +29,10 @@ def _add_kwargs(module: nn.Module, args: tuple, kwargs: dict, **extra: Any) -> t
     return args, {**kwargs, **extra}
 
 
+# under PEFT's names, for programs that hand them to layers themselves
+_adapter_names_pre_forward_hook = _alora_offsets_pre_forward_hook = _add_kwargs
+
+
 def _add_kwargs_in(
     thread: int, extra: dict[str, Any], module: nn.Module, args: tuple, kwargs: dict | None = None
 ) -> tuple[tuple, dict] | None:

@@ -409,6 +409,48 @@ class LoraModel(BaseTuner):
                 if adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A:
                     write_factors(layer, adapter_name, combine(layer), keep_dtype=kind == "cat")
 
+    # what PEFT calls for each layer, and programs that combine adapters themselves
+    def _generalized_task_arithmetic_weighted_adapter(
+        self,
+        combination_type: str,
+        adapters: list[str],
+        weights: list[float],
+        target: LoraLayer,
+        density: float | None,
+        majority_sign_method: str,
+    ) -> list[torch.Tensor]:
+        """A and B of a combination on one layer, each combined for itself."""
+        return list(Combination(combination_type, adapters, weights, 0, density, majority_sign_method)(target))
+
+    def _svd_generalized_task_arithmetic_weighted_adapter(
+        self,
+        combination_type: str,
+        adapters: list[str],
+        weights: list[float],
+        new_rank: int,
+        target: LoraLayer,
+        target_lora_A: torch.Tensor,
+        target_lora_B: torch.Tensor,
+        density: float | None,
+        majority_sign_method: str,
+        clamp: float | None = None,
+        full_matrices: bool = True,
+        driver: str | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of rank `new_rank` for the combined delta of one layer, in the shape of these two but for it."""
+        A, B = Combination(
+            combination_type,
+            adapters,
+            weights,
+            new_rank,
+            density,
+            majority_sign_method,
+            clamp,
+            full_matrices,
+            driver,
+        )(target)
+        return A.reshape(-1, *target_lora_A.shape[1:]), B.reshape(len(B), -1, *target_lora_B.shape[2:])
+
     def _lora_layers(self) -> Iterator[LoraLayer]:
         return (module for module in self.model.modules() if isinstance(module, LoraLayer))
 
@@ -574,5 +616,9 @@ class LoraModel(BaseTuner):
 
 
 __getattr__ = elsewhere(
-    __name__, "utils.merge_utils", "tuners.lora.layer", *(f"tuners.lora.{module}" for module, *_ in _DISPATCHERS)
+    __name__,
+    "utils.merge_utils",
+    "tuners.lora.layer",
+    "tuners.lora.batch_hooks",
+    *(f"tuners.lora.{module}" for module, *_ in _DISPATCHERS),
 )
