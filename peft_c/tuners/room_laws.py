@@ -160,6 +160,10 @@ class AddRoom(Room):
             return delta.to(self.get_base_layer().weight.dtype)
         return delta.to(self.parameter_dtype(adapter)) if self.delta_like == "parameters" else delta
 
+    def get_delta_bias(self, adapter_name: str) -> torch.Tensor:
+        """What merging the adapter adds to the base bias, of methods that change it."""
+        return self.bias_delta(adapter_name)
+
     def whole_delta(self, name: str) -> torch.Tensor:
         """What merging the adapter adds to the base weight: a tensor of its shape, as exact as it is computed."""
         delta = self.delta(name)

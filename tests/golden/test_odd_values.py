@@ -93,6 +93,14 @@ def test_the_dropout_of_each_form_of_miss(form):
     torch.testing.assert_close(found[0][1], found[1][1])
 
 
+def test_what_adamss_adds_to_the_bias():
+    ours, theirs = (
+        layers(start("adamss", package=package))[0].get_delta_bias("default") for package in (peft_c, peft)
+    )
+    assert ours.abs().max() > 0
+    torch.testing.assert_close(ours, theirs)
+
+
 def parts(package, path):
     return importlib.import_module(f"{package.__name__}.tuners.{path}")
 

@@ -43,7 +43,7 @@ LAYERS_ON_PURPOSE = {
 }
 # Steps of PEFT's layers that carry no underscore but are called by the layers only, and its autograd functions.
 STEPS = """
-adamss.Linear.get_delta_bias boft.BOFTLayer.block_butterfly_perm boft.BOFTLayer.cayley_batch boft.BOFTLayer.perm2mat
+boft.BOFTLayer.block_butterfly_perm boft.BOFTLayer.cayley_batch boft.BOFTLayer.perm2mat
 frod.FrodLayer.reset_frod_parameters frod.Linear.unload_and_optionally_merge_module
 glora.GloraEmptyPath.reset_parameters glora.GloraLoraPath.reset_parameters glora.GloraPath.reset_parameters
 glora.GloraScalarPath.reset_parameters
