@@ -8,6 +8,7 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import sys
+from contextlib import suppress
 from types import ModuleType
 
 _OURS, _NAME = __package__, "peft"
@@ -45,8 +46,20 @@ class _Loader(importlib.abc.Loader):
         module.__spec__ = self.spec
 
 
+def _named_as_theirs(module: ModuleType) -> None:
+    """Lets the classes of one of our modules say that they are PEFT's: some programs know them by `__module__` alone,
+    and pickles name them so."""
+    sys.modules.setdefault(_NAME + module.__name__.removeprefix(_OURS), module)
+    for value in list(vars(module).values()):
+        if isinstance(value, type) and value.__module__.startswith(f"{_OURS}.") and value.__module__ in sys.modules:
+            with suppress(TypeError):  # of C
+                value.__module__ = _NAME + value.__module__.removeprefix(_OURS)
+
+
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):
+        if fullname.startswith(f"{_OURS}."):
+            return self._ours(fullname, path)
         if fullname.partition(".")[0] != _NAME:
             return None
         ours = _OURS + fullname.removeprefix(_NAME)
@@ -58,6 +71,19 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         spec = importlib.machinery.ModuleSpec(fullname, _Loader(ours), origin=found.origin)
         spec.submodule_search_locations = found.submodule_search_locations
+        return spec
+
+    @staticmethod
+    def _ours(fullname: str, path) -> importlib.machinery.ModuleSpec | None:
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            load = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                load(module)
+                _named_as_theirs(module)
+
+            spec.loader.exec_module = exec_module
         return spec
 
     def find_distributions(self, context=None):
@@ -83,6 +109,9 @@ def install_as_peft() -> None:
         sys.meta_path.insert(0, _Finder())
         importlib.invalidate_caches()
     sys.modules[_NAME] = ours
+    for name, module in list(sys.modules.items()):
+        if name.startswith(f"{_OURS}.") and name == module.__name__ and hasattr(module, "__file__"):
+            _named_as_theirs(module)
     # transformers remembers whether there is a peft.
     for name in ("is_peft_available", "is_peft_greater_or_equal"):
         check = getattr(sys.modules.get("transformers.utils.import_utils"), name, None)

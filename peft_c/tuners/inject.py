@@ -155,11 +155,12 @@ class Injection:
 
     def matcher(self):
         """The function of a name that says whether the config targets it, by the tuner's own rule if it has one."""
-        from .tuners_utils import BaseTuner
+        from . import tuners_utils
 
         rule = self.tuner._check_target_module_exists
-        if rule is BaseTuner._check_target_module_exists or rule is check_target_module_exists:
-            return compile_target_matcher(self.config)
+        if rule in (tuners_utils.TARGET_RULE, check_target_module_exists):
+            if tuners_utils.check_target_module_exists is check_target_module_exists:  # no other package replaced it
+                return compile_target_matcher(self.config)
         return lambda name: rule(self.config, name)
 
     def plan_by_config(self, plan: _Plan, names: list[str]) -> None:

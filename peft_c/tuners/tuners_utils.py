@@ -657,6 +657,9 @@ def _freeze_base(model: nn.Module) -> None:
     visit(model)
 
 
+TARGET_RULE = BaseTuner._check_target_module_exists  # as it is here; other packages put theirs in its place
+
+
 class UnnamedKeys:
     """State-dict hooks of methods that are no BaseTuner: the keys of their checkpoints have no adapter name."""
 

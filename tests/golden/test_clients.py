@@ -193,3 +193,24 @@ def test_overridden_load_adapter_need_not_know_of_offloading(tmp_path):
     assert arguments[0] == arguments[1]
     model = peft_c.PeftModel.from_pretrained(Body(), tmp_path, ephemeral_gpu_offload=True)
     assert model.peft_config["default"].runtime_config.ephemeral_gpu_offload
+
+
+@pytest.mark.parametrize("where", ["BaseTuner", "LoraModel", "function"])
+def test_rule_of_targets_that_is_replaced(where, monkeypatch):
+    """axolotl and others put a rule of their own into BaseTuner."""
+    found = []
+    for package in (peft_c, peft):
+        utils = package.tuners.tuners_utils
+        rule = utils.check_target_module_exists
+
+        def but_conv(config, key, rule=rule):
+            return "conv" not in key and rule(config, key)
+
+        if where == "function":
+            monkeypatch.setattr(utils, "check_target_module_exists", but_conv)
+        else:
+            owner = utils.BaseTuner if where == "BaseTuner" else package.LoraModel
+            monkeypatch.setattr(owner, "_check_target_module_exists", staticmethod(but_conv))
+        model = package.get_peft_model(Body(), package.LoraConfig(target_modules=["conv", "lin"]))
+        found.append(model.targeted_module_names)
+    assert found == [["lin"], ["lin"]]

@@ -50,7 +50,7 @@ def test_script(tmp_path):
     script.write_text(SCRIPT + "\nimport beside\nprint(beside.x)\n")
     (tmp_path / "beside.py").write_text("x = 'imported from the folder of the script'")
     out = run(str(script), "--flag", "value").stdout
-    assert "ran __main__ ['--flag', 'value'] peft_c.tuners.lora.config" in out
+    assert "ran __main__ ['--flag', 'value'] peft.tuners.lora.config" in out
     assert "imported from the folder of the script" in out
 
 
@@ -80,7 +80,8 @@ def test_transformers_uses_it(tmp_path):
         from peft import LoraConfig
         model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
         layer = model.model.layers[0].self_attn.q_proj
-        assert type(layer).__module__ == "peft_c.tuners.lora.layer", type(layer)
+        import peft_c.tuners.lora.layer
+        assert type(layer) is peft_c.tuners.lora.layer.Linear
         ids = torch.arange(4)[None]
         adapted = model(input_ids=ids).logits
         model.disable_adapters()
@@ -108,6 +109,32 @@ def test_in_a_notebook():
     from peft.tuners.tuners_utils import BaseTunerLayer
     import peft_c.tuners.tuners_utils as ours
     assert BaseTunerLayer is ours.BaseTunerLayer
+    """
+    run(code=code)
+
+
+def test_classes_are_named_after_peft(tmp_path):
+    """Some programs know PEFT's classes by `__module__`; pickles, and torch's list of what they may hold, do too."""
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    torch.save({"config": peft.LoraConfig(r=3)}, tmp_path / "saved.pt")
+    code = f"""
+    import inspect, pickle, sys, torch
+    import peft_c.tuners.oft
+    peft_c.install_as_peft()
+    import peft
+    for name in dir(peft):
+        value = getattr(peft, name)
+        if isinstance(value, type) and value.__module__ != "typing":
+            assert value.__module__.startswith("peft."), (name, value.__module__)
+            assert pickle.loads(pickle.dumps(value)) is value and inspect.getsource(value), name
+    for method, module in ((peft.OFTConfig, "peft.tuners.oft"), (peft.LoraConfig, "peft.tuners.lora.layer")):
+        config = method(target_modules=["0"])
+        model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(32, 32)), config)
+        assert type(model.base_model.model[0]).__module__ == module
+        assert repr(pickle.loads(pickle.dumps(model))) == repr(model)
+    torch.serialization.add_safe_globals([peft.LoraConfig, peft.LoraRuntimeConfig, peft.PeftType, set])
+    assert torch.load({str(tmp_path / "saved.pt")!r}, weights_only=True)["config"] == peft.LoraConfig(r=3)
     """
     run(code=code)
 
