@@ -25,7 +25,7 @@ from .status import (
     get_layer_status,
     get_model_status,
 )
-from .tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from .tuners.tuners_utils import SWITCHES, BaseTuner, BaseTunerLayer
 from .utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .utils.integrations import init_empty_weights
 from .utils.other import (
@@ -247,8 +247,7 @@ def _disable(tuner: nn.Module) -> bool | str | None:
     """Disables the adapter layers. Returns whether they were enabled before: True, False, None if there are none, or
     "irregular", with a warning, when they differed."""
     disable, enable = tuner.disable_adapter_layers, getattr(tuner, "_enable_adapter_layers", None)
-    usual = getattr(disable, "__func__", None) is BaseTuner.disable_adapter_layers
-    usual = usual and getattr(enable, "__func__", None) is BaseTuner._enable_adapter_layers
+    usual = tuple(getattr(method, "__func__", None) for method in (disable, enable)) == SWITCHES
     if usual:
         tuner._warn_about_bias()
         enabled = enable(False, irregular=False)

@@ -657,7 +657,9 @@ def _freeze_base(model: nn.Module) -> None:
     visit(model)
 
 
-TARGET_RULE = BaseTuner._check_target_module_exists  # as it is here; other packages put theirs in its place
+# as they are here; other packages put theirs in their place
+TARGET_RULE = BaseTuner._check_target_module_exists
+SWITCHES = BaseTuner.disable_adapter_layers, BaseTuner._enable_adapter_layers
 
 
 class UnnamedKeys:

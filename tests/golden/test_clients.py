@@ -214,3 +214,26 @@ def test_rule_of_targets_that_is_replaced(where, monkeypatch):
         model = package.get_peft_model(Body(), package.LoraConfig(target_modules=["conv", "lin"]))
         found.append(model.targeted_module_names)
     assert found == [["lin"], ["lin"]]
+
+
+@pytest.mark.parametrize("name", ["disable_adapter_layers", "enable_adapter_layers", "_enable_adapter_layers"])
+def test_switches_that_are_replaced(name, monkeypatch):
+    """A program that notes, or locks, when adapters are switched gets to know of those in contexts as well."""
+    calls = []
+    for package in (peft_c, peft):
+        found = []
+        method = getattr(package.tuners.tuners_utils.BaseTuner, name)
+
+        def noted(self, *args, found=found, method=method, **kwargs):
+            found.append((args, kwargs))
+            return method(self, *args, **kwargs)
+
+        monkeypatch.setattr(package.tuners.tuners_utils.BaseTuner, name, noted)
+        model = package.get_peft_model(Body(), package.LoraConfig(target_modules=["lin"], init_lora_weights=False))
+        ids = torch.arange(3)
+        adapted = model(ids)
+        with model.disable_adapter():
+            assert not torch.equal(model(ids), adapted)
+        assert torch.equal(model(ids), adapted)
+        calls.append(len(found))
+    assert calls[0] == calls[1] > 0
