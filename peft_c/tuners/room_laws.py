@@ -170,8 +170,9 @@ class AddRoom(Room):
         return delta if self.quantization_backend is not None else weight_view(self.get_base_layer()).restore(delta)
 
     def has_own_delta(self) -> bool:
-        """Whether `get_delta_weight` is the room's, not one of a subclass or instance elsewhere."""
-        return getattr(self.get_delta_weight, "__module__", "").startswith(__package__)
+        """Whether `get_delta_weight` is the room's, not one of a subclass or instance elsewhere. Its `__module__` does
+        not tell: `functools.wraps` copies it."""
+        return getattr(self.get_delta_weight, "__globals__", {}).get("__name__", "").startswith(__package__)
 
     def added(self, name: str) -> torch.Tensor:
         """What merging the adapter adds: `whole_delta`, or what another `get_delta_weight` says."""

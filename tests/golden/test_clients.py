@@ -237,3 +237,29 @@ def test_switches_that_are_replaced(name, monkeypatch):
         assert torch.equal(model(ids), adapted)
         calls.append(len(found))
     assert calls[0] == calls[1] > 0
+
+
+@pytest.mark.parametrize("method", ["LoHaConfig", "LoKrConfig", "FourierFTConfig", "LoraConfig"])
+def test_decorated_delta(method, monkeypatch):
+    """A wrapper that `functools.wraps` made look like the method is what merging calls."""
+    found = []
+    for package in (peft_c, peft):
+        torch.manual_seed(0)
+        start = {"LoraConfig": "init_lora_weights", "FourierFTConfig": None}.get(method, "init_weights")
+        options = {"n_frequency": 5} if start is None else {"r": 2, start: False}
+        model = package.get_peft_model(Body(), getattr(package, method)(target_modules=["lin"], **options))
+        layer = model.base_model.model.lin
+        plain = type(layer).get_delta_weight
+        before = layer.get_base_layer().weight.clone()
+
+        @functools.wraps(plain)
+        def doubled(self, *args, plain=plain, **kwargs):
+            return 2 * plain(self, *args, **kwargs)
+
+        monkeypatch.setattr(type(layer), "get_delta_weight", doubled)
+        model.merge_adapter()
+        found.append(layer.get_base_layer().weight - before)
+        torch.testing.assert_close(found[-1], 2 * plain(layer, "default"))
+        model.unmerge_adapter()
+        torch.testing.assert_close(layer.get_base_layer().weight, before)
+    torch.testing.assert_close(*found)
