@@ -92,7 +92,7 @@ class OFTRotationModule(nn.Module):
         weight = multipliable(self.weight)
         upper = weight.new_zeros(self.r, self.block_size, self.block_size)
         upper[:, self.rows, self.cols] = weight
-        return upper - upper.mT
+        return upper - upper.transpose(-1, -2)
 
     def series(self, skew: torch.Tensor, blocks: torch.Tensor | None = None) -> torch.Tensor:
         """1 + 2 Q + 2 Q^2 + ... + Q^n, or `blocks` (r, rows, b) times that."""
@@ -119,7 +119,7 @@ class OFTRotationModule(nn.Module):
             result = self.series(-skew if transposed else skew, blocks)
         else:
             rotations = self.rotations(skew)
-            result = torch.bmm(blocks, rotations.mT if transposed else rotations)
+            result = torch.bmm(blocks, rotations.transpose(-1, -2) if transposed else rotations)
         result = result if self.block_share else result.transpose(0, 1)
         return result.reshape(x.shape).to(self.weight.dtype)
 

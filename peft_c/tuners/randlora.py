@@ -97,10 +97,10 @@ class Linear(SharedRoom, nn.Linear):
         A, scales, gamma, Q = self.parts(name)  # for few rows: scale the activations, do not build P
         A, x = A[:, 0], x.to(gamma.dtype)
         if gamma.shape[1] == self.in_features:
-            x = ((x.unsqueeze(-2) * gamma) @ A.T).mT * scales
+            x = ((x.unsqueeze(-2) * gamma) @ A.T).transpose(-1, -2) * scales
             return linear(x.flatten(-2).to(Q.dtype), Q) * self.scaling[name]
         x = product(x.to(Q.dtype), Q).unflatten(-1, scales.shape) * scales
-        return ((x.mT @ A) * gamma).sum(-2) * self.scaling[name]
+        return ((x.transpose(-1, -2) @ A) * gamma).sum(-2) * self.scaling[name]
 
 
 RandLoraLayer = Linear

@@ -75,7 +75,7 @@ class Linear(SharedRoom, nn.Linear):
         pieces = (best.softmax(-1).unsqueeze(-2) @ bank[indices]).squeeze(-2)
         A, B = pieces.split([part.shape[:2].numel() for part in parts])
         r = len(logits)
-        return LowRank(A.reshape(r, -1), B.view(-1, r, B.shape[-1]).mT.flatten(0, 1), 1.0)
+        return LowRank(A.reshape(r, -1), B.view(-1, r, B.shape[-1]).transpose(-1, -2).flatten(0, 1), 1.0)
 
 
 VBLoRALayer = Linear

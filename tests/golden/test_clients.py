@@ -263,3 +263,20 @@ def test_decorated_delta(method, monkeypatch):
         model.unmerge_adapter()
         torch.testing.assert_close(layer.get_base_layer().weight, before)
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft_c.OFTConfig(target_modules=["0"], oft_block_size=4, init_weights=False),
+        peft_c.RandLoraConfig(target_modules=["0"], r=2),
+        peft_c.VBLoRAConfig(target_modules=["0"], r=2, num_vectors=4, vector_length=4),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_traced_for_onnx(config):
+    """torch's exporter of traced modules does not know `Tensor.mT`."""
+    model = peft_c.get_peft_model(nn.Sequential(nn.Linear(8, 8)), config).base_model.model.eval()
+    graph = torch.jit.trace(model, torch.randn(2, 8), check_trace=False).inlined_graph
+    assert "aten::matmul" in str(graph) or "aten::bmm" in str(graph) or "aten::linear" in str(graph)
+    assert "aten::mT" not in str(graph)
