@@ -4,14 +4,15 @@
 
 #include "internal.h"
 
-enum { DOTS_AS_IS = 15 }; /* up to how many rows of x an `a` of contiguous rows of x's type is never copied */
-
 /* x and a as one kernel takes them: contiguous rows of types that it knows */
 typedef struct {
     const pk_isa *isa;
     pk_mat x, a;
     int wide, kind;
 } dots_job;
+
+/* Up to how many rows of x an `a` of contiguous rows of this type, x's, is never copied. */
+int64_t dots_few(pk_dtype dtype);
 
 /* Readies a job; copies what the kernel cannot take to the workspace, which has to live as long as the job. */
 int dots_prepare(dots_job *d, const pk_mat *x, const pk_mat *a, int wide, work_area *area, pk_parallel_fn par);

@@ -19,6 +19,7 @@ typedef __m256d vd;
 #define WORDS_TURN
 #define ISA_TAKES_HALVES
 #define WORDS_BF16_ROW
+#define WORDS_BF16_PAIRS bf16_pairs
 
 static INLINE vf vf_load(const float *p) {
     return _mm256_loadu_ps(p);
@@ -84,6 +85,19 @@ static INLINE vf vf_put_f32(float *p, vf v) {
 static INLINE vf vf_load_bf16(const uint16_t *p) {
     const __m128i h = _mm_loadu_si128((const __m128i *)(const void *)p);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+/* 16 as they lie: those of even places, those of odd ones */
+typedef struct {
+    vf even, odd;
+} bf16_pairs;
+static INLINE bf16_pairs vf_load_pairs(const uint16_t *p) {
+    const __m256i x = _mm256_loadu_si256((const __m256i *)(const void *)p), odd = _mm256_set1_epi32((int)0xffff0000u);
+    const bf16_pairs pairs = {_mm256_castsi256_ps(_mm256_slli_epi32(x, 16)),
+                              _mm256_castsi256_ps(_mm256_and_si256(x, odd))};
+    return pairs;
+}
+static INLINE vf vf_dot_pairs(bf16_pairs a, bf16_pairs b, vf c) {
+    return _mm256_fmadd_ps(a.odd, b.odd, _mm256_fmadd_ps(a.even, b.even, c));
 }
 /* in the lower halves of the lanes; not for NaNs with bits set in their own */
 static INLINE __m256i bf16_rounded(vf v) {

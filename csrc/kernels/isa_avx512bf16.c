@@ -4,6 +4,7 @@
 #include "pragma_x86.h"
 PK_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx512vbmi2,avx2,fma,f16c,bmi,bmi2,popcnt")
 #define WORDS_BF16
+#define WORDS_BF16_PAIRS __m512bh
 #include "words_avx512.h"
 
 static INLINE void pairs_sum(int64_t depth, const uint32_t *row, int64_t sp, int64_t si, const uint32_t *panel,

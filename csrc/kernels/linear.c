@@ -83,12 +83,9 @@ static void base_panels(const linear_job *e, int64_t j0, int64_t n, float *d, in
 }
 
 static void base_dots(const linear_job *e, int64_t j0, int64_t n, float *d, int64_t ld) {
-    const int64_t m = e->y->rows, groups = (m + MR - 1) / MR;
+    const int64_t m = e->y->rows;
     for (int64_t i = 0; n < ld && i < m; i++) memset(d + i * ld, 0, (size_t)ld * 4);
-    for (int64_t g = 0; g < groups; g++) {
-        if (groups > 1 && j0 + ld < e->w.cols) mat_fetch(&e->w, 0, e->w.rows, j0 + ld, ld, g, groups);
-        dots_block(e->dots, g * MR, min64(MR, m - g * MR), j0, n, d + g * MR * ld, ld);
-    }
+    dots_block(e->dots, 0, m, j0, n, d, ld);
 }
 
 /* one panel of d += the terms */
@@ -148,7 +145,7 @@ static int linear(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_ma
                   const pk_mat *t, int few, work_area *area, pk_parallel_fn par) {
     const int64_t m = y->rows, nr = pk_isa_now()->nr[0], groups = (m + MR - 1) / MR;
     linear_job e = {
-        .isa = pk_isa_now(), .y = y, .x = x, .w = mat_transposed(*w), .parts = f, .nparts = nf, .panels = 1};
+        .isa = pk_isa_now(), .y = y, .x = x, .w = mat_transposed(*w), .parts = f, .nparts = nf, .panels = NR_MAX / nr};
     dots_job dots;
     int rc = PK_OK;
     e.bias = bias && bias->data ? bias : NULL;
@@ -193,7 +190,7 @@ static int linear_valid(const pk_mat *y, const pk_mat *x, const pk_mat *w, const
 
 /* Do m rows go through the dot products? Only if these take w as it is. */
 static int are_few(const pk_mat *w, int64_t m) {
-    return m <= DOTS_AS_IS && (w->cs == 1 || w->cols <= 1);
+    return m <= dots_few(w->dtype) && (w->cs == 1 || w->cols <= 1);
 }
 
 /* Rows at once: even shares. */
