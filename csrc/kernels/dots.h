@@ -11,10 +11,8 @@ typedef struct {
     int wide, kind;
 } dots_job;
 
-/* Up to how many rows of x an `a` of contiguous rows of this type, x's, is never copied. */
-int64_t dots_few(pk_dtype dtype);
-
-/* Readies a job; copies what the kernel cannot take to the workspace, which has to live as long as the job. */
+/* Readies a job; copies what the kernel cannot take to the workspace, which has to live as long as the job. Up to
+ * pk_isa.few rows of x, an `a` of contiguous rows of x's type is never copied. */
 int dots_prepare(dots_job *d, const pk_mat *x, const pk_mat *a, int wide, work_area *area, pk_parallel_fn par);
 /* t[i * ldt + j] = sum_k x(i0 + i, k) a(j0 + j, k) as acc, i < m, j < r; estimated cycles of it */
 void dots_block(const dots_job *d, int64_t i0, int64_t m, int64_t j0, int64_t r, void *t, int64_t ldt);

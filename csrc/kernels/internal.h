@@ -74,10 +74,11 @@ typedef struct {
 
 typedef struct {
     const char *name;
-    int math;          /* how a delta is summed: MATH_PLAIN multiply, then add; MATH_FUSED (MATH_PAIRS: see pairs) */
-    int nr[2];         /* panel width for float, double acc */
-    int takes_halves;  /* where it is the best of the machine, torch has no fast products of bf16 and f16 */
-    int dots_in_pairs; /* dot of bf16 with bf16 sums in another order than of f32 */
+    int math;            /* how a delta is summed: MATH_PLAIN multiply, then add; MATH_FUSED (MATH_PAIRS: see pairs) */
+    int nr[2];           /* panel width for float, double acc */
+    int takes_halves;    /* where it is the best of the machine, torch has no fast products of bf16 and f16 */
+    int dots_in_pairs;   /* dot of bf16 with bf16 sums in another order than of f32 */
+    int few[PK_NDTYPES]; /* by dtype: up to how many rows dot takes less time than packing and tile or pairs */
     /* d[i * ldd + j] = sum_p row[p * ldrow + i] panel[p * nr + j], i < mr (1..MR), j < nr: acc. add: 0; 1, the sum goes
      * on from d; 2, it is added to d. */
     void (*tile[2])(int64_t depth, const void *row, int64_t ldrow, const void *panel, void *d, int64_t ldd, int mr,

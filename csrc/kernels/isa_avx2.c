@@ -15,6 +15,7 @@ typedef __m256d vd;
 #define ISA_TABLE pk_isa_avx2
 #define ISA_NAME "avx2"
 #define ISA_MATH 1
+#define ISA_FEW 15, 15, 48, 48
 #define WORDS_STEPS
 #define WORDS_TURN
 #define ISA_TAKES_HALVES

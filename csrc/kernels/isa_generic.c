@@ -19,6 +19,7 @@ typedef double vd __attribute__((vector_size(16)));
 #define ISA_TABLE pk_isa_generic
 #define ISA_NAME "generic"
 #define ISA_MATH 0
+#define ISA_FEW 15, 15, 15, 15
 
 static INLINE vf vf_load(const float *p) {
     vf v;

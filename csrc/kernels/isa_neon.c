@@ -14,6 +14,7 @@ typedef float64x2_t vd;
 #define ISA_TABLE pk_isa_neon
 #define ISA_NAME "neon"
 #define ISA_MATH 1
+#define ISA_FEW 15, 15, 15, 15
 
 static INLINE vf vf_load(const float *p) {
     return vld1q_f32(p);

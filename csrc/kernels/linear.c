@@ -190,7 +190,7 @@ static int linear_valid(const pk_mat *y, const pk_mat *x, const pk_mat *w, const
 
 /* Do m rows go through the dot products? Only if these take w as it is. */
 static int are_few(const pk_mat *w, int64_t m) {
-    return m <= dots_few(w->dtype) && (w->cs == 1 || w->cols <= 1);
+    return m <= pk_isa_now()->few[w->dtype] && (w->cs == 1 || w->cols <= 1);
 }
 
 /* Rows at once: even shares. */
@@ -292,7 +292,7 @@ static int64_t linear_limit(pk_dtype dtype, int large) {
 
 int pk_linear_suits(pk_dtype dtype, int64_t m, int64_t n, int64_t k) {
     if (n * k < SMALL_WEIGHT) return 0;
-    if (dtype == PK_F16 && pk_isa_now()->nr[0] == NR_MAX) return m > 1;
+    if (dtype == PK_F16 && pk_isa_now()->nr[0] == NR_MAX) return 1;
     return m <= linear_limit(dtype, n * k >= LARGE_WEIGHT);
 }
 

@@ -14,6 +14,7 @@ typedef __m512d vd;
 #define VDN 8
 #define NV 4
 #define DOT_M 6
+#define ISA_FEW 48, 15, 48, 96
 #define FUSED_ROWS 3
 #define WORDS_STEPS
 #define WORDS_SUMS
