@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from .law import LowRank
-from .room import FEW, linear, multipliable, option, positive, register, shared
-from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, drawn
+from .room import FEW, linear, option, positive, register, shared
+from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, drawn, wide
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Linear(SharedRoom, nn.Linear):
         return A.to(d.device), d, B.to(d.device), b
 
     def low_rank(self, name: str) -> LowRank:
-        A, d, B, b = map(multipliable, self.parts(name))
+        A, d, B, b = map(wide, self.parts(name))
         r = self.r[name]
         return LowRank(d[:r, None] * A[:r], b[:, None] * B, 1.0)
 

@@ -74,16 +74,19 @@ class Linear(SharedRoom, nn.Linear):
             scales, gamma = torch.zeros_like(scales), torch.full_like(gamma, 1 / max(gamma.shape))
         self.randlora_lambda[name], self.randlora_gamma[name] = nn.Parameter(scales), nn.Parameter(gamma)
 
-    def parts(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A (r, 1, small), lambda, gamma and Q."""
+    def parts(self, name: str, cast: Any = multipliable) -> tuple[torch.Tensor, ...]:
+        """A (r, 1, small), lambda, gamma and Q, which is cast."""
         scales, gamma = self.randlora_lambda[name], self.randlora_gamma[name]
         bases, small = gamma.shape
         A = self.randlora_A[name][..., :small]
         B = self.randlora_B[name][: max(self.in_features, self.out_features), :bases]
-        return wide(A.to(gamma.device)), wide(scales), wide(gamma), multipliable(B.to(gamma.device)).flatten(1)
+        return wide(A.to(gamma.device)), wide(scales), wide(gamma), cast(B.to(gamma.device)).flatten(1)
 
-    def low_rank(self, name: str) -> LowRank:
-        A, scales, gamma, Q = self.parts(name)
+    def delta(self, name: str) -> torch.Tensor:
+        return self.low_rank(name, wide).delta()
+
+    def low_rank(self, name: str, cast: Any = multipliable) -> LowRank:
+        A, scales, gamma, Q = self.parts(name, cast)
         P = UniqueBaseGrad.apply(A, scales * self.scaling[name], gamma).flatten(0, 1).to(Q.dtype)
         return LowRank(P, Q, 1.0) if P.shape[1] == self.in_features else LowRank(Q.T, P.T, 1.0)
 
@@ -132,8 +135,7 @@ class RandLoraModel(ProjectionModel):
             B = torch.cat(B, dim=1)
         else:
             bound = 1 / (2 * (math.sqrt(small) if config.very_sparse else 3))
-            shapes = ((r, 1, small), (large, bases, r))
-            uniform = (torch.rand(shape, generator=generator) for shape in shapes)
+            uniform = (torch.rand(shape, generator=generator) for shape in ((r, 1, small), (large, bases, r)))
             A, B = ((u > 1 - bound).float() - (u < bound).float() for u in uniform)
         return A / A.std(), B / B.std()
 

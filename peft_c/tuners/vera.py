@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from .law import LowRank
-from .room import FEW, linear, multipliable, option, positive, register, rows_of, shared
-from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, drawn
+from .room import FEW, linear, option, positive, register, rows_of, shared
+from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, drawn, wide
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Linear(SharedRoom):
         return A.to(d.device), d, B.to(d.device), b
 
     def low_rank(self, name: str) -> LowRank:
-        A, d, B, b = map(multipliable, self.parts(name))
+        A, d, B, b = map(wide, self.parts(name))
         return LowRank(d[:, None] * A, b[:, None] * B, 1.0)
 
     def dense(self, name: str, x: torch.Tensor) -> bool:
