@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .law import LowRank
-from .room import FEW, linear, option, positive, register, shared
+from .room import linear, option, positive, register, shared
 from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, drawn, wide
 
 
@@ -40,7 +40,6 @@ class Linear(SharedRoom, nn.Linear):
     adapter_layer_names = ("pvera_lambda_b", "pvera_lambda_d")
     other_param_names = ("pvera_A", "pvera_B", "pvera_dropout", "r", "sample_at_inference", "pvera_generator")
     own, dropout = "pvera_lambda_d", "pvera_dropout"
-    factored = FEW
     converts_to_lora = False
 
     def create(self, name: str, config: PveraConfig, shared: dict[str, nn.Module]) -> None:
@@ -65,9 +64,6 @@ class Linear(SharedRoom, nn.Linear):
         A, d, B, b = map(wide, self.parts(name))
         r = self.r[name]
         return LowRank(d[:r, None] * A[:r], b[:, None] * B, 1.0)
-
-    def terms(self, name: str, x: torch.Tensor) -> list[LowRank | None]:
-        return [None] if self.training or self.sample_at_inference[name] else super().terms(name, x)
 
     def halves(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         A, d, B, b = self.parts(name)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .law import LowRank
-from .room import FEW, linear, option, positive, register, rows_of, shared
+from .room import linear, option, positive, register, rows_of, shared
 from .shared_room import ProjectionConfig, SavedProjectionModel, SharedRoom, drawn, wide
 
 
@@ -38,7 +38,6 @@ class Linear(SharedRoom):
     adapter_layer_names = ("vera_lambda_b", "vera_lambda_d")
     other_param_names = ("vera_A", "vera_B", "vera_dropout", "r")
     own, dropout = "vera_lambda_d", "vera_dropout"
-    factored = FEW
 
     def create(self, name: str, config: VeraConfig, shared: dict[str, nn.Module]) -> None:
         self.share(shared)
