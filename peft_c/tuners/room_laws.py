@@ -106,17 +106,16 @@ class AddRoom(Room):
         return (entry if isinstance(entry, torch.Tensor) else next(entry.parameters())).dtype
 
     def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        base = self.get_base_layer()
         if (
             all(self.dense(name, x) and not self.drops(name) for name in names)
             and not (args or kwargs)
-            and self.base_layer is base
+            and self.base_layer is self.get_base_layer()
             and self.is_bare()
             and self.quantization_backend is None
         ):
             build = partial(self.transformed, names)
             return self.run_with(x, *(kept.adapted(self, names, build) if "weight" in self.adds else build()))
-        if self.may_act_in_c(base, x) and not any(self.drops(name) for name in names):
+        if self.factored and self.may_act_in_c(x) and not any(self.drops(name) for name in names):
             terms = [term for name in names for term in self.terms(name, x)]
             result = NotImplemented if None in terms else _C.lowrank_terms(self, x, terms, args, kwargs)
             if result is not NotImplemented:
@@ -134,12 +133,12 @@ class AddRoom(Room):
             result = accumulate(result, term) if in_place else result + term
         return result if result.dtype is output.dtype else result.to(output.dtype)
 
-    def may_act_in_c(self, base: nn.Module, x: torch.Tensor) -> bool:
+    def may_act_in_c(self, x: torch.Tensor) -> bool:
         """Whether it is worthwhile to ask C for the forward with `terms`."""
         few = 0 < rows_of(x) <= self.factored
         worthwhile = self.factored == math.inf if torch.is_grad_enabled() else few  # a graph needs small factors
         at_hand = x.is_cpu and not torch.compiler.is_compiling()
-        return worthwhile and at_hand and not isinstance(base, (*CONVOLUTIONS, nn.Embedding))
+        return worthwhile and at_hand and not isinstance(self.get_base_layer(), (*CONVOLUTIONS, nn.Embedding))
 
     def transformed(self, names: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
         weight, bias = self.get_base_weight(), getattr(self.get_base_layer(), "bias", None)

@@ -207,7 +207,7 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
     def base_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output for x; in C where that is faster, under autograd only where torch would take much
         longer: in fp32 an adapter that changes nothing yet leaves the layer's bits as they are."""
-        ask = c_is_worth_asking(x) or not torch.compiler.is_compiling() and multiplies_slowly(x)
+        ask = c_is_worth_asking(x) or multiplies_slowly(x) and not torch.compiler.is_compiling()
         if ask and not (args or kwargs) and self.convolves_slowly(x):
             return apply_weight(self.base_layer, x, self.base_layer.weight, self.base_layer.bias)
         result = _C.lowrank_terms(self, x, [], args, kwargs) if ask else NotImplemented
