@@ -92,8 +92,11 @@ class _Snapshot:
                 param.requires_grad_(requires_grad)
 
 
-# the snapshots of the blocks that this thread or task is in
-_running: ContextVar[tuple[_Snapshot, ...]] = ContextVar("_running", default=())
+class _Running:
+    """The snapshots of the blocks that this thread or task is in. In a class: what pickles a module of a checkout with
+    all its values, as dill does, cannot pickle a ContextVar, but takes classes by name."""
+
+    snapshots: ContextVar[tuple[_Snapshot, ...]] = ContextVar("snapshots", default=())
 
 
 @contextmanager
@@ -113,12 +116,12 @@ def undo_on_error(model: nn.Module) -> Iterator[None]:
     added, attributes, hooks, `requires_grad`, and parameters that were given other storage.
 
     Inside of such a block for a model that `model` is a part of, that one does it."""
-    outer = _running.get()
+    outer = _Running.snapshots.get()
     if any(model is module for saved in outer for module, *_ in saved.modules):
         yield
         return
     saved = _Snapshot(model)
-    token = _running.set((*outer, saved))
+    token = _Running.snapshots.set((*outer, saved))
     try:
         yield
     except BaseException:
@@ -126,7 +129,7 @@ def undo_on_error(model: nn.Module) -> Iterator[None]:
             saved.restore()
         raise
     finally:
-        _running.reset(token)
+        _Running.snapshots.reset(token)
 
 
 class undivided:

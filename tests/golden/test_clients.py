@@ -1,5 +1,6 @@
 """What other projects do with the inside of peft works on peft_c in the same way."""
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -112,6 +113,18 @@ def test_modules_are_attributes_after_the_import_of_the_package(package):
     code = f"import peft_c\nfor name in {names}:\n    assert getattr(peft_c.{package}, name).__name__.endswith(name)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
+
+
+def test_modules_are_pickled_with_what_they_hold():
+    """dill, with which datasets sends functions to its processes, pickles the modules they name with all values."""
+    dill = pytest.importorskip("dill")
+    for info in pkgutil.walk_packages(peft_c.__path__, "peft_c."):
+        if not info.name.endswith("__main__"):
+            with contextlib.suppress(ImportError):  # of a library that is not installed
+                importlib.import_module(info.name)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "peft_c"]:
+        module = sys.modules[name]
+        dill.dumps(lambda module=module: module, recurse=True)
 
 
 class Body(nn.Module):
