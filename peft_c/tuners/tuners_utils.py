@@ -491,7 +491,9 @@ class BaseTuner(nn.Module, ABC):
     @staticmethod
     def get_model_config(model: nn.Module) -> dict:
         """The model's config as a dict, {"model_type": "custom"} if it has none."""
-        config = getattr(model, "config", DUMMY_MODEL_CONFIG)
+        config = getattr(model, "config", None)
+        if config is None:
+            return DUMMY_MODEL_CONFIG
         if hasattr(config, "to_dict"):
             return config.to_dict()
         return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config

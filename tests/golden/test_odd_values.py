@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import peft_c
-from tests.rooms.cases import PAIRS, layers, start
+from tests.rooms.cases import PAIRS, config_of, layers, network, start
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -111,6 +111,18 @@ def test_collections_of_mixed_models():
     assert [c.__name__ for c in get_args(ours.Configs)] == [c.__name__ for c in get_args(theirs.Configs)]
     assert issubclass(parts(peft_c, "lora").Linear, ours.Layers)
     assert ours.ModulesToSaveWrapper is importlib.import_module("peft_c.utils.other").ModulesToSaveWrapper
+
+
+@pytest.mark.parametrize("method", ["trainable_tokens", "ln_tuning"])
+def test_a_model_whose_config_is_none(method):
+    found = []
+    for package in (peft_c, peft):
+        kind = "Embedding" if method == "trainable_tokens" else "LayerNorm"
+        base = network(kind)[0]
+        base.config = None
+        model = package.get_peft_model(base, config_of(method, kind, package))
+        found.append(model(network(kind)[1]))
+    torch.testing.assert_close(*found)
 
 
 FACTORS, KERNEL = [(6, 2), (2, 5)], [(2, 2, 3, 3), (2, 6), (2, 5)]
