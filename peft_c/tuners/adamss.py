@@ -75,8 +75,7 @@ class Linear(AddRoom):
         "adamss_B": nn.ModuleDict,
         "adamss_newB": partial(BufferDict, persistent=True),
     }
-    adds = ("weight", "bias")
-    converts_to_lora = False
+    adds, takes_any_dtype, converts_to_lora = ("weight", "bias"), True, False
 
     def prepare(self, base: nn.Module, config: AdamssConfig) -> None:
         super().prepare(base, config)

@@ -37,8 +37,8 @@ class HRALayer(Unscaled, MapRoom):
     `hra_u` (in, r). For convolutions `in` counts the kernel's elements, too."""
 
     title = "HRA"
-    adapter_layer_names = ("hra_u",)
-    other_param_names = ("hra_r", "hra_apply_GS")
+    takes_any_dtype = True
+    adapter_layer_names, other_param_names = ("hra_u",), ("hra_r", "hra_apply_GS")
 
     def create(self, name: str, config: HRAConfig) -> None:
         self.refuse_groups()

@@ -56,6 +56,7 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
     # False: the layer returns the dtype it gets from the base layer, another one under autocast; None: where no
     # adapter acts
     returns_input_dtype: ClassVar[bool | None] = True
+    takes_any_dtype: ClassVar[bool] = False  # whether adapters act on an input of another dtype than the base weight's
     resets: ClassVar[tuple[str, ...]] = ()  # PEFT's names for `reset`, if it has one
     named_in_repr: ClassVar[bool] = True  # whether the layer's repr begins with the method's name
     argument_orders: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]] = argument_orders("")
@@ -177,7 +178,10 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
 
         With disabled adapters the output is the base layer's, merged or not. Other arguments go to the base layer.
         """
-        x = kwargs.pop(self.input_name) if x is None else x
+        if x is None:
+            if kwargs.get(self.input_name) is None:
+                raise TypeError(f"{law.describe(self)} got no input, or None")
+            x = kwargs.pop(self.input_name)
         rows = kwargs.pop("adapter_names", None) if kwargs else None
         own_kwargs = {key: kwargs.pop(key) for key in self.adapter_kwargs if key in kwargs} if kwargs else kwargs
         names: list[str] = []
@@ -196,13 +200,18 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         if rows is not None:
             result = self._mixed_forward(x, rows, *args, **kwargs)
         elif names:
-            result = self.adapt(names, x, *args, **kwargs, **own_kwargs)
+            result = self.adapt(names, self.fitting(x), *args, **kwargs, **own_kwargs)
         else:
             result = self.base_layer(x, *args, **kwargs)
         casts = self.returns_input_dtype or self.returns_input_dtype is None and names
         if casts and result.dtype is not x.dtype and x.is_floating_point():
             result = result.to(x.dtype)
         return result
+
+    def fitting(self, x: torch.Tensor) -> torch.Tensor:
+        """x, of rooms that take any dtype in that of the base weight, unless this is quantised."""
+        weight = getattr(self.get_base_layer(), "weight", x) if self.takes_any_dtype else x
+        return x if weight.dtype is x.dtype or not weight.is_floating_point() else x.to(weight.dtype)
 
     def base_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output for x; in C where that is faster, under autograd only where torch would take much

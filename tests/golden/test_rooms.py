@@ -10,6 +10,7 @@ import torch
 
 import peft_c
 from peft_c.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft_c.tuners.room import Room
 from tests.rooms.cases import (
     MERGEABLE,
     METHODS,
@@ -21,6 +22,7 @@ from tests.rooms.cases import (
     call,
     config_of,
     disturb,
+    layers,
     make,
     network,
     run,
@@ -114,6 +116,30 @@ def without(pairs, *exceptions):
     """Parametrised over the pairs of method and kind that are in none of the exceptions."""
     left = [pair for pair in pairs if not any(pair in each or pair[0] in each for each in exceptions)]
     return pytest.mark.parametrize(("method", "kind"), left)
+
+
+@without(PAIRS, OTHER_FORWARD, {"trainable_tokens"})
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_an_input_of_another_dtype_than_the_weights(method, kind, dtype):
+    x = network(kind)[1]
+    if not x.is_floating_point():
+        return
+    try:
+        theirs = run(make(method, kind, peft), method, kind, x.to(dtype))
+    except RuntimeError:  # of a method whose base layer gets it as it is
+        return
+    ours = run(make(method, kind), method, kind, x.to(dtype))
+    assert ours.dtype is theirs.dtype
+    torch.testing.assert_close(ours, theirs, atol=0.05 * theirs.abs().max().item(), rtol=0)
+
+
+@each
+def test_no_input_is_a_type_error_that_names_the_layer(method, kind):
+    for layer in layers(start(method, kind)):
+        if isinstance(layer, Room):
+            for arguments in ((), (None,)):
+                with pytest.raises(TypeError, match="got no input"):
+                    layer(*arguments)
 
 
 @without(PAIRS, OTHER_FORWARD)
