@@ -16,6 +16,7 @@ from . import kept, law
 from .base_view import BaseView, held
 from .products import CONVOLUTIONS, accumulate, add_product, apply_weight, into, linear, product, rows_of
 from .room_layer import Room, dropout, weight_view
+from .tuner_layer import is_bare
 
 
 class AddRoom(Room):
@@ -37,9 +38,11 @@ class AddRoom(Room):
         getattr(self, self.dropout)[name] = dropout(p)
 
     def drops(self, name: str) -> bool:
-        """Whether the adapter's dropout is active."""
+        """Whether the adapter's dropout is active, or calls hooks or a forward of its own."""
         module = self._modules[self.dropout][name] if self.dropout else None
-        return module is not None and module.training and not isinstance(module, nn.Identity)
+        if module is None or not is_bare(module):
+            return module is not None
+        return module.training and not isinstance(module, nn.Identity)
 
     def delta(self, name: str) -> torch.Tensor:
         """The delta of an adapter as the matrix (out, in...) that `weight_view` shows."""

@@ -133,6 +133,19 @@ def test_an_input_of_another_dtype_than_the_weights(method, kind, dtype):
     torch.testing.assert_close(ours, theirs, atol=0.05 * theirs.abs().max().item(), rtol=0)
 
 
+@without(PAIRS, OTHER_FORWARD)
+def test_hooks_on_an_adapters_dropout_are_called(method, kind):
+    found = []
+    for package in (peft_c, peft):
+        model = make(method, kind, package)
+        for layer in layers(model):
+            for name, part in layer.named_modules():
+                if "dropout" in name and isinstance(part, torch.nn.Identity):
+                    part.register_forward_hook(lambda part, inputs, output: 3 * output)
+        found.append(run(model, method, kind))
+    assert close(*found)
+
+
 @each
 def test_no_input_is_a_type_error_that_names_the_layer(method, kind):
     for layer in layers(start(method, kind)):
