@@ -200,7 +200,7 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         if rows is not None:
             result = self._mixed_forward(x, rows, *args, **kwargs)
         elif names:
-            result = self.adapt(names, self.fitting(x), *args, **kwargs, **own_kwargs)
+            result = self.adapt(names, self.fitting(x) if self.takes_any_dtype else x, *args, **kwargs, **own_kwargs)
         else:
             result = self.base_layer(x, *args, **kwargs)
         casts = self.returns_input_dtype or self.returns_input_dtype is None and names
@@ -209,8 +209,8 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
         return result
 
     def fitting(self, x: torch.Tensor) -> torch.Tensor:
-        """x, of rooms that take any dtype in that of the base weight, unless this is quantised."""
-        weight = getattr(self.get_base_layer(), "weight", x) if self.takes_any_dtype else x
+        """x in the dtype of the base weight, unless this is quantised."""
+        weight = getattr(self.get_base_layer(), "weight", x)
         return x if weight.dtype is x.dtype or not weight.is_floating_point() else x.to(weight.dtype)
 
     def base_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
