@@ -10,6 +10,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import dill
 import pytest
 import torch
 from torch import nn
@@ -117,7 +118,6 @@ def test_modules_are_attributes_after_the_import_of_the_package(package):
 
 def test_modules_are_pickled_with_what_they_hold():
     """dill, with which datasets sends functions to its processes, pickles the modules they name with all values."""
-    dill = pytest.importorskip("dill")
     for info in pkgutil.walk_packages(peft_c.__path__, "peft_c."):
         if not info.name.endswith("__main__"):
             with contextlib.suppress(ImportError):  # of a library that is not installed
