@@ -65,7 +65,7 @@ typedef struct {
      * rows, then across. */
     void (*traced[2])(int restore, const pk_strip *s, pk_trace *t);
     /* t[i * ldt + j] = sum_k x[i * ldx + k] a[j * lda + k], i < m, j < r; a is S ([0]) or acc ([1]), t is acc. The bits of
-     * [0] and [1] are the same unless the ISA multiplies pairs (pk_isa.pairs, for bf16) */
+     * [0] and [1] are the same unless the ISA multiplies pairs (pk_isa.dots_in_pairs, for bf16) */
     void (*dot[2])(const void *x, int64_t ldx, int64_t m, const void *a, int64_t lda, int64_t r, int64_t k, void *t,
                    int64_t ldt);
     /* 1 if all finite */

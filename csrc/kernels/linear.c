@@ -159,7 +159,7 @@ static int linear(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_ma
         e.pairs = takes_pairs(x, w);
         e.words = e.pairs ? (x->cols + 1) / 2 : x->cols;
         const int across = w->rs != 1 || m > MORE_ROWS ? 1 : m <= WIDE_ROWS ? WIDE_PANELS : MORE_PANELS;
-        e.panels = NR_MAX / nr * across;
+        e.panels *= across;
         e.depth = PANEL_WORDS / across;
         if (takes_rows(x, w)) {
             e.rows = x->data;

@@ -126,11 +126,11 @@ class Linear(SharedRoom, nn.Linear):
         return self.output(name, x) - linear(x, weight_view(self.get_base_layer()).matrix().to(x.dtype))
 
     def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        base = self.get_base_layer()
-        if len(names) == 1 and not (self.training and isinstance(self.frod_dropout[names[0]], nn.Dropout)):
+        base, drop = self.get_base_layer(), self.frod_dropout[names[0]]
+        if len(names) == 1 and not (drop.training and isinstance(drop, nn.Dropout)):  # the base weight is not needed
             if self.runtime_offload_base_weight[names[0]]:
                 _move_weight(base, torch.device("cpu"))
-            return self.output(names[0], self.frod_dropout[names[0]](x), self._cast_input_dtype(base.bias, x.dtype))
+            return self.output(names[0], drop(x), self._cast_input_dtype(base.bias, x.dtype))
         return super().adapt(names, x, *args, **kwargs)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from .law import LowRank
 from .room import FEW, AddRoom, RoomConfig, RoomModel, dropout, einsum, kaiming, option, positive, register, shared
-from .tuner_layer import is_bare
+from .room_layer import is_idle
 
 
 @dataclass
@@ -85,8 +85,7 @@ class Linear(AddRoom, nn.Linear):
         return LowRank(A.flatten(0, 1).flatten(1), B.flatten(0, 1).flatten(1), self.scaling[name])
 
     def terms(self, name: str, x: torch.Tensor) -> list[LowRank | None]:
-        drop = self.gralora_dropout[name]
-        return super().terms(name, x) if is_bare(drop) and (type(drop) is nn.Identity or not drop.training) else [None]
+        return super().terms(name, x) if is_idle(self.gralora_dropout[name]) else [None]
 
     def delta(self, name: str) -> torch.Tensor:
         A, B, k = self.gralora_A[name], self.gralora_B[name], self.gralora_k[name]

@@ -15,8 +15,7 @@ from .. import _C
 from . import kept, law
 from .base_view import BaseView, held
 from .products import CONVOLUTIONS, accumulate, add_product, apply_weight, into, linear, product, rows_of
-from .room_layer import Room, dropout, weight_view
-from .tuner_layer import is_bare
+from .room_layer import Room, dropout, is_idle, weight_view
 
 
 class AddRoom(Room):
@@ -39,10 +38,7 @@ class AddRoom(Room):
 
     def drops(self, name: str) -> bool:
         """Whether the adapter's dropout is active, or calls hooks or a forward of its own."""
-        module = self._modules[self.dropout][name] if self.dropout else None
-        if module is None or not is_bare(module):
-            return module is not None
-        return module.training and not isinstance(module, nn.Identity)
+        return bool(self.dropout) and not is_idle(self._modules[self.dropout][name])
 
     def delta(self, name: str) -> torch.Tensor:
         """The delta of an adapter as the matrix (out, in...) that `weight_view` shows."""

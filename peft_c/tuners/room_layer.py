@@ -29,6 +29,11 @@ def dropout(p: float, kind: type[nn.Module] = nn.Dropout) -> nn.Module:
     return kind(p) if p > 0 else nn.Identity()
 
 
+def is_idle(dropout: nn.Module) -> bool:
+    """Whether a call of an adapter's dropout gives back what it gets and does nothing else: it has no hooks."""
+    return is_bare(dropout) and (not dropout.training or isinstance(dropout, nn.Identity))
+
+
 def kaiming(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, filled as nn.Linear fills its weight."""
     return nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
@@ -178,10 +183,9 @@ class Room(law.Merging, nn.Module, BaseTunerLayer):
 
         With disabled adapters the output is the base layer's, merged or not. Other arguments go to the base layer.
         """
+        x = kwargs.pop(self.input_name, None) if x is None else x
         if x is None:
-            if kwargs.get(self.input_name) is None:
-                raise TypeError(f"{law.describe(self)} got no input, or None")
-            x = kwargs.pop(self.input_name)
+            raise TypeError(f"{law.describe(self)} got no input, or None")
         rows = kwargs.pop("adapter_names", None) if kwargs else None
         own_kwargs = {key: kwargs.pop(key) for key in self.adapter_kwargs if key in kwargs} if kwargs else kwargs
         names: list[str] = []
