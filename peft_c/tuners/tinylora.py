@@ -51,7 +51,7 @@ class TinyLoraLayer(SharedRoom):
     the singular value, P (u, r, r) is random, v (u,) is trained and shared by the layers of a group."""
 
     factored = math.inf
-    adapter_layer_names = ("tinylora_v",)
+    adapter_layer_names = shared_param_names = ("tinylora_v",)
     other_param_names = ("tinylora_A", "tinylora_B", "tinylora_P", "tinylora_dropout", "r", "u", "_tinylora_v_key")
     containers = dict.fromkeys(other_param_names[:3], partial(BufferDict, persistent=True))
     own, dropout, _layer_idx = "tinylora_A", "tinylora_dropout", 0
@@ -119,6 +119,11 @@ class TinyLoraModel(SharedRoomModel):
                 nn.init.uniform_(v, -config.init_v_bound, config.init_v_bound)
             self.tinylora_v[name][group] = nn.Parameter(v)
         return {"shared": {"tinylora_v": self.tinylora_v}, "v_key": group, "layer_idx": index}
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As for other methods, with the values that the layers shared."""
+        super().delete_adapter(adapter_name)
+        self.tinylora_v.pop(adapter_name)
 
     def _init_tinylora_v(self, config: TinyLoraConfig, adapter_name: str) -> None:
         """Give the values of an adapter uniform random ones."""

@@ -100,6 +100,8 @@ class BaseTunerLayer(_C.Layer, ABC):
     Attributes:
         adapter_layer_names: containers (ModuleDict, ParameterDict) whose entries may be trained.
         other_param_names: further per-adapter containers, such as dicts of scalars.
+        shared_param_names: those of them that other layers have as well: deleting an adapter from one layer leaves their
+            entries.
         frozen_peft_weight_names: adapter name -> containers whose entry stays frozen when the adapter is activated.
         merged_adapters: names of the adapters now merged into the base weight.
 
@@ -110,6 +112,7 @@ class BaseTunerLayer(_C.Layer, ABC):
 
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ()
+    shared_param_names: tuple[str, ...] = ()
     frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
     _disable_adapters: bool = False
     _active_adapter: str | list[str] = "default"
@@ -201,7 +204,8 @@ class BaseTunerLayer(_C.Layer, ABC):
 
     def _all_available_adapter_names(self) -> list[str]:
         """Sorted names of the adapters that have any entry on this layer."""
-        containers = (getattr(self, name) for name in self.adapter_layer_names + self.other_param_names)
+        names = self.adapter_layer_names + self.other_param_names
+        containers = (getattr(self, name) for name in names if name not in self.shared_param_names)
         return sorted({key for container in containers if hasattr(container, "keys") for key in container.keys()})
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -215,11 +219,11 @@ class BaseTunerLayer(_C.Layer, ABC):
         sizes = array("i", ledger[1] if ledger else b"")
         for i, name in enumerate(self.adapter_layer_names + self.other_param_names):
             container = modules[name] if name in modules else getattr(self, name)
-            if adapter_name in container:
+            if adapter_name in container and name not in self.shared_param_names:
                 del container[adapter_name]
                 if i < len(sizes):
                     sizes[i] -= 1
-        if ledger:
+        if ledger and not self.shared_param_names:
             attributes["_adapter_ledger"] = (ledger[0] - {adapter_name}, sizes.tobytes())
         memory = attributes.get("_disabled_trainable")
         if memory:

@@ -242,6 +242,30 @@ def test_flags_after_adding_switching_and_deleting(method, kind):
     assert found[0] == found[1]
 
 
+@without(PAIRS, ONE_ADAPTER)
+@pytest.mark.parametrize("active", ["default", "other"])
+def test_an_adapter_that_one_layer_gets_rid_of(method, kind, active):
+    """What the layers share stays for the others, with the flags that it has in PEFT."""
+    found = []
+    for package in (peft_c, peft):
+        model, states = start(method, kind, package, adapters=("default", "other")), []
+        model.set_adapter(active)
+        first, last = layers(model)[0], layers(model)[-1]
+        acts = (
+            lambda layer=first: layer.delete_adapter("default"),
+            lambda model=model: model.set_adapter("other"),
+            lambda model=model: model.set_adapter("default"),
+            lambda model=model: model.delete_adapter("default"),
+        )
+        for act in acts:
+            act()
+            flags = {name: p.requires_grad for name, p in model.named_parameters()}
+            names = [(layer.active_adapters, layer._all_available_adapter_names()) for layer in (first, last)]
+            states.append((sorted(model.state_dict()), flags, names))
+        found.append(states)
+    assert found[0] == found[1]
+
+
 @each
 def test_files_both_ways(method, kind, tmp_path):
     ours, theirs = make(method, kind), make(method, kind, peft)
