@@ -127,7 +127,7 @@ class Linear(SharedRoom, nn.Linear):
 
     def adapt(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base, drop = self.get_base_layer(), self.frod_dropout[names[0]]
-        if len(names) == 1 and not (drop.training and isinstance(drop, nn.Dropout)):  # the base weight is not needed
+        if len(names) == 1 and (isinstance(drop, nn.Identity) or not drop.training):  # the base weight is not needed
             if self.runtime_offload_base_weight[names[0]]:
                 _move_weight(base, torch.device("cpu"))
             return self.output(names[0], drop(x), self._cast_input_dtype(base.bias, x.dtype))

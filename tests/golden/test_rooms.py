@@ -146,6 +146,27 @@ def test_hooks_on_an_adapters_dropout_are_called(method, kind):
     assert close(*found)
 
 
+class Halving(torch.nn.Module):
+    """What a program may put in the place of an adapter's dropout: no class of torch's."""
+
+    def forward(self, x):
+        return x / 2 if self.training and x.is_floating_point() else x
+
+
+@without(PAIRS, OTHER_FORWARD)
+@pytest.mark.parametrize("training", [True, False])
+def test_other_modules_in_the_place_of_an_adapters_dropout_are_called(method, kind, training):
+    found = []
+    for package in (peft_c, peft):
+        model = make(method, kind, package)
+        for layer in layers(model):
+            for name, part in list(layer.named_modules()):
+                if "dropout" in name and isinstance(part, torch.nn.Identity):
+                    layer.set_submodule(name, Halving())
+        found.append(run(model.train(training), method, kind))
+    assert close(*found)
+
+
 @each
 def test_no_input_is_a_type_error_that_names_the_layer(method, kind):
     for layer in layers(start(method, kind)):
