@@ -100,8 +100,8 @@ class BaseTunerLayer(_C.Layer, ABC):
     Attributes:
         adapter_layer_names: containers (ModuleDict, ParameterDict) whose entries may be trained.
         other_param_names: further per-adapter containers, such as dicts of scalars.
-        shared_param_names: those of them that other layers have as well: deleting an adapter from one layer leaves their
-            entries.
+        shared_param_names: those of them that other layers have as well: deleting an adapter from one layer leaves
+            their entries.
         frozen_peft_weight_names: adapter name -> containers whose entry stays frozen when the adapter is activated.
         merged_adapters: names of the adapters now merged into the base weight.
 
