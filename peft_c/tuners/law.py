@@ -650,6 +650,9 @@ def suspend(layer: Any) -> None:
     """Give the base weights their values without the merged adapters until `resume`; `merged_adapters` stays."""
     if layer.__dict__.get("_merge_suspended") or not layer.merged:
         return
+    below = layer._modules["base_layer"]
+    if hasattr(below, "merged_adapters"):  # of another model; it was merged later, into the same weight
+        suspend(below)
     names = list(layer.merged_adapters)
     with onload_layer(layer):
         layer.unmerge()

@@ -300,6 +300,8 @@ class SwapRoom(Room):
                     if base.training is not self.training:
                         base.train(self.training)
                     self._modules["base_layer"] = base
+                    if getattr(base, "merged_adapters", None):  # of another model; it was merged while it stood aside
+                        base.unmerge()
                 self.merged_adapters.clear()
 
     def switch(self, adapter_names: list[str], safe_merge: bool = False) -> None:
