@@ -11,6 +11,7 @@ from torch import nn
 
 from .block_dropout import MultiplicativeDropoutLayer
 from .room import MapRoom, RoomConfig, RoomModel, Unscaled, dropout, einsum, option, register, shared
+from .tensor_functions import cayley
 
 
 @dataclass
@@ -90,10 +91,7 @@ class BOFTLayer(Unscaled, MapRoom):
 
     def rotations(self, name: str, drop: bool = False) -> torch.Tensor:
         """The blocks of all D_i (n, blocks, b, b); with dropout some of one D_i are left out in training."""
-        R = self.boft_R[name]
-        skew = (R - R.mT) / 2
-        eye = torch.eye(R.shape[-1], device=R.device)
-        blocks = torch.linalg.solve(eye + skew, eye - skew, left=False).to(R.dtype)
+        blocks = cayley(self.boft_R[name])
         return self.boft_dropout[name](blocks) if drop else blocks
 
     @staticmethod

@@ -50,7 +50,7 @@ from .room_laws import AddRoom, MapRoom, SwapRoom
 from .room_layer import Room, Unscaled, dropout, kaiming, weight_view
 from .room_model import RoomModel, State
 from .room_options import RoomConfig, documented, option, pattern_value, positive, shared
-from .tensor_functions import FUNCTIONS
+from .tensor_functions import FUNCTIONS, LAYERS
 from .tuners_utils import BaseTuner
 
 # the words in which rooms are written
@@ -116,6 +116,8 @@ def register(
         common = next(c for c in first.__mro__ if all(issubclass(room, c) for room in others))
         defaults["tuner_layer_cls"] = common
         common.argument_orders, common.delta_like = argument_orders(name), DELTA_LIKE.get(name, "")
+        for attribute, value in LAYERS.get(name, {}).items():
+            setattr(common, attribute, value)
         if name in RESETS:
             common.resets = tuple(RESETS[name])
             for reset, options in RESETS[name].items():

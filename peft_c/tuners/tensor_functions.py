@@ -1,6 +1,8 @@
-"""PEFT's functions of tensors behind LoHa, LoKr and C3A, under its names."""
+"""PEFT's functions of tensors behind LoHa, LoKr, C3A and BOFT, under its names."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -62,8 +64,52 @@ class BlockCircularConvolution:
     apply = staticmethod(convolve)
 
 
+def cayley(data: torch.Tensor) -> torch.Tensor:
+    """(1 + S)^-1 (1 - S), a rotation, for each matrix X of `data` (..., b, b), with S = (X - X^T) / 2."""
+    skew = (data - data.mT) / 2
+    eye = torch.eye(data.shape[-1], device=data.device)  # in fp32: half precision is not solved
+    return torch.linalg.solve(eye + skew, eye - skew, left=False).to(data.dtype)
+
+
+def butterfly_order(n: int, b: int, r: int = 3, n_butterfly_factor: int = 1) -> torch.Tensor:
+    """The numbers to n in b groups, each with its even pieces of r numbers in front of the odd ones; unchanged where
+    there is no factor. ValueError if a group is too small for two pieces."""
+    numbers = torch.arange(n)
+    if n_butterfly_factor == 0:
+        return numbers
+    if 2 * b * r > n:
+        raise ValueError("Invalid number of blocks!")
+    pieces = numbers.view(b, -1, r)
+    return torch.cat([pieces[:, ::2], pieces[:, 1::2]], dim=1).flatten()
+
+
+def permutation(indices: torch.Tensor) -> torch.Tensor:
+    """The matrix that brings what is at indices[i] to i."""
+    return torch.eye(len(indices))[torch.as_tensor(indices, device="cpu")]
+
+
+def butterflies(layer: Any) -> torch.Tensor:
+    """The permutations P_i (factors, in, in) of the adapter that a layer of BOFT got last."""
+    *_, R = layer.boft_R.values()
+    factors, blocks, size = R.shape[:3]
+    orders = [butterfly_order(blocks * size, blocks >> i, size // 2, factors - 1) for i in range(factors)]
+    return torch.stack([permutation(order) for order in orders]).to(R.device)
+
+
+def block_diagonal(blocks: torch.Tensor) -> torch.Tensor:
+    """Blocks (factors, number, b, b) on the diagonals of (factors, number * b, number * b)."""
+    return torch.stack([torch.block_diag(*factor) for factor in blocks])
+
+
+class FastBlockDiag:
+    """`block_diagonal`, likewise."""
+
+    apply = staticmethod(block_diagonal)
+
+
 # method -> the names that its modules have for them
 FUNCTIONS = {
+    "boft": {"FastBlockDiag": FastBlockDiag},
     "c3a": {"BlockCircularConvolution": BlockCircularConvolution},
     "loha": {
         "HadaWeight": HadaWeight,
@@ -72,4 +118,14 @@ FUNCTIONS = {
         "make_weight_cp": make_weight_cp,
     },
     "lokr": {"make_kron": make_kron, "make_weight_cp": tensor_product},
+}
+# method -> what its layers have for forwards that were written for PEFT's
+LAYERS = {
+    "boft": {
+        "block_butterfly_perm": staticmethod(butterfly_order),
+        "boft_P": property(butterflies),
+        "cayley_batch": staticmethod(cayley),
+        "fbd_cuda_available": True,  # FastBlockDiag may be called, on any device
+        "perm2mat": staticmethod(permutation),
+    },
 }

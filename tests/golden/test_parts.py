@@ -34,6 +34,44 @@ def test_wavelet_reconstruction(wavelet, axes):
     )
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("order", [(24, 3, 2, 1), (24, 3, 2, 0), (24, 2, 4, 2), (18, 2, 3, 1), (8, 1, 4, 1)])
+def test_butterflies(order):
+    ours, theirs = (
+        package.get_peft_model(network("Linear")[0], package.BOFTConfig(target_modules=["0"])).base_model.model[0]
+        for package in (peft_c, peft)
+    )
+    indices = theirs.block_butterfly_perm(*order)
+    assert torch.equal(ours.block_butterfly_perm(*order), indices)
+    assert torch.equal(ours.perm2mat(indices), theirs.perm2mat(indices))
+    blocks = torch.randn(3, 4, 4)
+    torch.testing.assert_close(ours.cayley_batch(blocks), theirs.cayley_batch(blocks))
+    with pytest.raises(ValueError, match="Invalid number of blocks"):
+        ours.block_butterfly_perm(8, 2, 4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("factors", [1, 2, 3])
+def test_layers_of_boft_take_a_forward_that_was_written_for_peft(factors, monkeypatch):
+    """As Gaudi's, which read the permutations and call the Cayley transform of the layer."""
+    ours, theirs = both("boft.layer")
+    monkeypatch.setattr(theirs, "get_fbd_cuda", lambda: True)
+    monkeypatch.setattr(theirs, "FastBlockDiag", ours.FastBlockDiag)
+    layers, x = [], torch.randn(5, 16)
+    for package in (peft_c, peft):
+        options = {"boft_block_size": 2, "boft_n_butterfly_factor": factors, "init_weights": False}
+        torch.manual_seed(0)
+        config = package.BOFTConfig(target_modules=["0"], **options)
+        layers.append(package.get_peft_model(network("Linear")[0], config).base_model.model[0])
+    assert torch.equal(layers[0].boft_P, layers[1].boft_P)
+    torch.testing.assert_close(theirs.Linear.forward(layers[0], x), layers[0](x))
+    torch.testing.assert_close(layers[0](x), layers[1](x))
+    for mine, other in zip(
+        theirs.Linear.get_delta_weight(layers[0], "default"), layers[0].get_delta_weight("default"), strict=True
+    ):
+        torch.testing.assert_close(mine, other)
+
+
 def test_subspaces():
     pytest.importorskip("sklearn")
     ours, theirs = both("adamss.utils")

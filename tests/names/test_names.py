@@ -43,7 +43,7 @@ LAYERS_ON_PURPOSE = {
 }
 # Steps of PEFT's layers that carry no underscore but are called by the layers only, and its autograd functions.
 STEPS = """
-boft.BOFTLayer.block_butterfly_perm boft.BOFTLayer.cayley_batch boft.BOFTLayer.perm2mat
+boft.FastBlockDiag.backward boft.FastBlockDiag.forward
 frod.FrodLayer.reset_frod_parameters frod.Linear.unload_and_optionally_merge_module
 glora.GloraEmptyPath.reset_parameters glora.GloraLoraPath.reset_parameters glora.GloraPath.reset_parameters
 glora.GloraScalarPath.reset_parameters
@@ -62,7 +62,6 @@ INTERNAL = {
     "dispatch_default",
     "patch_environment",
     "get_fbd_cuda",
-    "FastBlockDiag",
 }
 
 # Modules whose public functions and classes other programs import by path.
