@@ -31,7 +31,11 @@ class PolyConfig(RoomConfig):
     n_splits: int = option(1, "Number of parts of the features, each with a mixture of its own (multi-head routing).")
 
 
-class PolyRouter(nn.Module):
+class Router(nn.Module):
+    """What mixes skills."""
+
+
+class PolyRouter(Router):
     """The mixture of skills of each task: `module_logits` (tasks, splits * skills), relaxed Bernoulli in training."""
 
     def __init__(self, poly_config: PolyConfig) -> None:
@@ -61,10 +65,8 @@ class PolyRouter(nn.Module):
 def get_router(poly_config: PolyConfig) -> nn.Module:
     """The router for `poly_type`; ValueError if there is none."""
     if poly_config.poly_type != "poly":
-        raise ValueError(
-            f"Unsupported poly_type: {poly_config.poly_type}. Currently, only the following types are supported: "
-            "`poly`."
-        )
+        supported = "Currently, only the following types are supported: `poly`."
+        raise ValueError(f"Unsupported poly_type: {poly_config.poly_type}. {supported}")
     return PolyRouter(poly_config)
 
 

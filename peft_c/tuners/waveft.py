@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import wavelets
+from . import wavelet_filters, wavelets
 from .fourierft import random_places
 from .room import AddRoom, RoomConfig, RoomModel, option, register, rows_of, shared
 from .targets import check_target_module_exists
@@ -148,6 +148,6 @@ class WaveFTModel(RoomModel):
         return max(1, round(inputs * outputs / sum(sizes) * (config.n_frequency * len(sizes))))
 
 
-constants = wavelet = wavelets
 register("waveft", WaveFTConfig, WaveFTModel)
-sys.modules.update({f"{__name__}.{part}": wavelets for part in ("constants", "wavelet", "waverec2d")})
+for part, home in {"constants": wavelets, "waverec2d": wavelets, "wavelet": wavelet_filters}.items():
+    sys.modules[f"{__name__}.{part}"] = globals()[part] = home

@@ -114,17 +114,18 @@ def synthesise(coefficients: torch.Tensor, size: int, family: str) -> torch.Tens
     return F.conv_transpose1d(bands, bank, stride=2, padding=crop).squeeze(1)[:, :size]
 
 
-def waverec2d(coeffs: list, wavelet: str, axes: tuple[int, int] = (-2, -1)) -> torch.Tensor:
+def waverec2d(coeffs: list, wavelet: object, axes: tuple[int, int] = (-2, -1)) -> torch.Tensor:
     """The inverse of the two-dimensional transform: of [low, (horizontal, vertical, diagonal details), ...], coarse
-    levels first, each (..., rows, columns) along `axes`."""
+    levels first, each (..., rows, columns) along `axes`. wavelet: its name, or what has that as an attribute."""
+    family = getattr(wavelet, "name", wavelet).replace("haar", "db1")
     low = coeffs[0].movedim(axes, (-2, -1))
     for details in coeffs[1:]:
         horizontal, vertical, diagonal = (detail.movedim(axes, (-2, -1)) for detail in details)
         low = low[..., : diagonal.shape[-2], : diagonal.shape[-1]]
         low = torch.cat([torch.cat([low, vertical], -1), torch.cat([horizontal, diagonal], -1)], -2)
         for _ in range(2):
-            size = low.shape[-1] - LENGTHS[wavelet] + 2
-            low = synthesise(low.flatten(0, -2), size, wavelet).unflatten(0, low.shape[:-1]).mT
+            size = low.shape[-1] - LENGTHS[family] + 2
+            low = synthesise(low.flatten(0, -2), size, family).unflatten(0, low.shape[:-1]).mT
     return low.movedim((-2, -1), axes)
 
 
