@@ -14,7 +14,9 @@
  *   and switch, too, with one exception: avx512bf16 sums bf16 factors of one scale and rank >= 4 into a bf16 weight by
  *   the CPU's bf16 dot products. Generic differs in the last bits of the delta. A record knows how its delta was summed,
  *   and unmerge does it the same way if any ISA of the machine can.
- *   Contractions of bf16 x with bf16 factors (x A^T, g B) use these dot products as well: bf16 subnormals count as zero.
+ *   Contractions of bf16 x with bf16 factors (x A^T, g B) use these dot products as well: bf16 subnormals count as zero. So
+ *   do, where x, the factors and the result are bf16, the products with what came of them (H B^T, u A, u^T x, g^T t), for
+ *   up to 128 ranks the first two; H, u and t are rounded to bf16 for it, as torch rounds them.
  * - workspace: `work` needs no alignment and no initial content. A size of 0 means that NULL will do.
  */
 #ifndef PEFT_C_KERNELS_H

@@ -5,6 +5,7 @@
 #include "dots.h"
 #include "dtype.h"
 #include "lowrank.h"
+#include "terms.h"
 
 enum {
     PANEL_WORDS = 256, /* of all panels side by side; sums of so many products are added to what came before */
@@ -19,25 +20,15 @@ typedef struct {
     const pk_isa *isa;
     const pk_mat *y, *x, *bias; /* bias may be NULL */
     pk_mat w;                   /* (k, n) */
-    const pk_lowrank *parts;
-    int nparts, pairs; /* pairs: a word is two bf16, else a float */
-    int64_t panels, depth, words, rank;
+    term_sums terms;
+    int pairs; /* a word is two bf16, else a float */
+    int64_t panels, depth, words;
     char *
         rows; /* x, as it is or packed: groups of MR rows, `group` words apart; word p of row i is the p * sp + i * si-th */
     int64_t group, sp, si;
     const dots_job *dots; /* few rows, instead of what stands from `pairs` on */
-    char *turned;         /* (rank, m): x A^T times the scales */
+    char *turned;         /* of terms_turn */
 } linear_job;
-
-/* words p .. p + np of the nj columns from j on, at to[p * ld + j] */
-static void pack_words(const linear_job *e, const pk_mat *a, int64_t p, int64_t np, int64_t j, int64_t nj, char *to,
-                       int64_t ld) {
-    if (e->pairs)
-        e->isa->pack_pairs((const uint16_t *)(const void *)mat_at(a, 2 * p, j), a->rs, a->cs,
-                           min64(2 * np, a->rows - 2 * p), nj, (uint32_t *)(void *)to, ld);
-    else
-        mat_pack(e->isa, a, p, j, np, nj, to, ld, 1.0, 0);
-}
 
 static void pack_rows(int64_t begin, int64_t end, void *ctx) {
     const linear_job *const e = ctx;
@@ -46,7 +37,7 @@ static void pack_rows(int64_t begin, int64_t end, void *ctx) {
         const int64_t i = g * MR, n = min64(MR, x.cols - i);
         char *const to = e->rows + i * e->words * 4;
         if (e->pairs || x.dtype != PK_F32 || x.rs != 1) {
-            pack_words(e, &x, 0, e->words, i, n, to, MR);
+            words_pack(e->isa, &x, 0, e->words, i, n, to, MR, 0, e->pairs);
             continue;
         }
         for (int64_t q = 0; q < n; q++) {
@@ -66,17 +57,13 @@ static void base_panels(const linear_job *e, int64_t j0, int64_t n, float *d, in
             const int last = j + nr >= n, end = last && p + np >= e->words;
             const int64_t next_p = end ? 0 : last ? p + np : p, next_j = end ? j0 + n : last ? j0 : j0 + j + nr;
             if (n - j < nr) memset(panel, 0, sizeof panel);
-            pack_words(e, &e->w, p, np, j0 + j, min64(nr, n - j), panel, nr);
+            words_pack(e->isa, &e->w, p, np, j0 + j, min64(nr, n - j), panel, nr, 0, e->pairs);
             for (int64_t g = 0; g < groups; g++) {
                 const char *const row = e->rows + (g * e->group + p * e->sp) * 4;
                 float *const to = d + g * MR * ld + j;
                 const int mr = (int)min64(MR, m - g * MR), add = p > 0 ? 2 : 0;
                 if (next_j < e->w.cols) mat_fetch(&e->w, next_p * each, e->depth * each, next_j, nr, g, groups);
-                if (e->pairs)
-                    e->isa->pairs(np, (const uint32_t *)(const void *)row, e->sp, e->si,
-                                  (const uint32_t *)(const void *)panel, to, ld, 1.0f, mr, add);
-                else
-                    e->isa->tile[0](np, row, e->sp, panel, to, ld, mr, add);
+                words_tile(e->isa, np, row, e->sp, e->si, panel, to, ld, mr, add, 0, e->pairs);
             }
         }
     }
@@ -90,19 +77,14 @@ static void base_dots(const linear_job *e, int64_t j0, int64_t n, float *d, int6
 
 /* one panel of d += the terms */
 static void add_terms(const linear_job *e, int64_t j, int64_t n, float *d, int64_t ld) {
-    const int64_t nr = e->isa->nr[0], m = e->y->rows;
+    const int64_t m = e->y->rows;
     _Alignas(64) char panel[DEPTH * NR_MAX * 4];
-    const char *row = e->turned;
-    if (n < nr) memset(panel, 0, sizeof panel);
-    for (int f = 0; f < e->nparts; f++) {
-        const pk_mat up = mat_transposed(e->parts[f].up);
-        for (int64_t p = 0; p < up.rows; p += DEPTH) {
-            const int64_t np = min64(DEPTH, up.rows - p);
-            mat_pack(e->isa, &up, p, j, np, n, panel, nr, 1.0, 0);
-            for (int64_t i = 0; i < m; i += MR)
-                e->isa->tile[0](np, row + i * 4, m, panel, d + i * ld, ld, (int)min64(MR, m - i), 1);
-            row += np * m * 4;
-        }
+    for (int64_t p = 0; p < e->terms.depth; p += DEPTH) {
+        const int64_t np = min64(DEPTH, e->terms.depth - p);
+        terms_pack(&e->terms, p, np, j, n, panel);
+        for (int64_t i = 0; i < m; i += MR)
+            terms_tile(&e->terms, np, e->turned + (p * m + i) * 4, m, panel, (char *)(d + i * ld), ld,
+                       (int)min64(MR, m - i), 1);
     }
 }
 
@@ -125,10 +107,11 @@ static void linear_columns(int64_t begin, int64_t end, void *ctx) {
 /* t (m, rank) = x A^T, and the same in `turned` */
 static int shrink_terms(linear_job *e, char *t, work_area *area, pk_parallel_fn par) {
     const int64_t m = e->y->rows;
+    char *const halves = e->terms.pairs ? work_take(area, m * e->terms.rank * 2) : NULL;
     int rc = PK_OK;
-    for (int64_t f = 0, p = 0; f < e->nparts && rc == PK_OK; p += e->parts[f++].up.cols)
-        rc = dots_run(e->x, &e->parts[f].down, area->base ? t + p * 4 : NULL, e->rank, 0, area, par);
-    if (area->base && rc == PK_OK) turn_terms(e->isa, e->parts, e->nparts, e->rank, 0, t, m, e->turned);
+    for (int64_t f = 0, p = 0; f < e->terms.nparts && rc == PK_OK; p += e->terms.parts[f++].up.cols)
+        rc = dots_run(e->x, &e->terms.parts[f].down, area->base ? t + p * 4 : NULL, e->terms.rank, 0, area, par);
+    if (area->base && rc == PK_OK) terms_turn(&e->terms, t, m, halves, e->turned);
     return rc;
 }
 
@@ -144,14 +127,17 @@ static int takes_rows(const pk_mat *x, const pk_mat *w) {
 static int linear(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_mat *bias, const pk_lowrank *f, int nf,
                   const pk_mat *t, int few, work_area *area, pk_parallel_fn par) {
     const int64_t m = y->rows, nr = pk_isa_now()->nr[0], groups = (m + MR - 1) / MR;
-    linear_job e = {
-        .isa = pk_isa_now(), .y = y, .x = x, .w = mat_transposed(*w), .parts = f, .nparts = nf, .panels = NR_MAX / nr};
+    linear_job e = {.isa = pk_isa_now(),
+                    .y = y,
+                    .x = x,
+                    .w = mat_transposed(*w),
+                    .terms = terms_of(y, x, f, nf, 0),
+                    .panels = NR_MAX / nr};
     dots_job dots;
     int rc = PK_OK;
     e.bias = bias && bias->data ? bias : NULL;
-    e.rank = rank_of(f, nf);
-    e.turned = work_take(area, m * e.rank * 4);
-    char *const acc = work_take(area, m * e.rank * 4);
+    e.turned = work_take(area, m * e.terms.rank * 4);
+    char *const acc = work_take(area, m * e.terms.rank * 4);
     if (few) {
         rc = dots_prepare(&dots, x, w, 0, area, par);
         e.dots = &dots;
@@ -176,10 +162,10 @@ static int linear(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_ma
     }
     if (rc == PK_OK) rc = shrink_terms(&e, acc, area, par);
     if (rc != PK_OK || !area->base) return rc;
-    if (t && t->data) mat_unpack(e.isa, t, 0, 0, m, e.rank, acc, e.rank, 1.0, 0);
+    if (t && t->data) mat_unpack(e.isa, t, 0, 0, m, e.terms.rank, acc, e.terms.rank, 1.0, 0);
     const int64_t block = e.panels * nr;
-    return run_parallel(par, (y->cols + block - 1) / block, (e.rank + x->cols) * block * (8 + m) / 12, linear_columns,
-                        &e);
+    return run_parallel(par, (y->cols + block - 1) / block, (e.terms.rank + x->cols) * block * (8 + m) / 12,
+                        linear_columns, &e);
 }
 
 static int linear_valid(const pk_mat *y, const pk_mat *x, const pk_mat *w, const pk_lowrank *f, int nf) {

@@ -3,52 +3,35 @@
 
 #include "dots.h"
 #include "dtype.h"
+#include "terms.h"
 
 enum { FEW_ROWS = 16, BLOCK_ROWS = 12, MANY_ROWS = 512, MANY_BLOCK_ROWS = 48, STRIPS = 32768 /* bytes of panels */ };
 
 typedef struct {
-    const pk_isa *isa;
+    term_sums s;
     const pk_mat *y;
-    const pk_lowrank *parts;
     const int64_t *ids;   /* NULL, or where the rows of t are looked up, which is not kept then */
     const dots_job *dots; /* of each part; many rows only, NULL with ids */
-    int nparts, wide, direct, strips;
+    int direct, strips;
     row_op op;
-    int64_t rank, block;
+    int64_t block;
     char *t;      /* (m, R) */
-    char *turned; /* t times the scales, transposed: (R, m), with many rows block by block */
-    char *panels; /* many rows: (n / nr, R, nr), up, zero padded */
+    char *turned; /* t times the scales, transposed: (words, m), with many rows block by block */
+    char *halves; /* for terms_turn */
+    char *panels; /* many rows: (n / nr, words, nr), up, zero padded */
 } product_job;
 
 /* ---------------------------------------------------------------------------------------------------------- expand */
 
-/* rows p0 .. p0 + np of the stacked parts, the j-th panel of columns */
-static void pack_panel(const product_job *e, int64_t p0, int64_t np, int64_t j, char *panel) {
-    const int64_t nr = e->isa->nr[e->wide], size = acc_size(e->wide), n = min64(nr, e->y->cols - j * nr);
-    int64_t start = 0;
-    if (n < nr) memset(panel, 0, (size_t)(np * nr * size));
-    for (int i = 0; i < e->nparts; i++) {
-        const pk_mat up = mat_transposed(e->parts[i].up);
-        const int64_t lo = max64(p0, start), hi = min64(p0 + np, start + up.rows);
-        if (lo < hi)
-            mat_pack(e->isa, &up, lo - start, j * nr, hi - lo, n, panel + (lo - p0) * nr * size, nr, 1.0, e->wide);
-        start += up.rows;
-    }
+static int64_t panel_cols(const product_job *e) {
+    return e->s.isa->nr[e->s.wide];
 }
 
 static void pack_panels(int64_t begin, int64_t end, void *ctx) {
     const product_job *const e = ctx;
-    const int64_t bytes = e->rank * e->isa->nr[e->wide] * acc_size(e->wide);
-    for (int64_t j = begin; j < end; j++) pack_panel(e, 0, e->rank, j, e->panels + j * bytes);
-}
-
-void turn_terms(const pk_isa *isa, const pk_lowrank *parts, int nparts, int64_t rank, int wide, const char *t,
-                int64_t m, char *to) {
-    const int64_t size = acc_size(wide);
-    int64_t p = 0;
-    for (int i = 0; i < nparts; p += parts[i++].up.cols)
-        isa->dtype[wide ? PK_F64 : PK_F32].pack(t + p * size, 1, rank, parts[i].up.cols, m, to + p * m * size, m,
-                                                parts[i].scale);
+    const int64_t nr = panel_cols(e), bytes = e->s.depth * nr * acc_size(e->s.wide);
+    for (int64_t j = begin; j < end; j++)
+        terms_pack(&e->s, 0, e->s.depth, j * nr, min64(nr, e->y->cols - j * nr), e->panels + j * bytes);
 }
 
 /* to[q] = scale times element ids[q] of a row of this type */
@@ -66,31 +49,31 @@ static INLINE void look_up_row(pk_dtype dtype, const char *row, int64_t step, co
 /* rows i0 .. i0 + m of t, turned: (R, m) */
 static void look_up(const product_job *e, int64_t i0, int64_t m, char *turned) {
     const int64_t *const ids = e->ids + i0;
-    for (int i = 0; i < e->nparts; i++) {
-        const pk_mat *const a = &e->parts[i].down;
+    for (int i = 0; i < e->s.nparts; i++) {
+        const pk_mat *const a = &e->s.parts[i].down;
         const int64_t step = a->cs * pk_dtype_size(a->dtype);
-        const double scale = e->parts[i].scale;
-        for (int64_t p = 0; p < a->rows; p++, turned += m * acc_size(e->wide)) {
+        const double scale = e->s.parts[i].scale;
+        for (int64_t p = 0; p < a->rows; p++, turned += m * acc_size(e->s.wide)) {
             const char *const row = mat_at(a, p, 0);
             if (a->dtype == PK_F32)
-                look_up_row(PK_F32, row, step, ids, m, scale, e->wide, turned);
+                look_up_row(PK_F32, row, step, ids, m, scale, e->s.wide, turned);
             else if (a->dtype == PK_F64)
-                look_up_row(PK_F64, row, step, ids, m, scale, e->wide, turned);
+                look_up_row(PK_F64, row, step, ids, m, scale, e->s.wide, turned);
             else if (a->dtype == PK_BF16)
-                look_up_row(PK_BF16, row, step, ids, m, scale, e->wide, turned);
+                look_up_row(PK_BF16, row, step, ids, m, scale, e->s.wide, turned);
             else
-                look_up_row(PK_F16, row, step, ids, m, scale, e->wide, turned);
+                look_up_row(PK_F16, row, step, ids, m, scale, e->s.wide, turned);
         }
     }
 }
 
 /* rows i0 .. i0 + m of t, looked up or computed before, to where they are expanded from: (R, m) */
 static const char *turn(const product_job *e, int64_t i0, int64_t m) {
-    const int64_t at = i0 * e->rank * acc_size(e->wide);
+    const int64_t at = i0 * e->s.rank * acc_size(e->s.wide);
     if (e->ids)
         look_up(e, i0, m, e->turned + at);
     else
-        turn_terms(e->isa, e->parts, e->nparts, e->rank, e->wide, e->t + at, m, e->turned + at);
+        terms_turn(&e->s, e->t + at, m, e->halves + i0 * e->s.rank * 2, e->turned + at);
     return e->turned + at;
 }
 
@@ -98,13 +81,13 @@ static const char *turn(const product_job *e, int64_t i0, int64_t m) {
 static void put_row(const product_job *e, int64_t i, int64_t j0, int64_t n, const char *d) {
     char *y = mat_at(e->y, i, j0);
     if (e->direct) {
-        e->isa->dtype[e->y->dtype].apply(e->op, y, d, y, n);
+        e->s.isa->dtype[e->y->dtype].apply(e->op, y, d, y, n);
         return;
     }
     for (int64_t q = 0; q < n; q++, y += e->y->cs * pk_dtype_size(e->y->dtype)) {
         const double old = e->op == OP_SET ? 0 : scalar_load(e->y->dtype, y);
-        const double v = e->wide ? old + ((const double *)(const void *)d)[q]
-                                 : (double)((float)old + ((const float *)(const void *)d)[q]);
+        const double v = e->s.wide ? old + ((const double *)(const void *)d)[q]
+                                   : (double)((float)old + ((const float *)(const void *)d)[q]);
         scalar_store(e->y->dtype, y, v);
     }
 }
@@ -112,17 +95,17 @@ static void put_row(const product_job *e, int64_t i, int64_t j0, int64_t n, cons
 /* few rows: each panel is packed where it is used */
 static void expand_columns(int64_t begin, int64_t end, void *ctx) {
     const product_job *const e = ctx;
-    const int64_t m = e->y->rows, nr = e->isa->nr[e->wide], size = acc_size(e->wide);
+    const int64_t m = e->y->rows, nr = panel_cols(e), size = acc_size(e->s.wide);
     _Alignas(64) char panel[DEPTH * NR_MAX * 4];
     _Alignas(64) char d[FEW_ROWS * NR_MAX * 4];
     for (int64_t j = begin; j < end; j++) {
         const int64_t n = min64(nr, e->y->cols - j * nr);
-        for (int64_t p = 0; p == 0 || p < e->rank; p += DEPTH) { /* rank 0: sums of nothing */
-            const int64_t np = min64(DEPTH, e->rank - p);
-            pack_panel(e, p, np, j, panel);
+        for (int64_t p = 0; p == 0 || p < e->s.depth; p += DEPTH) { /* rank 0: sums of nothing */
+            const int64_t np = min64(DEPTH, e->s.depth - p);
+            terms_pack(&e->s, p, np, j * nr, n, panel);
             for (int64_t i = 0; i < m; i += MR)
-                e->isa->tile[e->wide](np, e->turned + (p * m + i) * size, m, panel, d + i * nr * size, nr,
-                                      (int)min64(MR, m - i), p > 0);
+                terms_tile(&e->s, np, e->turned + (p * m + i) * size, m, panel, d + i * nr * size, nr,
+                           (int)min64(MR, m - i), p > 0);
         }
         for (int64_t i = 0; i < m; i++) put_row(e, i, j * nr, n, d + i * nr * size);
     }
@@ -130,22 +113,22 @@ static void expand_columns(int64_t begin, int64_t end, void *ctx) {
 
 /* rows i0 .. i0 + m of y; turned: (R, m) */
 static void expand_rows(const product_job *e, int64_t i0, int64_t m, const char *turned) {
-    const int64_t nr = e->isa->nr[e->wide], size = acc_size(e->wide);
+    const int64_t nr = panel_cols(e), size = acc_size(e->s.wide);
     _Alignas(64) char d[MR * NR_MAX * 4];
     for (int64_t j = 0; j * nr < e->y->cols; j++) {
         const int64_t n = min64(nr, e->y->cols - j * nr);
-        pk_strip tile = {.depth = e->rank, .ldrow = m, .ldw = e->y->rs, .cols = nr};
-        tile.panel = e->panels + j * e->rank * nr * size;
+        pk_strip tile = {.depth = e->s.depth, .scale = 1.0f, .ldrow = m, .ldw = e->y->rs, .cols = nr};
+        tile.panel = e->panels + j * e->s.depth * nr * size;
         for (int64_t i = 0; i < m; i += MR) {
             tile.row = turned + i * size;
             tile.w = mat_at(e->y, i0 + i, j * nr);
             tile.next = n == nr && e->direct && i + MR <= m ? mat_at(e->y, i0 + i, (j + 1) * nr) : NULL;
             tile.mr = (int)min64(MR, m - i);
             if (e->direct && n == nr && tile.mr == MR) {
-                e->isa->dtype[e->y->dtype].fused[0](e->op, &tile);
+                e->s.isa->dtype[e->y->dtype].fused[e->s.pairs](e->op, &tile);
                 continue;
             }
-            e->isa->tile[e->wide](e->rank, tile.row, m, tile.panel, d, nr, tile.mr, 0);
+            terms_tile(&e->s, e->s.depth, tile.row, m, tile.panel, d, nr, tile.mr, 0);
             for (int q = 0; q < tile.mr; q++) put_row(e, i0 + i + q, j * nr, n, d + q * nr * size);
         }
     }
@@ -153,17 +136,17 @@ static void expand_rows(const product_job *e, int64_t i0, int64_t m, const char 
 
 /* rows i0 .. i0 + m of y; turned: (R, m); for panels that stay in the nearest cache all together */
 static void expand_strips(const product_job *e, int64_t i0, int64_t m, const char *turned) {
-    const int64_t nr = e->isa->nr[e->wide], size = acc_size(e->wide), whole = e->y->cols / nr * nr;
+    const int64_t nr = panel_cols(e), size = acc_size(e->s.wide), whole = e->y->cols / nr * nr;
     _Alignas(64) char d[MR * NR_MAX * 4];
     for (int64_t i = 0; i < m; i += MR) {
-        pk_strip strip = {.depth = e->rank, .ldrow = m, .ldw = e->y->rs, .cols = whole};
+        pk_strip strip = {.depth = e->s.depth, .scale = 1.0f, .ldrow = m, .ldw = e->y->rs, .cols = whole};
         strip.row = turned + i * size;
         strip.panel = e->panels;
         strip.w = mat_at(e->y, i0 + i, 0);
         strip.mr = (int)min64(MR, m - i);
-        e->isa->dtype[e->y->dtype].fused[0](e->op, &strip);
+        e->s.isa->dtype[e->y->dtype].fused[e->s.pairs](e->op, &strip);
         if (whole == e->y->cols) continue;
-        e->isa->tile[e->wide](e->rank, strip.row, m, e->panels + whole * e->rank * size, d, nr, strip.mr, 0);
+        terms_tile(&e->s, e->s.depth, strip.row, m, e->panels + whole * e->s.depth * size, d, nr, strip.mr, 0);
         for (int q = 0; q < strip.mr; q++) put_row(e, i0 + i + q, whole, e->y->cols - whole, d + q * nr * size);
     }
 }
@@ -173,56 +156,55 @@ static void expand_strips(const product_job *e, int64_t i0, int64_t m, const cha
 /* blocks of rows, shrunk and expanded while they are in the cache */
 static void product_rows(int64_t begin, int64_t end, void *ctx) {
     const product_job *const e = ctx;
-    const int64_t size = acc_size(e->wide);
+    const int64_t size = acc_size(e->s.wide);
     for (int64_t b = begin; b < end; b++) {
         const int64_t i0 = b * e->block, m = min64(e->block, e->y->rows - i0);
-        int64_t p = i0 * e->rank;
-        for (int i = 0; !e->ids && i < e->nparts; p += e->parts[i++].up.cols)
-            dots_block(&e->dots[i], i0, m, 0, e->parts[i].up.cols, e->t + p * size, e->rank);
+        int64_t p = i0 * e->s.rank;
+        for (int i = 0; !e->ids && i < e->s.nparts; p += e->s.parts[i++].up.cols)
+            dots_block(&e->dots[i], i0, m, 0, e->s.parts[i].up.cols, e->t + p * size, e->s.rank);
         (e->strips ? expand_strips : expand_rows)(e, i0, m, turn(e, i0, m));
     }
 }
 
 static int product_many(product_job *e, const pk_mat *x, work_area *area, pk_parallel_fn par) {
-    const int64_t nr = e->isa->nr[e->wide], panels = (e->y->cols + nr - 1) / nr, m = e->y->rows;
-    dots_job *const dots = e->ids ? NULL : work_take(area, e->nparts * (int64_t)sizeof *dots);
+    const int64_t nr = panel_cols(e), panels = (e->y->cols + nr - 1) / nr, m = e->y->rows;
+    dots_job *const dots = e->ids ? NULL : work_take(area, e->s.nparts * (int64_t)sizeof *dots);
     int64_t cost;
     int rc = PK_OK;
     e->block = m < MANY_ROWS ? BLOCK_ROWS : MANY_BLOCK_ROWS;
-    e->panels = work_take(area, panels * nr * e->rank * acc_size(e->wide));
+    e->panels = work_take(area, panels * nr * e->s.depth * acc_size(e->s.wide));
     e->dots = dots;
-    cost = e->block * e->rank * e->y->cols / 12;
-    for (int i = 0; !e->ids && i < e->nparts && rc == PK_OK; i++) {
+    cost = e->block * e->s.rank * e->y->cols / 12;
+    for (int i = 0; !e->ids && i < e->s.nparts && rc == PK_OK; i++) {
         dots_job job;
-        rc = dots_prepare(&job, x, &e->parts[i].down, e->wide, area, par);
+        rc = dots_prepare(&job, x, &e->s.parts[i].down, e->s.wide, area, par);
         if (area->base) dots[i] = job;
-        cost += dots_cost(&job, e->block, e->parts[i].up.cols);
+        cost += dots_cost(&job, e->block, e->s.parts[i].up.cols);
     }
     if (!area->base || rc != PK_OK) return rc;
-    rc = run_parallel(par, panels, e->rank * nr / 2, pack_panels, e);
+    rc = run_parallel(par, panels, e->s.rank * nr / 2, pack_panels, e);
     return rc != PK_OK ? rc : run_parallel(par, (m + e->block - 1) / e->block, cost, product_rows, e);
 }
 
 static int product_few(product_job *e, const pk_mat *x, work_area *area, pk_parallel_fn par) {
-    const int64_t nr = e->isa->nr[e->wide], m = e->y->rows, size = acc_size(e->wide);
+    const int64_t nr = panel_cols(e), m = e->y->rows, size = acc_size(e->s.wide);
     int64_t p = 0;
     int rc = PK_OK;
-    for (int i = 0; !e->ids && i < e->nparts && rc == PK_OK; p += e->parts[i++].up.cols)
-        rc = dots_run(x, &e->parts[i].down, area->base ? e->t + p * size : NULL, e->rank, e->wide, area, par);
+    for (int i = 0; !e->ids && i < e->s.nparts && rc == PK_OK; p += e->s.parts[i++].up.cols)
+        rc = dots_run(x, &e->s.parts[i].down, area->base ? e->t + p * size : NULL, e->s.rank, e->s.wide, area, par);
     if (!area->base || rc != PK_OK) return rc;
     turn(e, 0, m);
-    return run_parallel(par, (e->y->cols + nr - 1) / nr, e->rank * nr * (8 + m) / 12, expand_columns, e);
+    return run_parallel(par, (e->y->cols + nr - 1) / nr, e->s.rank * nr * (8 + m) / 12, expand_columns, e);
 }
 
 /* x: unused with ids */
 static int product_start(product_job *e, const pk_mat *x, work_area *area, pk_parallel_fn par) {
     const size_t mark = area->used;
     const pk_mat *const y = e->y;
-    e->isa = pk_isa_now();
-    e->direct = (y->cs == 1 || y->cols <= 1) && e->wide == (y->dtype == PK_F64);
-    for (int i = 0; i < e->nparts; i++) e->rank += e->parts[i].up.cols;
-    e->turned = work_take(area, y->rows * e->rank * acc_size(e->wide));
-    e->strips = e->direct && e->rank * y->cols * acc_size(e->wide) <= STRIPS;
+    e->direct = (y->cs == 1 || y->cols <= 1) && e->s.wide == (y->dtype == PK_F64);
+    e->turned = work_take(area, y->rows * e->s.rank * acc_size(e->s.wide));
+    e->halves = e->s.pairs ? work_take(area, y->rows * e->s.rank * 2) : NULL;
+    e->strips = e->direct && e->s.depth * y->cols * acc_size(e->s.wide) <= STRIPS;
     const int few = y->rows <= FEW_ROWS && !(e->ids && e->strips);
     const int rc = (few ? product_few : product_many)(e, x, area, par);
     area->used = mark;
@@ -231,7 +213,7 @@ static int product_start(product_job *e, const pk_mat *x, work_area *area, pk_pa
 
 int product_run(const pk_mat *y, const pk_mat *x, const pk_lowrank *parts, int nparts, int wide, row_op op, char *t,
                 work_area *area, pk_parallel_fn par) {
-    product_job e = {.y = y, .parts = parts, .nparts = nparts, .wide = wide, .op = op, .t = t};
+    product_job e = {.s = terms_of(y, x, parts, nparts, wide), .y = y, .op = op, .t = t};
     return product_start(&e, x, area, par);
 }
 
@@ -297,7 +279,7 @@ int pk_lowrank_set(const pk_mat *y, const pk_mat *x, const pk_lowrank *f, int nf
 
 static int lookup(const pk_mat *y, const int64_t *ids, const pk_lowrank *f, int nf, work_area *area,
                   pk_parallel_fn par) {
-    product_job e = {.y = y, .ids = ids, .parts = f, .nparts = nf, .wide = y->dtype == PK_F64, .op = OP_ADD};
+    product_job e = {.s = terms_of(y, NULL, f, nf, y->dtype == PK_F64), .y = y, .ids = ids, .op = OP_ADD};
     return product_start(&e, NULL, area, par);
 }
 

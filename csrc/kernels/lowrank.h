@@ -16,10 +16,6 @@ enum {
 int product_run(const pk_mat *y, const pk_mat *x, const pk_lowrank *parts, int nparts, int wide, row_op op, char *t,
                 work_area *area, pk_parallel_fn par);
 
-/* to (rank, m) = transposed t (m, rank), times each part's scale */
-void turn_terms(const pk_isa *isa, const pk_lowrank *parts, int nparts, int64_t rank, int wide, const char *t,
-                int64_t m, char *to);
-
 /* all ranks together; are the factors valid for y (m, n), x (m, k)? */
 int64_t rank_of(const pk_lowrank *f, int nf);
 int factors_fit(const pk_lowrank *f, int nf, int64_t n, int64_t k);

@@ -530,8 +530,14 @@ def test_a_record_of_any_threads_fits_into_the_bound(dtype, shape, threads):
     assert np.array_equal(bits(weight.w), bits(old))
 
 
+def rounding_between(isa, *between):
+    """Relative error of what is rounded between two products of these types: pairs of bf16 take bf16 only."""
+    return EPS[BF16] if isa == "avx512bf16" and set(between) == {BF16} else 0.0
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.integers(1, 40), shapes, dtypes, seeds, st.sampled_from(ISAS))
+@example(17, (70, 130, 12), BF16, 1, ISAS[0])
 def test_forward(m, shape, dtype, seed, name):
     n, k, r = shape
     rng = np.random.default_rng(seed)
@@ -549,14 +555,16 @@ def test_forward(m, shape, dtype, seed, name):
     xf = klib.widen(x, dtype)
     wide = F64 in (dtype, dy)
     acc = EPS[F64 if wide and dy == F64 else F32]
-    want, total, at = klib.widen(old, dy), np.abs(klib.widen(old, dy)), 0
+    want, total, at, extra = klib.widen(old, dy), np.abs(klib.widen(old, dy)), 0, 0
     for a, da, b, db, s in parts:
         af, bf = klib.widen(a, da), klib.widen(b, db)
         assert np.allclose(t[:, at : at + len(a)], xf @ af.T, rtol=1e-5, atol=1e-4)
         at += len(a)
         want = want + s * (xf @ af.T) @ bf.T
         total = total + s * (np.abs(xf) @ np.abs(af).T) @ np.abs(bf).T
-    bound = EPS[dy] * np.abs(want) + (k + 3 * rank + 9) * acc * total + (2.0**-25 if dy == F16 else 0)
+        extra = extra + rounding_between(name, dtype, db, dy) * s * np.abs(xf @ af.T) @ np.abs(bf).T
+    bound = 1.01 * EPS[dy] * (np.abs(want) + extra) + (k + 3 * rank + 9) * acc * total + extra
+    bound += 2.0**-25 if dy == F16 else 0
     assert (np.abs(klib.widen(y, dy) - want) <= bound).all()
     blank, filled = np.zeros_like(y), lay_out(np.full_like(y, 7), 3)
     args = klib.mat(blank, dy), klib.mat(x, dtype), f, len(parts)
@@ -646,12 +654,13 @@ def test_linear_layers(m, shape, dtype, seed, name):
     parts = random_factors(rng, n, k, r, dtype, nf=int(rng.integers(3)), size=0.3) if rng.integers(4) else []
     f, rank = klib.factors(parts), sum(p[0].shape[0] for p in parts)
     xf, wf, t = klib.widen(x, dtype), klib.widen(w, dtype), np.zeros((m, rank), np.float32)
-    want, total, seen = xf @ wf.T, np.abs(xf) @ np.abs(wf).T, []
+    want, total, extra, seen = xf @ wf.T, np.abs(xf) @ np.abs(wf).T, 0, []
     if bias is not None:
         want, total = want + klib.widen(bias, dtype), total + np.abs(klib.widen(bias, dtype))
     for a, da, b, db, s in parts:
         af, bf = klib.widen(a, da), klib.widen(b, db)
         want, total = want + s * (xf @ af.T) @ bf.T, total + s * (np.abs(xf) @ np.abs(af).T) @ np.abs(bf).T
+        extra = extra + rounding_between(name, dtype, db) * s * np.abs(xf @ af.T) @ np.abs(bf).T
 
     def run(x, par, t=None):
         y = np.zeros((len(x), n), klib.STORED[dtype])
@@ -665,7 +674,7 @@ def test_linear_layers(m, shape, dtype, seed, name):
         seen.append(run(x, PAR, t))
     assert np.array_equal(bits(seen[0]), bits(seen[1]))
     tiny = 2.0**-25 if dtype == F16 else 0
-    bound = 1.01 * EPS[dtype] * np.abs(want) + (k + 3 * rank + 9) * EPS[F32] * total + tiny
+    bound = 1.01 * EPS[dtype] * (np.abs(want) + extra) + (k + 3 * rank + 9) * EPS[F32] * total + extra + tiny
     assert (np.abs(klib.widen(seen[0], dtype) - want) <= bound).all()
     if rank:
         assert np.allclose(t, np.hstack([xf @ klib.widen(p[0], p[1]).T for p in parts]), rtol=1e-5, atol=1e-4)
@@ -676,17 +685,18 @@ def test_linear_layers(m, shape, dtype, seed, name):
     turned = [(b.T, db, a.T, da, s) for a, da, b, db, s in parts]
     f, g, u = klib.factors(turned), random(rng, (m, n), dtype, kind=rng.integers(4)), np.zeros((m, rank), np.float32)
     gf, seen = klib.widen(g, dtype), []
-    want, total = gf @ wf, np.abs(gf) @ np.abs(wf)
+    want, total, extra = gf @ wf, np.abs(gf) @ np.abs(wf), 0
     for down, db, up, da, s in turned:
         df, uf = klib.widen(down, db), klib.widen(up, da)
         want, total = want + s * (gf @ df.T) @ uf.T, total + s * (np.abs(gf) @ np.abs(df).T) @ np.abs(uf).T
+        extra = extra + rounding_between(name, dtype, da) * s * np.abs(gf @ df.T) @ np.abs(uf).T
     for threads in (1, 3):
         LIB.shim_threads(threads)
         dx = random(rng, (m, k), dtype, kind=rng.integers(2))
         args = klib.mat(dx, dtype), klib.mat(g, dtype), klib.mat(w.T, dtype)
         keep, p = klib.buffer(LIB.pk_linear_work(*args, f, len(parts)))
         assert LIB.pk_linear(*args, None, f, len(parts), klib.mat(u, F32), p, PAR) == OK
-        bound = 1.01 * EPS[dtype] * np.abs(want) + (n + 3 * rank + 9) * EPS[F32] * total + tiny
+        bound = 1.01 * EPS[dtype] * (np.abs(want) + extra) + (n + 3 * rank + 9) * EPS[F32] * total + extra + tiny
         assert (np.abs(klib.widen(dx, dtype) - want) <= bound).all()
         seen.append(bits(dx).copy())
     assert np.array_equal(*seen)
@@ -714,6 +724,8 @@ def test_linear_layers_refuse(isa):
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 40), shapes, dtypes, seeds, st.sampled_from(ISAS))
+@example(151, (70, 130, 60), BF16, 1, ISAS[0])
+@example(151, (70, 130, 60), BF16, 2, ISAS[0])
 def test_backward(m, shape, dtype, seed, name):
     n, k, r = shape
     rng = np.random.default_rng(seed)
@@ -732,20 +744,35 @@ def test_backward(m, shape, dtype, seed, name):
     q = klib.Backward(*mats, asked, klib.mat(dA, da), klib.mat(dB, da), add)
     keep, p = klib.buffer(LIB.pk_lowrank_backward_work(C.byref(q)))
     assert LIB.pk_lowrank_backward(C.byref(q), p, PAR) == OK
-    for got, dt, want, size in [
+    for got, dt, want, size, between in [
         (
             dx if given is None else None,
             dtype,
             add * dx0 + s * gf @ bf @ af,
             np.abs(gf) @ np.abs(bf) @ np.abs(af) * s + np.abs(add * dx0),
+            s * np.abs(gf @ bf) @ np.abs(af),
         ),
-        (dA, da, s * (gf @ bf).T @ xf, (np.abs(gf) @ np.abs(bf)).T @ np.abs(xf) * s),
-        (dB, da, s * gf.T @ (xf @ af.T), np.abs(gf).T @ (np.abs(xf) @ np.abs(af).T) * s),
+        (
+            dA,
+            da,
+            s * (gf @ bf).T @ xf,
+            (np.abs(gf) @ np.abs(bf)).T @ np.abs(xf) * s,
+            s * np.abs(gf @ bf).T @ np.abs(xf),
+        ),
+        (
+            dB,
+            da,
+            s * gf.T @ (xf @ af.T),
+            np.abs(gf).T @ (np.abs(xf) @ np.abs(af).T) * s,
+            s * np.abs(gf).T @ np.abs(xf @ af.T),
+        ),
     ]:
         if got is None:
             continue
         acc = EPS[F64 if dtype == F64 and dt == F64 else F32]
-        bound = 1.01 * EPS[dt] * np.abs(want) + (n + k + m + 3 * r + 9) * acc * size + (2.0**-24 if dt == F16 else 0)
+        extra = rounding_between(name, dtype, da) * between
+        bound = 1.01 * EPS[dt] * (np.abs(want) + extra) + (n + k + m + 3 * r + 9) * acc * size + extra
+        bound += 2.0**-24 if dt == F16 else 0
         assert (np.abs(klib.widen(got, dt) - want) <= bound).all()
     select(ISAS[0])
 
