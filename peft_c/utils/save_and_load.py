@@ -524,15 +524,18 @@ def _find_weights(model_id: str, subfolder: str | None, download: dict[str, Any]
         path = hub.local_file(model_id, name, subfolder)
         if path is not None:
             return path
-    where = os.path.join(model_id, subfolder or "")
+    where = os.path.join(model_id, subfolder) if subfolder else model_id
     message = (
         f"Can't find weights for {model_id} in {where} or in the Hugging Face Hub. Please check that the file "
         f"{WEIGHTS_NAME} or {SAFETENSORS_WEIGHTS_NAME} is present at {where}."
     )
     if os.path.isdir(model_id):
         raise ValueError(message)
+    from huggingface_hub import constants
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    if constants.HF_HUB_OFFLINE:  # a miss is then reported as what it is, not as a broken connection
+        download["local_files_only"] = True
     for name in names:
         try:
             return hub.download_file(model_id, name, subfolder=subfolder, **download)
@@ -587,7 +590,8 @@ def load_peft_weights(
         prefix = next((prefix for prefix in (_PREFIX, "base_model.") if key.startswith(prefix)), None)
         if prefix is None:
             raise ValueError(
-                f"Cannot apply `key_mapping`: the key '{key}' in '{path}' does not start with base_model."
+                "An error occurred while trying to load a PEFT state_dict with key_mapping: the key "
+                f"'{key}' in '{path}' does not start with base_model."
             )
         name = key.removeprefix(prefix)
         for pattern, replacement in key_mapping.items():

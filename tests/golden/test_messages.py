@@ -1,5 +1,6 @@
 """What users and their filters read: the same warnings and reprs as in PEFT."""
 
+import importlib
 import warnings
 
 import peft
@@ -96,3 +97,57 @@ def test_proportional_parameters_of_targets_that_waveft_does_not_adapt():
         config = package.WaveFTConfig(target_modules=["0"], n_frequency=4, proportional_parameters=True)
         with pytest.raises(ValueError, match="No target modules found for proportional"):
             package.get_peft_model(nn.Sequential(nn.Conv1d(4, 4, 1)), config)
+
+
+def refuse_in_offline_mode(package, monkeypatch):
+    monkeypatch.setattr(pytest.importorskip("huggingface_hub").constants, "HF_HUB_OFFLINE", True)
+    package.load_peft_weights("some/adapter")
+
+
+def load_keys_of_no_adapter(package, folder):
+    pytest.importorskip("safetensors.torch").save_file({"x.y": torch.ones(2)}, folder / "adapter_model.safetensors")
+    package.load_peft_weights(folder, key_mapping={"a": "b"})
+
+
+def preprocess(package, layer):
+    loraga = importlib.import_module(f"{package.__name__}.tuners.lora.loraga")
+    config = package.LoraConfig(
+        target_modules=["0"], init_lora_weights="lora_ga", lora_ga_config=package.LoraGAConfig(), r=2
+    )
+    loraga.preprocess_loraga(nn.Sequential(layer), config, lambda: None)
+
+
+def use_kasa_on_the_meta_device(package):
+    variants = importlib.import_module(f"{package.__name__}.tuners.lora.variants")
+    config = package.LoraConfig(target_modules=["0"], kasa_config=package.KasaConfig(), r=2)
+    model = package.get_peft_model(nn.Sequential(nn.Linear(4, 4, device="meta")), config)
+    variants.KasaLinearVariant._apply_deferred_truncation(model.base_model.model[0], "default")
+
+
+class Quantised(nn.Linear):
+    quant_state = ()
+
+
+REFUSALS = {
+    "offline": lambda package, monkeypatch, folder: refuse_in_offline_mode(package, monkeypatch),
+    "keys": lambda package, monkeypatch, folder: load_keys_of_no_adapter(package, folder),
+    "lora_ga quantised": lambda package, monkeypatch, folder: preprocess(package, Quantised(4, 4)),
+    "lora_ga layers": lambda package, monkeypatch, folder: preprocess(package, nn.Conv1d(4, 4, 1)),
+    "kasa meta": lambda package, monkeypatch, folder: use_kasa_on_the_meta_device(package),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals_begin_as_in_peft(case, monkeypatch, tmp_path):
+    texts = []
+    for package in (peft, peft_c):
+        with pytest.raises(Exception) as caught:
+            REFUSALS[case](package, monkeypatch, tmp_path)
+        texts.append((caught.type, str(caught.value)))
+    assert texts[0][0] is texts[1][0]
+    assert texts[1][1].startswith(texts[0][1].split(". ")[0])
+
+
+def test_a_folder_without_weights_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} or in the Hugging Face Hub"):
+        peft_c.load_peft_weights(tmp_path)

@@ -52,7 +52,7 @@ def test_old_name_of_the_token_is_understood(monkeypatch, tmp_path):
     model = get_peft_model(tiny.mlp(), LoraConfig(r=2, target_modules=["lin0"]))
     model.save_pretrained(tmp_path)
 
-    def download(repo_id, filename, subfolder=None, token=None, user_agent=None, revision=None):
+    def download(repo_id, filename, subfolder=None, token=None, revision=None, **others):
         seen[filename] = (repo_id, subfolder, token, revision)
         return str(tmp_path / filename)
 

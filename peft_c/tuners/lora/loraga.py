@@ -53,8 +53,8 @@ def preprocess_loraga(
     for name, module in get_target_modules(model, lora_config):
         if hasattr(module, "quant_state"):
             raise ValueError(
-                f"LoRA-GA does not support quantized models, its gradients need full precision. Found quantized "
-                f"module: '{name}'."
+                f"LoRA-GA does not support quantized models. Found quantized module: '{name}'. Its gradients need "
+                "full precision."
             )
 
     cache = load_cache(cache_file, model)
@@ -79,7 +79,7 @@ def estimate_gradients(model: nn.Module, lora_config: LoraConfig, train_step: Ca
     targets = [module for _, module in get_target_modules(model, lora_config)]
     if not targets:
         raise ValueError(
-            "No supported layers found for LoRA-GA initialization: `target_modules` must cover at least one nn.Linear "
+            "No supported layers found for LoRA-GA initialization. `target_modules` must cover at least one nn.Linear "
             "or Conv1D."
         )
     calls = dict.fromkeys(targets, 0)

@@ -701,8 +701,8 @@ class KasaLinearVariant(_AdditiveVariant):
         weight = module.get_base_layer().weight
         if weight.is_meta:
             raise RuntimeError(
-                f"KaSA could not truncate the base weight for adapter '{active_adapter}' because it is still on the "
-                "meta device. Load the base model's weights before a forward pass or merging."
+                "KaSA could not apply its SVD base-weight truncation because the base weight is still on the meta "
+                f"device. Load the base model's weights before adapter '{active_adapter}' is used or merged."
             )
         r = module.r[active_adapter]
         if module.lora_diag[active_adapter].is_meta:  # no checkpoint has filled it
