@@ -117,4 +117,4 @@ class HiraModel(RoomModel):
     corrects_config = False
 
 
-register("hira", HiraConfig, HiraModel)
+register("hira", HiraConfig, HiraModel, parts=("bnb",))

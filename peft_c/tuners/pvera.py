@@ -96,4 +96,4 @@ class PveraModel(SavedProjectionModel):
         return drawn(config.projection_prng_key, (2 * config.r, in_features), (out_features, config.r))
 
 
-register("pvera", PveraConfig, PveraModel)
+register("pvera", PveraConfig, PveraModel, parts=("bnb",))

@@ -147,4 +147,4 @@ def _has_bfloat16() -> bool:
     return not torch.backends.mps.is_available() or torch.backends.mps.is_macos_or_newer(14, 0)
 
 
-register("randlora", RandLoraConfig, RandLoraModel)
+register("randlora", RandLoraConfig, RandLoraModel, parts=("bnb",))

@@ -88,4 +88,4 @@ class RoadModel(RoomModel):
     unsupported = ValueError
 
 
-register("road", RoadConfig, RoadModel, mixed=True)
+register("road", RoadConfig, RoadModel, mixed=True, parts=("bnb",))

@@ -108,7 +108,12 @@ def test_subspaces():
     assert ours.get_trainable_subspaces(3) == theirs.get_trainable_subspaces(3)
 
 
-@pytest.mark.parametrize("path", ["ia3.bnb", "adalora.bnb", "adalora.gptq", "boft.fbd", "waveft.wavelet", "osf.utils"])
+PATHS = """
+adalora.bnb adalora.gptq boft.fbd hira.bnb ia3.bnb osf.utils pvera.bnb randlora.bnb road.bnb waveft.constants
+""".split()
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_paths(path):
     assert importlib.import_module(f"peft_c.tuners.{path}")
 

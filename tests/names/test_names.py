@@ -216,7 +216,8 @@ def test_prompt_configs_are_exchanged(peft, name, tmp_path):
 PASSED_ON = """
 mapping_func mixed_model peft_model tuners.tuners_utils tuners.lora tuners.lora.model tuners.lora.layer
 tuners.boft.model tuners.ia3.layer tuners.loha.layer tuners.lycoris_utils tuners.mixed.model tuners.oft.config
-tuners.vera.model
+tuners.vera.model tuners.lora.aqlm tuners.lora.awq tuners.lora.eetq tuners.lora.gptq tuners.lora.hqq tuners.lora.inc
+tuners.lora.te tuners.lora.torchao tuners.lora.tp_layer
 """.split()
 
 
@@ -234,6 +235,13 @@ def test_names_that_modules_import_are_there(peft, module):
     assert not missing, missing
     with pytest.raises(ImportError):
         exec(f"from peft_c.{module} import nothing_of_that_name")
+
+
+def test_what_the_layers_of_bitsandbytes_import_is_found_there():
+    """PEFT has that module with bitsandbytes only."""
+    from peft_c.tuners.lora import bnb, layer
+
+    assert bnb.VARIANT_KWARG_KEYS is layer.VARIANT_KWARG_KEYS and bnb.LoraLayer is layer.LoraLayer
 
 
 def test_configs_have_the_same_fields(peft):

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from peft_c.import_utils import is_aqlm_available
+from peft_c.reexports import elsewhere
 
 from ._quantized import QuantizedLinear, base_of
 from .config import LoraConfig
@@ -29,3 +30,6 @@ def dispatch_aqlm(target: nn.Module, adapter_name: str, config: LoraConfig, **kw
     new_module = AqlmLoraLinear(target, adapter_name, config=config, **kwargs)
     target.qweight = base.codes
     return new_module
+
+
+__getattr__ = elsewhere(__name__, "tuners.lora.layer")

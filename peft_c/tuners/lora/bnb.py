@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from peft_c.import_utils import is_bnb_4bit_available, is_bnb_available
+from peft_c.reexports import elsewhere
 from peft_c.utils.integrations import dequantize_bnb_weight
 
 from ._quantized import QuantizedLinear, base_of
@@ -82,3 +83,6 @@ def dispatch_bnb_4bit(target: nn.Module, adapter_name: str, config: LoraConfig, 
     from bitsandbytes.nn import Linear4bit as Base
 
     return Linear4bit(target, adapter_name, config=config, **kwargs) if isinstance(base_of(target), Base) else None
+
+
+__getattr__ = elsewhere(__name__, "tuners.lora.layer")

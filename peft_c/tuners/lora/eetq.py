@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from peft_c.import_utils import is_eetq_available
+from peft_c.reexports import elsewhere
 
 from ._quantized import QuantizedLinear, base_of
 from .config import LoraConfig
@@ -39,3 +40,6 @@ def dispatch_eetq(target: nn.Module, adapter_name: str, config: LoraConfig, **kw
     if hasattr(target, "bias"):
         target.bias = base.bias
     return new_module
+
+
+__getattr__ = elsewhere(__name__, "tuners.lora.layer")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from peft_c.import_utils import is_hqq_available
+from peft_c.reexports import elsewhere
 
 from ._quantized import QuantizedLinear, base_of
 from .config import LoraConfig
@@ -43,3 +44,6 @@ def dispatch_hqq(target: nn.Module, adapter_name: str, config: LoraConfig, **kwa
 
     base = base_of(target)
     return HqqLoraLinear(base, adapter_name, config=config, **kwargs) if isinstance(base, HQQLinear) else None
+
+
+__getattr__ = elsewhere(__name__, "tuners.lora.layer")

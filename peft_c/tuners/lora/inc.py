@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from peft_c.import_utils import is_inc_available
+from peft_c.reexports import elsewhere
 
 from ._quantized import base_of
 from .config import LoraConfig
@@ -31,3 +32,6 @@ def dispatch_inc(target: nn.Module, adapter_name: str, config: LoraConfig, **kwa
     if not isinstance(base_of(target), PatchedLinear):
         return None
     return IncLoraLinear(target, adapter_name, config=config, **kwargs)
+
+
+__getattr__ = elsewhere(__name__, "tuners.lora.layer")

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from peft_c.import_utils import is_te_pytorch_available
+from peft_c.reexports import elsewhere
 
 from ._quantized import QuantizedLinear, base_of
 from .config import LoraConfig
@@ -29,3 +30,6 @@ def dispatch_transformer_engine(
 
     types = (te.LayerNormLinear, te.LayerNormMLP, te.Linear)
     return TeLinear(target, adapter_name, config=config, **kwargs) if isinstance(base_of(target), types) else None
+
+
+__getattr__ = elsewhere(__name__, "tuners.lora.layer")

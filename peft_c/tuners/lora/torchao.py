@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from peft_c.import_utils import is_torchao_available
+from peft_c.reexports import elsewhere
 
 from ._quantized import RequantizedMerge, base_of
 from .config import LoraConfig
@@ -76,3 +77,6 @@ def dispatch_torchao(target: nn.Module, adapter_name: str, config: LoraConfig, *
     if not isinstance(weight, TorchAOBaseTensor):
         return None
     return TorchaoLoraLinear(target, adapter_name, config=config, **kwargs)
+
+
+__getattr__ = elsewhere(__name__, "tuners.lora.layer")

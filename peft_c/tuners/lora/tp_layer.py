@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_c.reexports import elsewhere
 from peft_c.tuners import law
 
 from ._quantized import base_of
@@ -174,3 +175,6 @@ def dispatch_megatron(target: nn.Module, adapter_name: str, config: LoraConfig, 
         backend=parallel,
         **{**kwargs, "megatron_config": megatron_config},
     )
+
+
+__getattr__ = elsewhere(__name__, "tuners.lora.layer")
