@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import _C
 from ..utils.constants import UPCAST_DTYPES
-from ..utils.other import AuxiliaryTrainingWrapper
+from ..utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from . import law
 from .merging import tie_again
 from .tuner_layer import ADAPTER_CONTAINERS, BaseTunerLayer, tensors_of
@@ -33,8 +33,8 @@ def enable_adapters(model: nn.Module, enabled: bool, irregular: bool = True) -> 
     the adapters were enabled: True, False, None if there are none, or "irregular" when layers differed, in which case
     nothing changes unless `irregular` is true.
     """
-    # what a fully trained module holds, it switches itself
-    before, merged = tree_of(model).enable_adapters(model, _SWITCHED, AuxiliaryTrainingWrapper, enabled, irregular)
+    # a wrapper switches its layer of trained tokens itself
+    before, merged = tree_of(model).enable_adapters(model, _SWITCHED, TrainableTokensWrapper, enabled, irregular)
     for module in merged if enabled else ():
         law.resume(module)
     return before

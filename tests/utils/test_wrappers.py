@@ -1,6 +1,7 @@
 """ModulesToSaveWrapper and TrainableTokensWrapper: random programs against PEFT, and what PEFT gets wrong."""
 
 import copy
+import importlib
 import pickle
 
 import pytest
@@ -102,6 +103,23 @@ def test_disabling_does_not_unfreeze():
         assert wrapper.modules_to_save["a"].weight.requires_grad is not frozen
 
 
+def test_an_adapter_of_the_original_of_a_trained_module_is_disabled():
+    outputs = []
+    for package in PACKAGES:
+        peft = importlib.import_module(package)
+        model = with_adapters(
+            peft, {"target_modules": ["lin"], "modules_to_save": ["head"]}, {"target_modules": ["original_module"]}
+        )
+        model.set_adapter("a1")
+        ids = torch.tensor([[1, 2, 3]])
+        enabled = model(ids)
+        with model.disable_adapter():
+            assert torch.allclose(model(ids), network()(ids), atol=1e-6)
+        assert torch.equal(model(ids), enabled)
+        outputs.append(enabled)
+    assert torch.allclose(*outputs, atol=1e-6)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda w: pickle.loads(pickle.dumps(w))])
 def test_copies(copied):
     from peft_c.utils import ModulesToSaveWrapper
@@ -144,8 +162,6 @@ def test_a_module_named_like_the_adapter_is_not_wrapped():
 @pytest.mark.parametrize("package", PACKAGES)
 def test_token_wrapper_of_a_model(package):
     """Trained rows change the output of their tokens only, under set_adapter, disabling and deletion."""
-    import importlib
-
     peft = importlib.import_module(package)
     config = {"target_modules": ["lin"], "init_lora_weights": True, "trainable_token_indices": {"embed": [1, 3]}}
     model = with_adapters(peft, config, {"target_modules": ["lin"], "init_lora_weights": True})
