@@ -72,23 +72,24 @@ def test_butterflies(order):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("factors", [1, 2, 3])
-def test_layers_of_boft_take_a_forward_that_was_written_for_peft(factors, monkeypatch):
+@pytest.mark.parametrize(("kind", "factors"), [*(("Linear", n) for n in (1, 2, 3)), ("Conv2d", 1), ("Conv2d", 2)])
+def test_layers_of_boft_take_a_forward_that_was_written_for_peft(kind, factors, monkeypatch):
     """As Gaudi's, which read the permutations and call the Cayley transform of the layer."""
     ours, theirs = both("boft.layer")
     monkeypatch.setattr(theirs, "get_fbd_cuda", lambda: True)
     monkeypatch.setattr(theirs, "FastBlockDiag", ours.FastBlockDiag)
-    layers, x = [], torch.randn(5, 16)
+    layers, x = [], network(kind)[1]
     for package in (peft_c, peft):
         options = {"boft_block_size": 2, "boft_n_butterfly_factor": factors, "init_weights": False}
         torch.manual_seed(0)
         config = package.BOFTConfig(target_modules=["0"], **options)
-        layers.append(package.get_peft_model(network("Linear")[0], config).base_model.model[0])
+        layers.append(package.get_peft_model(network(kind)[0], config).base_model.model[0])
     assert torch.equal(layers[0].boft_P, layers[1].boft_P)
-    torch.testing.assert_close(theirs.Linear.forward(layers[0], x), layers[0](x))
+    layer = getattr(theirs, kind)
+    torch.testing.assert_close(layer.forward(layers[0], x), layers[0](x))
     torch.testing.assert_close(layers[0](x), layers[1](x))
     for mine, other in zip(
-        theirs.Linear.get_delta_weight(layers[0], "default"), layers[0].get_delta_weight("default"), strict=True
+        layer.get_delta_weight(layers[0], "default"), layers[0].get_delta_weight("default"), strict=True
     ):
         torch.testing.assert_close(mine, other)
 
