@@ -92,19 +92,13 @@ class XLoraModel(BaseTuner):
             _load_expert(
                 self.lora_model, str(i), path, torch_device, autocast_adapter_dtype, ephemeral_gpu_offload, **kwargs
             )
-        self.lora_model.set_adapter([str(i) for i in range(len(config.adapters))])
-        self._maybe_freeze_all_adapters()
+        self.set_adapter(adapter_name)
         n_layers, device = convert_layers_to_xlora(model, self, config)
         self.internal_xlora_classifier = XLoraClassifier(model, config, len(config.adapters), n_layers, device)
         self.internal_xlora_scalings: torch.Tensor | None = None
         self.current_scalings: torch.Tensor | None = None  # during a forward
         self.disabled = False
         self.eval()
-
-    def _maybe_freeze_all_adapters(self) -> None:
-        for name, parameter in self.named_parameters() if not self.xlora_config.use_trainable_adapters else ():
-            if ".lora_" in name:
-                parameter.requires_grad = False
 
     # --- forward ---
 
@@ -133,9 +127,7 @@ class XLoraModel(BaseTuner):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`, without a cache."""
-        result = self.lora_model.generate(*args, **{**kwargs, "use_cache": False})
-        self._maybe_freeze_all_adapters()
-        return result
+        return self.lora_model.generate(*args, **{**kwargs, "use_cache": False})
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -158,6 +150,12 @@ class XLoraModel(BaseTuner):
         return False
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Let some experts act, by their numbers, or all of them, by X-LoRA's own name."""
+        own, *experts = self.peft_config
+        frozen = inference_mode or not self.xlora_config.use_trainable_adapters
+        self.lora_model.set_adapter(experts if adapter_name == own else adapter_name, frozen)
 
     def enable_adapter_layers(self) -> None:
         """Switch X-LoRA on."""
