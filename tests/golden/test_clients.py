@@ -252,6 +252,33 @@ def test_switches_that_are_replaced(name, monkeypatch):
     assert calls[0] == calls[1] > 0
 
 
+@pytest.mark.parametrize(
+    "name", ["active_adapters", "active_adapter", "disable_adapters", "merged", "_cast_input_dtype"]
+)
+def test_state_that_a_subclass_says_itself(name):
+    """petals takes the active adapter from a context, ms-swift that of each thread, by properties of own layers."""
+    outputs = []
+    own = {
+        "active_adapters": property(lambda self: ["b"]),
+        "active_adapter": property(lambda self: "b"),
+        "disable_adapters": property(lambda self: True),
+        "merged": property(lambda self: True),
+        "_cast_input_dtype": lambda self, x, dtype: 2 * x,
+    }
+    x = torch.ones(2, 4)
+    for package in (peft_c, peft):
+        torch.manual_seed(0)
+        Linear = package.tuners.lora.Linear
+        config = package.LoraConfig(init_lora_weights=False)
+        layer = Linear(nn.Linear(4, 6), "a", config, r=2, lora_alpha=2)
+        layer.update_layer("b", 3, lora_alpha=9, config=config)
+        plain = layer(x)
+        layer.__class__ = type("Own", (Linear,), {name: own[name]})
+        outputs.append(layer(x))
+        assert not torch.equal(outputs[-1], plain)
+    torch.testing.assert_close(*outputs)
+
+
 @pytest.mark.parametrize("method", ["LoHaConfig", "LoKrConfig", "FourierFTConfig", "LoraConfig"])
 def test_decorated_delta(method, monkeypatch):
     """A wrapper that `functools.wraps` made look like the method is what merging calls."""

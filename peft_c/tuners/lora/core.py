@@ -468,12 +468,21 @@ def _rows(
     return x.index_select(0, index), lambda term: result.index_add_(0, index.to(result.device), term)
 
 
+_READ_BY_C = ("active_adapter", "active_adapters", "disable_adapters", "merged", "_cast_input_dtype")
+
+
 class _LoraModule(law.Merging, nn.Module, LoraLayer):
     """The layers below: forward, merge and delta of any layer type that declares `_base_view` and `_low_rank`."""
 
     _lowrank_names: tuple[str, ...] | None = None  # set: `_C.lowrank_forward` may compute this type's forward
     _merge_suspended = False  # see law.suspend
     _merge_factor = 1  # how often merging adds the delta
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """C looks behind the names of _READ_BY_C, so it leaves types alone that have versions of their own."""
+        super().__init_subclass__(**kwargs)
+        if any(getattr(cls, name) is not getattr(LoraLayer, name) for name in _READ_BY_C):
+            cls._lowrank_names = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output plus what the active adapters add.
