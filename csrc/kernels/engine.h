@@ -20,8 +20,8 @@ enum { ROW_GROUP = 48 }; /* packed rows lie in groups of as many: a multiple of 
 typedef struct {
     const pk_delta *d;
     int64_t rank; /* R; with pairs, of 32-bit pairs: each factor's rank halved, rounded up */
-    int pairs;    /* bf16 factors kept as pairs of bf16, unscaled */
-    float scale;  /* then: to multiply the sum by */
+    int pairs;    /* bf16 factors kept as pairs of bf16, up multiplied by a power of two only */
+    float scale;  /* then: what the sum is still to be multiplied by */
     char *panels, *rows;
     pk_mat full; /* turned as the walk is */
 } delta_source;

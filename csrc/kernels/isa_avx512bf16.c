@@ -18,6 +18,7 @@ static INLINE void pairs_sum(int64_t depth, const uint32_t *row, int64_t sp, int
             for (int v = 0; v < NV; v++) c[i][v] = _mm512_dpbf16_ps(c[i][v], a, b[v]);
         }
     }
+    if (scale == 1) return;
     for (int i = 0; i < mr; i++)
         for (int v = 0; v < NV; v++) c[i][v] = vf_mul(c[i][v], vf_set1(scale));
 }

@@ -1,7 +1,7 @@
 /* source.c: makes a delta ready for the engine: packs its factors. */
-#include <string.h>
-
+#include "dtype.h"
 #include "engine.h"
+#include "words.h"
 
 typedef struct {
     const engine_job *job;
@@ -22,13 +22,28 @@ static double scale_of(const delta_source *s, const pk_lowrank *f) {
     return f->scale * s->d->alpha;
 }
 
-static void pack_pairs(const pk_isa *isa, const pk_mat *a, int64_t j, int64_t nj, char *to, int64_t ld) {
-    isa->pack_pairs((const uint16_t *)(const void *)mat_at(a, 0, j), a->rs, a->cs, a->rows, nj, (uint32_t *)(void *)to,
-                    ld);
+/* Of bf16 it changes nothing but the exponents: B is multiplied by it, not the sums. */
+static int is_power_of_two(float scale) {
+    const uint32_t bits = f32_bits(scale), exponent = bits >> 23 & 0xff;
+    return (bits & 0x7fffff) == 0 && exponent > 0 && exponent < 0xff;
+}
+
+static uint32_t scaled_pair(uint32_t pair, float scale) {
+    const uint32_t low = f32_bits(f32_of(pair << 16) * scale), high = f32_bits(f32_of(pair & 0xffff0000u) * scale);
+    return low >> 16 | (high & 0xffff0000u);
+}
+
+static void pack_pairs(const pk_isa *isa, const pk_mat *a, int64_t j, int64_t nj, void *to, int64_t ld, double scale) {
+    const int64_t words = words_of(a->rows, 1);
+    const int is_scaled = scale != 1 && is_power_of_two((float)scale);
+    uint32_t *pair = to;
+    words_pack(isa, a, 0, words, j, nj, to, ld, 0, 1);
+    for (int64_t p = 0; is_scaled && p < words; p++, pair += ld)
+        for (int64_t i = 0; i < nj; i++) pair[i] = scaled_pair(pair[i], (float)scale);
 }
 
 static int64_t depth_of(const delta_source *s, const pk_mat *a) {
-    return s->pairs ? (a->rows + 1) / 2 : a->rows;
+    return words_of(a->rows, s->pairs);
 }
 
 static void pack_panels(int64_t begin, int64_t end, void *ctx) {
@@ -44,7 +59,7 @@ static void pack_panels(int64_t begin, int64_t end, void *ctx) {
             const pk_mat a = along(job, f);
             const double scale = job->transposed ? scale_of(p->s, f) : 1.0;
             if (p->s->pairs)
-                pack_pairs(job->isa, &a, j * nr, n, to, nr);
+                pack_pairs(job->isa, &a, j * nr, n, to, nr, scale);
             else
                 mat_pack(job->isa, &a, 0, j * nr, a.rows, n, to, nr, scale, job->wide);
             to += depth_of(p->s, &a) * nr * size;
@@ -64,7 +79,7 @@ static void pack_groups(int64_t begin, int64_t end, void *ctx) {
             const pk_mat b = across(job, f);
             const double scale = job->transposed ? 1.0 : scale_of(p->s, f);
             if (p->s->pairs)
-                pack_pairs(job->isa, &b, g * ROW_GROUP, n, to, ROW_GROUP);
+                pack_pairs(job->isa, &b, g * ROW_GROUP, n, to, ROW_GROUP, scale);
             else
                 mat_pack(job->isa, &b, 0, g * ROW_GROUP, b.rows, n, to, ROW_GROUP, scale, job->wide);
             to += depth_of(p->s, &b) * ROW_GROUP * size;
@@ -94,7 +109,8 @@ int source_prepare(delta_source *s, const engine_job *job, const pk_delta *d, in
         return PK_OK;
     }
     s->pairs = math == MATH_PAIRS;
-    s->scale = s->pairs ? (float)scale_of(s, &d->factors[0]) : 1.0f;
+    const float scale = s->pairs ? (float)scale_of(s, &d->factors[0]) : 1.0f;
+    s->scale = is_power_of_two(scale) ? 1.0f : scale;
     for (int i = 0; i < d->nf; i++) s->rank += depth_of(s, &d->factors[i].down);
     const int64_t size = acc_size(job->wide), nr = job->isa->nr[job->wide];
     s->panels = work_take(area, round_up(job->w.cols, NR_MAX) * s->rank * size);

@@ -120,6 +120,12 @@ static INLINE vf vf_quick_bf16(uint16_t *p, vf v) {
     _mm256_storeu_si256((__m256i *)(void *)p, h);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
+/* two at once; 0 if none of them was subnormal, or another value that gives a zero */
+static INLINE uint32_t vf_quick_bf16_two(uint16_t *p, vf a, vf b) {
+    const __m512i h = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+    _mm512_storeu_si512(p, h);
+    return _mm512_testn_epi16_mask(h, _mm512_set1_epi16(0x7fff));
+}
 static INLINE __m512bh vf_load_pairs(const uint16_t *p) {
     return (__m512bh)_mm512_loadu_si512(p);
 }
