@@ -626,7 +626,7 @@ def bare_weight(layer: Any, label: str = "weight") -> torch.Tensor | None:
     without unmerging."""
     steps = records(layer)
     merged = [name for step in steps for name in step.adapters]
-    if merged != layer.merged_adapters or not hasattr(layer, "_merge_targets"):
+    if merged != layer.merged_adapters or getattr(layer, "_merge_targets", None) is None:
         return None
     saved_steps = [saved for step in steps for saved in step.saved if saved.label == label]
     if any(not saved.changes and saved.undo is None for saved in saved_steps):

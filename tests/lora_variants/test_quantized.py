@@ -122,6 +122,52 @@ def test_refusals():
         layer(x, adapter_names=["default"] * 3)
 
 
+class Half(torch.Tensor):
+    """Half of a weight; as torchao's, it has to be dequantised before it is added to."""
+
+    __module__ = "torchao.made_up"
+
+    def dequantize(self):
+        return 2 * self.as_subclass(torch.Tensor)
+
+
+class HalfLinear(nn.Linear):
+    def quantize(self):
+        self.weight = nn.Parameter((self.weight.detach() / 2).as_subclass(Half), requires_grad=False)
+        return self
+
+    def forward(self, x):
+        return x @ self.weight.dequantize().T + self.bias
+
+
+def test_merge_of_dora_on_torchao(monkeypatch):
+    quantization = types.ModuleType("torchao.quantization")
+    quantization.Int4Tensor = type("Int4Tensor", (), {})
+    torchao = types.ModuleType("torchao")
+    torchao.quantize_ = lambda module, config: config(module)
+    monkeypatch.setitem(sys.modules, "torchao", torchao)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", quantization)
+
+    torch.manual_seed(0)
+    base, x = HalfLinear(16, 12).quantize(), torch.randn(3, 16)
+    plain = base(x)
+    config = peft_c.LoraConfig(use_dora=True, init_lora_weights=False)
+    options = {"config": config, "lora_alpha": 8, "get_apply_tensor_subclass": lambda: HalfLinear.quantize}
+    layer = importlib.import_module("peft_c.tuners.lora.torchao").TorchaoLoraLinear(base, "default", r=4, **options)
+    adapted = layer(x)
+    assert not torch.allclose(adapted, plain)
+    layer.merge()
+    torch.testing.assert_close(layer(x), adapted)
+    layer.unmerge()
+    torch.testing.assert_close(base(x), plain)
+    layer.update_layer("b", 2, lora_alpha=4, config=config)
+    layer.set_adapter(["default", "b"])
+    layer.merge()
+    assert layer.merged_adapters == ["default", "b"]
+    layer.unmerge()
+    torch.testing.assert_close(base(x), plain)
+
+
 DISPATCHERS = {
     "aqlm": ["dispatch_aqlm"],
     "awq": ["dispatch_awq"],

@@ -22,6 +22,8 @@ class TorchaoLoraLinear(RequantizedMerge, Linear):
     """`get_apply_tensor_subclass()` returns the torchao config that merging quantises with; without it the layer can
     be trained but not merged. int4 weights are refused."""
 
+    _merge_targets = None  # RequantizedMerge merges it, not law.py
+
     def __init__(self, *args: Any, get_apply_tensor_subclass: Callable | None = None, **kwargs: Any) -> None:
         if kwargs["config"].lora_bias:
             raise ValueError(f"{type(self).__name__} does not support lora_bias yet, set it to False")
