@@ -132,6 +132,7 @@ class ShadowModel(ShadowPath, RoomModel):
             raise ValueError(f"ShadowPEFT requires exactly one active adapter, but got {count} adapters.")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self._sync(inference_mode)
+        self._bind()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter with its shadow network."""

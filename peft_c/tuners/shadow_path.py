@@ -110,10 +110,11 @@ class ShadowPath:
         self.last_shadow_loss: torch.Tensor | None = None
 
     def _bind(self) -> None:
-        """Register the hooks of the model and of the first and the last wrapped block anew."""
+        """Register the hooks of the model and of the first and the last block of the active adapter anew."""
         for handle in self._handles:
             handle.remove()
         layers = [module for module in self.model.modules() if isinstance(module, ShadowLayer)]
+        layers = [layer for layer in layers if not layer.shadow_down.keys().isdisjoint(self.active_adapters)]
         self._handles, self._ends = [], [layers[0], layers[-1]] if layers else []
         if layers:
             self._handles = [
@@ -124,10 +125,7 @@ class ShadowPath:
             ]
 
     def _shadow_path_active(self) -> bool:
-        names = self.active_adapters
-        return (
-            bool(self._ends and names) and not self._ends[0].disable_adapters and names[0] in self._ends[0].shadow_down
-        )
+        return bool(self._ends) and not self._ends[0].disable_adapters
 
     def _start(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before the model: compute the shadow from the inputs, and give the model its own cache only."""
