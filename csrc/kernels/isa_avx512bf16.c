@@ -59,6 +59,20 @@ static INLINE void turn_pairs(const uint16_t *src, int64_t sj, uint32_t *dst, in
     for (int p = 0; p < VFN; p++) _mm512_storeu_si512(dst + p * ld, _mm512_castps_si512(b[p]));
 }
 
+/* dst[j] = low[j] and high[j], j < n */
+static INLINE void join_pairs(const uint16_t *low, const uint16_t *high, int64_t n, uint32_t *dst) {
+    static const uint16_t first[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i from = _mm512_loadu_si512(first), next = _mm512_add_epi16(from, _mm512_set1_epi16(16));
+    int64_t j = 0;
+    for (; j + 32 <= n; j += 32) {
+        const __m512i x = _mm512_loadu_si512(low + j), y = _mm512_loadu_si512(high + j);
+        _mm512_storeu_si512(dst + j, _mm512_permutex2var_epi16(x, from, y));
+        _mm512_storeu_si512(dst + j + 16, _mm512_permutex2var_epi16(x, next, y));
+    }
+    for (; j < n; j++) dst[j] = low[j] | (uint32_t)high[j] << 16;
+}
+
 static void pack_pairs(const uint16_t *src, int64_t sp, int64_t sj, int64_t np, int64_t nj, uint32_t *dst,
                        int64_t ld) {
     const int64_t turned = sp == 1 ? np / 2 / VFN * VFN : 0, cols = sp == 1 ? nj / VFN * VFN : 0;
@@ -67,14 +81,12 @@ static void pack_pairs(const uint16_t *src, int64_t sp, int64_t sj, int64_t np, 
     for (int64_t p = 0; p < (np + 1) / 2; p++) {
         const uint16_t *const low = src + 2 * p * sp;
         const int both = 2 * p + 1 < np;
-        const int64_t up = both ? sp : 0, j0 = p < turned ? cols : 0;
-        const uint32_t mask = both ? 0xffffffffu : 0xffffu;
-        if (sj == 1)
-            for (int64_t j = j0; j < nj; j++)
-                dst[p * ld + j] = ((uint32_t)low[j] | (uint32_t)low[j + up] << 16) & mask;
+        const int64_t j0 = p < turned ? cols : 0;
+        if (both && sj == 1)
+            join_pairs(low + j0, low + sp + j0, nj - j0, dst + p * ld + j0);
         else
             for (int64_t j = j0; j < nj; j++)
-                dst[p * ld + j] = ((uint32_t)low[j * sj] | (uint32_t)low[j * sj + up] << 16) & mask;
+                dst[p * ld + j] = low[j * sj] | (both ? (uint32_t)low[j * sj + sp] << 16 : 0);
     }
 }
 
