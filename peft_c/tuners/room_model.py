@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any, ClassVar
@@ -19,6 +20,13 @@ from .tuners_utils import BaseTuner
 
 State = dict[str, torch.Tensor]
 QUANTISED = {"linear": nn.Linear, "embedding": nn.Embedding, "conv2d": nn.Conv2d}  # a backend's layer type -> class
+
+
+def backend_of(base: nn.Module, **known: Any) -> QuantizationBackend | None:
+    """How to get at the weight of a quantised base layer, of which its model may know more; None for others."""
+    if type(base).__module__.startswith("torch.nn.") and type(getattr(base, "weight", None)) is nn.Parameter:
+        return None
+    return resolve_quantization_backend(base, **known)
 
 
 class RoomModel(BaseTuner):
@@ -115,34 +123,42 @@ class RoomModel(BaseTuner):
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name=adapter_name, config=config, **settings)
             return
-        layer = self._create_new_module(config, adapter_name, target, **settings)
+        layer = self._create_new_module(
+            config, adapter_name, target, **settings, **get_quantization_kwargs(self.model)
+        )
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def backend_of(self, base: nn.Module) -> QuantizationBackend | None:
-        """How to get at the weight of a quantised base layer; None for others."""
-        if type(base).__module__.startswith("torch.nn.") and type(getattr(base, "weight", None)) is nn.Parameter:
-            return None
-        return resolve_quantization_backend(base, **get_quantization_kwargs(self.model))
-
     def room_for(self, base: nn.Module) -> type[Room] | None:
         """The room for a base layer, None if the method has none."""
-        for kind, room in self.rooms.items():
+        return self._room_for(base, backend_of(base, **get_quantization_kwargs(self.model)))
+
+    @classmethod
+    def _room_for(cls, base: nn.Module, backend: QuantizationBackend | None) -> type[Room] | None:
+        for kind, room in cls.rooms.items():
             if is_transformers_conv1d(base) if kind == "Conv1D" else isinstance(base, kind):
                 return room
-        backend = self.backend_of(base)
-        return None if backend is None else self.rooms.get(QUANTISED[backend.layer_type])
+        return None if backend is None else cls.rooms.get(QUANTISED[backend.layer_type])
 
-    def _create_new_module(self, config: Any, adapter_name: str, target: nn.Module, **settings: Any) -> Room:
+    @classmethod
+    def _create_new_module(
+        cls,
+        config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        get_apply_tensor_subclass: Callable | None = None,
+        **settings: Any,
+    ) -> Room:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        room = self.room_for(base)
+        backend = backend_of(base, get_apply_tensor_subclass=get_apply_tensor_subclass)
+        room = cls._room_for(base, backend)
         if room is None:
             known = ", ".join(
                 f"`{'transformers.pytorch_utils.Conv1D' if kind == 'Conv1D' else f'torch.nn.{kind.__name__}'}`"
-                for kind in self.rooms
+                for kind in cls.rooms
             )
-            raise self.unsupported(
+            raise cls.unsupported(
                 f"Target module {target} is not supported. "
                 f"Currently, only the following modules are supported: {known}."
             )
@@ -153,7 +169,6 @@ class RoomModel(BaseTuner):
                 f"`{'torch.nn.Linear' if config.fan_in_fan_out else 'Conv1D'}`. "
                 f"Setting fan_in_fan_out to {not config.fan_in_fan_out}."
             )
-            config = config if self.corrects_config else copy(config)
+            config = config if cls.corrects_config else copy(config)
             config.fan_in_fan_out = not config.fan_in_fan_out
-        backend = self.backend_of(base)
         return room(target, adapter_name=adapter_name, config=config, quantization_backend=backend, **settings)

@@ -229,6 +229,44 @@ def test_rule_of_targets_that_is_replaced(where, monkeypatch):
     assert found == [["lin"], ["lin"]]
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("AdaLora", {"total_step": 9}),
+        ("BOFT", {"boft_block_size": 2}),
+        ("FourierFT", {"n_frequency": 9}),
+        ("HRA", {"r": 2}),
+        ("IA3", {"feedforward_modules": []}),
+        ("LoHa", {"r": 2}),
+        ("Miss", {"r": 2}),
+        ("OFT", {"oft_block_size": 2}),
+    ],
+)
+def test_layers_that_a_subclass_makes(method, options):
+    """AutoGPTQ's models make some layers themselves and leave others to the function of PEFT's class, without self."""
+    found = []
+    for package in (peft_c, peft):
+        torch.manual_seed(0)
+        base = getattr(package.tuners, f"{method}Model")
+
+        class Own(base):
+            @staticmethod
+            def _create_new_module(config, adapter_name, target, base=base, **kwargs):
+                layer = base._create_new_module(config, adapter_name, target, **kwargs)
+                layer.own = True
+                return layer
+
+        config = getattr(package, f"{method}Config")(target_modules=["0"], **options)
+        model = Own(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), {"default": config}, "default")
+        own = [name for name, module in model.named_modules() if hasattr(module, "own")]
+        found.append(
+            (own, sorted(name for name, p in model.named_parameters() if p.requires_grad), model(torch.ones(1, 8)))
+        )
+    assert found[0][0] == found[1][0] == ["model.0"]
+    assert found[0][1] == found[1][1]
+    torch.testing.assert_close(found[0][2], found[1][2])
+
+
 @pytest.mark.parametrize("name", ["disable_adapter_layers", "enable_adapter_layers", "_enable_adapter_layers"])
 def test_switches_that_are_replaced(name, monkeypatch):
     """A program that notes, or locks, when adapters are switched gets to know of those in contexts as well."""
