@@ -49,6 +49,8 @@ EMULATED __mmask32 emulated_cmplt_epi16_mask(__m512i x, __m512i y) {
 }
 #define _mm512_cmplt_epi16_mask emulated_cmplt_epi16_mask
 
+#define _mm512_testn_epi16_mask(x, y) (~_mm512_test_epi16_mask(x, y))
+
 EMULATED __m256 emulated_extractf32x8_ps(__m512 x, int half) {
     __m256 halves[2];
     memcpy(halves, &x, sizeof halves);
