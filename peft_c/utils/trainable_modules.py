@@ -23,6 +23,15 @@ def _freeze_adapter(model: nn.Module, adapter_name: str) -> None:
             param.requires_grad = False
 
 
+def _is_container_of_adapters(model: nn.Module, name: str) -> bool:
+    """Whether the module of that name is where a tuner layer keeps its adapters' values, as `delora_w_norm`."""
+    from ..tuners.tuners_utils import BaseTunerLayer
+
+    parent, _, last = name.rpartition(".")
+    layer = model.get_submodule(parent)
+    return isinstance(layer, BaseTunerLayer) and last in (*layer.adapter_layer_names, *layer.other_param_names)
+
+
 def _set_trainable(
     model: nn.Module,
     adapter_name: str,
@@ -60,6 +69,7 @@ def _set_trainable(
 
     # names are collected first, as wrapping adds some; tied modules are found under each of their names
     found = [name for name, _ in model.named_modules(remove_duplicate=False) if name.endswith(endings)]
+    found = [name for name in found if not _is_container_of_adapters(model, name)]
     if strict_module_check and not found:
         raise ValueError(
             f"Target modules {set(endings)} not found in the base model. "

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -189,3 +190,13 @@ def test_other_attributes_of_an_embedding_shine_through():
     assert embed.embedding_dim == network().embed.embedding_dim and embed.padding_idx is None
     with pytest.raises(AttributeError, match="nonsense"):
         embed.nonsense  # noqa: B018
+
+
+def test_what_delora_calls_a_norm_is_not_saved_as_a_module(tmp_path):
+    peft_c = importlib.import_module("peft_c")
+    torch.manual_seed(0)
+    base = nn.Sequential(OrderedDict(linear=nn.Linear(6, 6), norm=nn.LayerNorm(6)))
+    config = peft_c.DeloraConfig(target_modules=["linear"], modules_to_save=["norm"], r=2, init_weights=False)
+    model = peft_c.get_peft_model(copy.deepcopy(base), config).eval()  # PEFT wraps `delora_w_norm`; forwards fail
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(peft_c.PeftModel.from_pretrained(base, tmp_path)(X), model(X))
