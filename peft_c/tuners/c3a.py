@@ -23,7 +23,7 @@ class C3AConfig(RoomConfig):
     modules_to_save: list[str] | None = shared("modules_to_save")
     layers_to_transform: list[int] | int | None = shared("layers_to_transform")
     layers_pattern: list[str] | str | None = shared("layers_pattern", alone=True)
-    block_size_pattern: dict | None = option({}, "Module name or regular expression -> block size, where it differs.")
+    block_size_pattern: dict | None = option({}, "Name or pattern -> block size, where it differs.", after_dot=True)
     init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] | None = option(
         "xavier_uniform", "Initialisation of the kernel; True: zeros (no change), False: 'xavier_uniform'."
     )

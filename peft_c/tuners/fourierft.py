@@ -24,7 +24,7 @@ class FourierFTConfig(RoomConfig):
     modules_to_save: list[str] | None = shared("modules_to_save")
     layers_to_transform: list[int] | int | None = shared("layers_to_transform")
     layers_pattern: list[str] | str | None = shared("layers_pattern")
-    n_frequency_pattern: dict | None = option({}, "Module name or pattern -> n_frequency, where it differs.")
+    n_frequency_pattern: dict | None = option({}, "Name or pattern -> n_frequency, where it differs.", after_dot=True)
     init_weights: bool = option(False, "True: start with a spectrum of zeros (no change); False: standard normal.")
 
 

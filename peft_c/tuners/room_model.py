@@ -63,10 +63,11 @@ class RoomModel(BaseTuner):
 
     def settings(self, config: Any, key: str, base: nn.Module) -> dict[str, Any]:
         """What `Room.create` is given for the target called `key` beside the config: `by_pattern`."""
-        return {
-            name: pattern_value(getattr(config, pattern), key, getattr(config, name))
-            for name, pattern in self.by_pattern.items()
-        }
+        known, values = type(config).__dataclass_fields__, {}
+        for name, pattern in self.by_pattern.items():
+            after_dot = known[pattern].metadata.get("after_dot", False)
+            values[name] = pattern_value(getattr(config, pattern), key, getattr(config, name), after_dot)
+        return values
 
     def settings_of(self, name: str, config: Any, key: str, base: nn.Module) -> dict[str, Any]:
         """`settings`, for methods in which they depend on the adapter's name."""

@@ -8,14 +8,15 @@ from functools import partial
 from typing import Any
 
 from ..config import PeftConfig
-from ..utils.matching import get_pattern_key
+from ..utils.matching import get_end_pattern_key, get_pattern_key
 from ..utils.peft_types import PeftType
 
 
 def option(default: Any, help: str, repr: bool = True, **metadata: Any) -> Any:
     """A config field, shown in the config's repr or not. Mutable defaults are copied for every config.
 
-    metadata: `positive=True` refuses numbers that are not, `choices=(...)` all other values.
+    metadata: `positive=True` refuses numbers that are not, `choices=(...)` all other values; with `after_dot=True`
+    the patterns of an option fit no whole names, as in PEFT.
     """
     metadata = {"help": help, **metadata}
     if isinstance(default, (dict, list, set)):
@@ -58,10 +59,10 @@ def shared(name: str, default: Any = None, **metadata: Any) -> Any:
     return option(usual if default is None else default, help, **metadata)
 
 
-def pattern_value(pattern: dict[str, Any] | None, key: str, default: Any) -> Any:
+def pattern_value(pattern: dict[str, Any] | None, key: str, default: Any, after_dot: bool = False) -> Any:
     """The value for the module called `key` in an option such as `rank_pattern`."""
-    pattern = pattern or {}
-    return pattern.get(get_pattern_key(pattern.keys(), key), default)
+    pattern, find = pattern or {}, get_end_pattern_key if after_dot else get_pattern_key
+    return pattern.get(find(pattern.keys(), key), default)
 
 
 def positive(name: str, value: int) -> int:

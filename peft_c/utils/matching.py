@@ -38,10 +38,17 @@ def get_pattern_key(pattern_keys: Iterable[str], key_to_match: str) -> str:
     A pattern is a regular expression for the name or, at a dot, for its end. If none fits, the name itself is
     returned, under which a pattern dict has no entry.
     """
-    for pattern in pattern_keys:
-        if re.match(rf"(.*\.)?({pattern})$", key_to_match):
-            return pattern
-    return key_to_match
+    return _first_match(pattern_keys, r"(.*\.)?({})$", key_to_match)
+
+
+def get_end_pattern_key(pattern_keys: Iterable[str], key_to_match: str) -> str:
+    """As `get_pattern_key`, of methods whose patterns only fit what comes after a dot, and are put there as they are:
+    of `a|b`, the first is the beginning of an end."""
+    return _first_match(pattern_keys, r".*\.{}$", key_to_match)
+
+
+def _first_match(patterns: Iterable[str], form: str, name: str) -> str:
+    return next((pattern for pattern in patterns if re.match(form.format(pattern), name)), name)
 
 
 def _get_input_embeddings_name(model: nn.Module, default: str | None = None) -> str | None:

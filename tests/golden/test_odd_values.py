@@ -155,3 +155,28 @@ def test_functions_of_tensors(path, name, shapes, more):
     for index, (ours, theirs) in enumerate(zip(*found, strict=True)):
         if index not in wrong.get(name, ()) or path == "lokr.layer":
             torch.testing.assert_close(ours, theirs)
+
+
+PATTERNS = ("a.0", r"a\.\d", "0|1", r"\d", "^a.1$", "b", "1")
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(
+    ("method", "option", "value"),
+    [
+        ("fourierft", "n_frequency_pattern", 3),
+        ("waveft", "n_frequency_pattern", 3),
+        ("c3a", "block_size_pattern", 8),
+        ("loha", "rank_pattern", 3),
+        ("delora", "rank_pattern", 3),
+    ],
+)
+def test_which_modules_a_pattern_fits(method, option, value, pattern):
+    shapes = []
+    for package in (peft_c, peft):
+        config = config_of(method, package=package, **{option: {pattern: value}})
+        config.target_modules = {"0", "1", "b"}
+        parts = {"a": nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), "b": nn.Linear(16, 16)}
+        model = package.get_peft_model(nn.ModuleDict(parts), config)
+        shapes.append({name: part.shape for name, part in package.get_peft_model_state_dict(model).items()})
+    assert shapes[0] == shapes[1]
