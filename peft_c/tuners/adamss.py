@@ -101,7 +101,7 @@ class Linear(AddRoom):
     @staticmethod
     def initial(U: torch.Tensor, config: AdamssConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """A, and B in `dtype`, of the subspace whose rows of the left singular vectors are U (rows, r)."""
-        gram, rank = U @ U.T, min(len(U), config.subspace_rank)
+        gram, rank = U @ U.T, min(len(U), config.subspace_rank) or 1
         if config.use_dynamic_rank:
             values = torch.svd_lowrank(gram, q=len(gram), niter=2)[1]
             rank = max(min(int((values > config.svd_threshold * values[0]).sum()), rank), 1)

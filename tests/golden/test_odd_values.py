@@ -180,3 +180,13 @@ def test_which_modules_a_pattern_fits(method, option, value, pattern):
         model = package.get_peft_model(nn.ModuleDict(parts), config)
         shapes.append({name: part.shape for name, part in package.get_peft_model_state_dict(model).items()})
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_subspaces_of_rank_0_have_rank_1(dynamic):
+    pytest.importorskip("sklearn")
+    ours, theirs = (
+        start("adamss", package=package, subspace_rank=0, use_dynamic_rank=dynamic).state_dict()
+        for package in (peft_c, peft)
+    )
+    torch.testing.assert_close(ours, theirs)
