@@ -37,6 +37,7 @@ from .base_view import BaseView, held
 from .changes import Change, Elements, LowRank, Replace, Times
 from .merging import check_adapters_to_merge
 from .offloaded import onload_layer
+from .tuner_layer import tensors_of
 from .undo import Difference, Merge, Places, Product, Saved, is_sharded, meta_of, records, wider_sum, write
 
 SMALL = 1 << 12  # elements; copying them takes less than asking whose memory they are in
@@ -192,6 +193,31 @@ def _check_weight(view: BaseView, layer: Any) -> None:
         )
 
 
+def _is_meta(layer: Any, name: str) -> bool:
+    entries = [getattr(layer, container) for container in layer.adapter_layer_names]
+    return any(tensor.is_meta for entry in entries if name in entry for tensor in tensors_of(entry[name]))
+
+
+def _with_values(function: Callable) -> Callable:
+    """Say so where a function of a layer fails because an adapter is on the meta device."""
+
+    @functools.wraps(function)
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(layer, *args, **kwargs)
+        except RuntimeError as error:
+            empty = [name for name in layer._merge_adapters() if _is_meta(layer, name)]
+            if not empty:
+                raise
+            raise ValueError(
+                f"Cannot merge into {describe(layer)}: the adapter {', '.join(empty)} is on the meta device and has "
+                "no values. Load its weights first."
+            ) from error
+
+    return call
+
+
+@_with_values
 @_without_grad
 def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
     """Merge the adapters (default: the active ones) into the base weights of `layer`.
@@ -524,6 +550,7 @@ def _unrecorded(layer: Any, name: str) -> Merge:
 # -------------------------------------------------------------------------------------------------------- switching
 
 
+@_with_values
 @_without_grad
 def switch(layer: Any, adapter_names: list[str], safe_merge: bool = False) -> None:
     """Merge `adapter_names` in place of all that are merged: the bits and records that unmerging and merging give, in

@@ -271,6 +271,29 @@ def test_a_meta_weight_is_refused():
     assert not layer.merged
 
 
+@pytest.mark.parametrize("safe_merge", [False, True])
+@pytest.mark.parametrize("case", ["linear", "linear-dora", "embedding", "loha", "ia3"])
+def test_adapters_on_the_meta_device_are_refused(case, safe_merge):
+    configs = {"loha": peft_c.LoHaConfig, "ia3": lambda **names: peft_c.IA3Config(feedforward_modules=[], **names)}
+    if case in configs:
+        config = configs[case](target_modules=["0"])
+    else:
+        config = peft_c.LoraConfig(target_modules=["0"], use_dora=case.endswith("dora"))
+    base = nn.Embedding(5, 4) if case == "embedding" else nn.Linear(4, 4)
+    model = peft_c.get_peft_model(nn.Sequential(base), config)
+    layer, before = model.base_model.model[0], bits(base.weight)
+    warnings.filterwarnings("ignore", "Already following")
+    model.add_adapter("empty", config, low_cpu_mem_usage=True)
+    layer.merge(adapter_names=["default"])
+    merged = bits(base.weight)
+    for act in (layer.merge, layer.switch):
+        with pytest.raises(ValueError, match="the adapter empty is on the meta device"):
+            act(safe_merge=safe_merge, adapter_names=["empty"])
+        assert layer.merged_adapters == ["default"] and torch.equal(bits(base.weight), merged)
+    layer.unmerge()
+    assert torch.equal(bits(base.weight), before)
+
+
 def test_adapter_names_must_be_a_list_and_unknown_ones_are_left_out():
     layer = layer_of(build(peft_c, CASES["linear"])[0])
     before = snapshot(layer)
