@@ -546,6 +546,13 @@ def _find_weights(model_id: str, subfolder: str | None, download: dict[str, Any]
     raise ValueError(message) from reason
 
 
+def _is_device(device: Any) -> bool:
+    try:
+        return bool(torch.device(device))
+    except RuntimeError:
+        return False
+
+
 def _read_weights(path: str, device: str | torch.device) -> dict[str, torch.Tensor]:
     """The tensors of a file. One that cannot be read raises a `ValueError` that has the reader's own type as well."""
     import safetensors
@@ -559,6 +566,8 @@ def _read_weights(path: str, device: str | torch.device) -> dict[str, torch.Tens
             return load_file(path, device="cpu" if str(device).startswith("mps") else device)
         return torch_load(path, map_location=torch.device(device))
     except errors as exc:
+        if not _is_device(device):
+            raise
         unreadable = type("UnreadableWeights", (ValueError, type(exc)), {"__module__": __name__})
         raise unreadable(
             f"The adapter weights '{path}' ({os.path.getsize(path)} bytes) cannot be read as a {kind} file; it is "

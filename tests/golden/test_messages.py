@@ -109,6 +109,15 @@ def load_keys_of_no_adapter(package, folder):
     package.load_peft_weights(folder, key_mapping={"a": "b"})
 
 
+def load_onto_no_device(package, folder, ending):
+    tensors = {"base_model.model.x.lora_A.weight": torch.ones(2)}
+    if ending == "bin":
+        torch.save(tensors, folder / "adapter_model.bin")
+    else:
+        pytest.importorskip("safetensors.torch").save_file(tensors, folder / "adapter_model.safetensors")
+    package.load_peft_weights(folder, device="nope")
+
+
 def preprocess(package, layer):
     loraga = importlib.import_module(f"{package.__name__}.tuners.lora.loraga")
     config = package.LoraConfig(
@@ -131,6 +140,8 @@ class Quantised(nn.Linear):
 REFUSALS = {
     "offline": lambda package, monkeypatch, folder: refuse_in_offline_mode(package, monkeypatch),
     "keys": lambda package, monkeypatch, folder: load_keys_of_no_adapter(package, folder),
+    "device": lambda package, monkeypatch, folder: load_onto_no_device(package, folder, "safetensors"),
+    "device of a .bin": lambda package, monkeypatch, folder: load_onto_no_device(package, folder, "bin"),
     "lora_ga quantised": lambda package, monkeypatch, folder: preprocess(package, Quantised(4, 4)),
     "lora_ga layers": lambda package, monkeypatch, folder: preprocess(package, nn.Conv1d(4, 4, 1)),
     "kasa meta": lambda package, monkeypatch, folder: use_kasa_on_the_meta_device(package),
