@@ -56,7 +56,7 @@ class HRALayer(Unscaled, MapRoom):
         u = self.hra_u[name].to(torch.promote_types(dtype, torch.float32))
         eye = torch.eye(u.shape[1], device=u.device, dtype=u.dtype)
         if self.hra_apply_GS[name]:
-            return torch.linalg.qr(u)[0].to(dtype), (2 * eye).to(dtype)
+            return torch.linalg.qr(u)[0].to(dtype), (2 * eye[: len(u), : len(u)]).to(dtype)
         u = u / u.norm(dim=0)
         t = torch.linalg.solve_triangular((u.T @ u).triu(1) + eye / 2, eye, upper=True)
         return u.to(dtype), t.to(dtype)

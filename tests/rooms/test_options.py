@@ -151,3 +151,16 @@ def test_every_form_of_miss_converts_to_lora(form):
         assert (converted(x) - expected).square().mean() < (converted.unload()(x) - expected).square().mean()
     else:
         torch.testing.assert_close(converted(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("r", [4, 5, 8])
+def test_more_orthogonalised_reflections_than_inputs_reflect_everything(r):
+    torch.manual_seed(0)
+    config = peft_c.HRAConfig(r=r, apply_GS=True, init_weights=False, target_modules=["0"])
+    model = peft_c.get_peft_model(nn.Sequential(nn.Linear(4, 3, bias=False)), config).eval()
+    x = torch.randn(2, 4)
+    with model.disable_adapter():
+        expected = -model(x)
+    torch.testing.assert_close(model(x), expected)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected)
