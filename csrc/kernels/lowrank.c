@@ -70,10 +70,11 @@ static void look_up(const product_job *e, int64_t i0, int64_t m, char *turned) {
 /* rows i0 .. i0 + m of t, looked up or computed before, to where they are expanded from: (R, m) */
 static const char *turn(const product_job *e, int64_t i0, int64_t m) {
     const int64_t at = i0 * e->s.rank * acc_size(e->s.wide);
+    char *const halves = e->halves ? e->halves + i0 * e->s.rank * 2 : NULL;
     if (e->ids)
         look_up(e, i0, m, e->turned + at);
     else
-        terms_turn(&e->s, e->t + at, m, e->halves + i0 * e->s.rank * 2, e->turned + at);
+        terms_turn(&e->s, e->t + at, m, halves, e->turned + at);
     return e->turned + at;
 }
 
