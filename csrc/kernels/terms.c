@@ -1,7 +1,9 @@
 /* terms.c: see terms.h. */
 #include "terms.h"
 
-#include "dtype.h"
+#include <string.h>
+
+#include "lowrank.h"
 
 static int64_t depth_of(const term_sums *s) {
     int64_t depth = 0;
@@ -11,7 +13,7 @@ static int64_t depth_of(const term_sums *s) {
 
 term_sums terms_of(const pk_mat *y, const pk_mat *x, const pk_lowrank *parts, int nparts, int wide) {
     term_sums s = {.isa = pk_isa_now(), .parts = parts, .nparts = nparts, .wide = wide};
-    s.rank = depth_of(&s);
+    s.rank = rank_of(parts, nparts);
     s.pairs = s.isa->pairs && x && x->dtype == PK_BF16 && y->dtype == PK_BF16 && s.rank <= DEPTH;
     for (int i = 0; i < nparts; i++) s.pairs = s.pairs && parts[i].up.dtype == PK_BF16;
     s.depth = depth_of(&s);
